@@ -1,0 +1,301 @@
+"""A merging suite: one pretrained image encoder, an expert a task, frozen zero-shot heads, validation and test images.
+
+Experiments name a backbone and see only `Suite`. "glyph-WIDTH" is trained on this machine, without a download (see
+common.data.glyphs); "ViT-B/32" is CLIP, with experts and data sets from the hub.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from open_clip.loss import ClipLoss
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from common import evaluation, training
+from common.cache import Artefact, artefact, cache_key
+from common.data import glyphs, hub
+from common.models import hub as clip_models
+from common.models import tiny_clip
+
+State = dict[str, Tensor]
+Rows = Iterator[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What merging needs: the task names, the encoder (images → features), its states, heads (C, embed) and data."""
+
+    key: str  # of everything below: what is measured on a suite can be cached under it
+    tasks: tuple[str, ...]
+    encoder: nn.Module
+    pretrained: State
+    experts: tuple[State, ...]
+    heads: tuple[Tensor, ...]
+    batches: Callable[[str, str], Iterable[tuple[Tensor, Tensor]]]  # (task, split) → batches
+
+    def correct(self, states: Sequence[State], split: str = "test", tasks: Sequence[str] | None = None) -> list[Tensor]:
+        """Return for each task which of its images the S models get right: a list of (S, n) bool."""
+        return [
+            evaluation.correct(self.encoder, states, self.batches(task, split), head)
+            for task, head in zip(self.tasks, self.heads, strict=True)
+            if tasks is None or task in tasks
+        ]
+
+    def scores(self, states: Sequence[State], split: str = "test") -> list[float]:
+        """Return the mean accuracy over the tasks, in %, of each of the S models."""
+        answers = self.correct(states, split)
+        return [100 * sum(right[i].float().mean().item() for right in answers) / len(answers) for i in range(len(states))]
+
+    def rows(self, labelled: Sequence[tuple[dict[str, Any], State]], pairs: Sequence[dict[str, int]] = ()) -> Rows:
+        """Yield one table row for each task and model: its labels, accuracy (%) and number of test images.
+
+        Args:
+            labelled: labels (columns) and state of each model.
+            pairs: for each model {suffix: index of another model}; gained{suffix} and lost{suffix} then count the
+                images that it alone, or the other alone, gets right (what a paired comparison needs).
+        """
+        answers = self.correct([state for _, state in labelled])
+        for task, right in zip(self.tasks, answers, strict=True):
+            for index, (labels, _) in enumerate(labelled):
+                own, row = right[index], {**labels, "task": task, "metric": "accuracy"}
+                row |= {"value": 100 * own.float().mean().item(), "images": len(own)}
+                for suffix, other in pairs[index].items() if pairs else ():
+                    row["gained" + suffix] = int((own & ~right[other]).sum())
+                    row["lost" + suffix] = int((right[other] & ~own).sum())
+                yield row
+
+    def own_rows(self) -> Rows:
+        """Yield the rows of the two reference models on each task: "pretrained", and the task's own "expert"."""
+        states = {"pretrained": [self.pretrained] * len(self.tasks), "expert": self.experts}
+        for method, models in states.items():
+            for task, state in zip(self.tasks, models, strict=True):
+                right = self.correct([state], tasks=[task])[0]
+                value = 100 * right.float().mean().item()
+                yield {"method": method, "task": task, "metric": "accuracy", "value": value, "images": right.shape[1]}
+
+
+def suite(backbone: str, tasks: int, seed: int, recipe: "GlyphRecipe", device: torch.device) -> Suite:
+    """Return the suite of the first `tasks` tasks of a backbone: "glyph-WIDTH" (by the recipe), or "ViT-B/32".
+
+    Raises:
+        ValueError: the backbone is unknown, or has no suite of so many tasks.
+        OSError: the hub cannot be reached, or lacks a repository.
+    """
+    if is_glyph(backbone):
+        return glyph_suite(recipe.at(backbone), tasks, seed, device)
+    return clip_suite(backbone, tasks, device)
+
+
+def prepare(backbones: Sequence[str], tasks: int, seeds: Sequence[int], recipe: "GlyphRecipe", context: Any) -> None:
+    """Train, in parallel processes, all glyph bases and experts that the cache does not hold yet."""
+    recipes = [recipe.at(backbone) for backbone in backbones if is_glyph(backbone)]
+    train_all([(own, seed, task) for own in recipes for seed in seeds for task in list(glyphs.TASKS)[:tasks]], context)
+
+
+def is_glyph(backbone: str) -> bool:
+    return backbone.startswith("glyph-")
+
+
+# Glyphs --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GlyphRecipe:
+    """How the glyph suite's base and experts are trained. `slant` and `halftone` are the downstream domain."""
+
+    width: tyro.conf.Suppress[int] = 96  # set by the backbone's name
+    pretraining_steps: int = 1000
+    expert_steps: int = 300
+    expert_learning_rate: float = 1e-4
+    slant: float = 0.375
+    halftone: float = 0.5
+
+    def at(self, backbone: str) -> "GlyphRecipe":
+        """Return the recipe at the width of a backbone "glyph-WIDTH"."""
+        width = backbone.removeprefix("glyph-")
+        if not width.isdigit() or int(width) % 32 or not int(width):
+            raise ValueError(f"a glyph backbone is named glyph-WIDTH, WIDTH a multiple of 32, got {backbone!r}")
+        return replace(self, width=int(width))
+
+    @property
+    def pretraining(self) -> training.Recipe:
+        return training.Recipe(self.pretraining_steps, 128, 1.5e-3, warmup=0.06)
+
+    @property
+    def expert(self) -> training.Recipe:
+        return training.Recipe(self.expert_steps, 64, self.expert_learning_rate)
+
+    @property
+    def style(self) -> glyphs.Style:
+        return glyphs.shifted_style(self.slant, self.halftone)
+
+
+SMOKE = GlyphRecipe(pretraining_steps=8, expert_steps=4)  # enough to run every line, not to learn
+
+
+def pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None = None) -> Artefact:
+    """Return the tiny CLIP pre-trained on all 559 classes in the mild style: an artefact with model.safetensors.
+
+    One base a width is shared by all seeds, as the paper shares one CLIP.
+    """
+    inputs = {"width": recipe.width, "recipe": recipe.pretraining, "device": device.type}
+    build = partial(_pretrain, recipe, device, description)
+    return artefact("tiny_clip", inputs, build, (glyphs, tiny_clip, training, _pretrain))
+
+
+def _pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None, folder: Path) -> None:
+    torch.manual_seed(0)
+    clip = tiny_clip.tiny_clip(recipe.width)
+    drawn = glyphs.glyphs(list(glyphs.TASKS), "train")
+    texts, generator, contrast = tiny_clip.tokens(drawn.names), torch.Generator().manual_seed(0), ClipLoss()
+
+    def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        images = glyphs.photograph(batch[0], glyphs.MILD, generator)
+        return contrast(*model(images, texts.to(images.device)[batch[1]])[:3])
+
+    training.fit(clip, loss, _loader(drawn, recipe.pretraining, seed=0), recipe.pretraining, device, description)
+    save_file({name: tensor.contiguous() for name, tensor in clip.state_dict().items()}, folder / "model.safetensors")
+
+
+def fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device) -> Artefact:
+    """Return the task's expert: the image encoder fine-tuned under the frozen zero-shot head; model.safetensors."""
+    base = pretrain(recipe, device)
+    inputs = {"task": task, "seed": seed, "recipe": recipe.expert, "style": recipe.style, "base": base.key}
+    build = partial(_fine_tune, recipe, task, seed, device, base.path)
+    return artefact("glyph_expert", inputs, build, (glyphs, tiny_clip, training, _fine_tune))
+
+
+def _fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device, base: Path, folder: Path) -> None:
+    clip = load_clip(recipe.width, base)
+    head = tiny_clip.zero_shot_head(clip, glyphs.class_names(task))
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        images, labels = glyphs.photograph(batch[0], recipe.style, generator), batch[1]
+        return F.cross_entropy(F.normalize(model(images), dim=-1) @ head.to(images.device).T, labels)
+
+    drawn = glyphs.glyphs([task], "train")
+    encoder = training.fit(clip.visual, loss, _loader(drawn, recipe.expert, seed), recipe.expert, device)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, folder / "model.safetensors"
+    )
+
+
+def _loader(drawn: glyphs.Glyphs, recipe: training.Recipe, seed: int) -> DataLoader:
+    dataset = TensorDataset(drawn.images, drawn.labels)
+    return DataLoader(dataset, batch_sampler=training.RandomBatches(drawn.labels, recipe, seed))
+
+
+def load_clip(width: int, folder: Path) -> nn.Module:
+    """Load a tiny CLIP from an artefact's folder."""
+    clip = tiny_clip.tiny_clip(width)
+    clip.load_state_dict(load_file(folder / "model.safetensors"))
+    return clip.eval()
+
+
+def glyph_suite(recipe: GlyphRecipe, tasks: int, seed: int, device: torch.device) -> Suite:
+    """Return the suite of the first `tasks` (of 20) glyph tasks, training whatever the cache does not hold yet."""
+    bare = zero_shot_suite(recipe, tasks, device)
+    artefacts = [fine_tune(recipe, name, seed, device) for name in bare.tasks]
+    experts = tuple(load_file(expert.path / "model.safetensors", str(device)) for expert in artefacts)
+    return replace(bare, key=cache_key({"experts": [expert.key for expert in artefacts]}, _IMAGES), experts=experts)
+
+
+def zero_shot_suite(recipe: GlyphRecipe, tasks: int, device: torch.device) -> Suite:
+    """Return the suite of the first `tasks` glyph tasks without experts: only the base is trained."""
+    if not 1 <= tasks <= len(glyphs.TASKS):
+        raise ValueError(f"a glyph suite has 1 to {len(glyphs.TASKS)} tasks, got {tasks}")
+    names = tuple(glyphs.TASKS)[:tasks]
+    base = pretrain(recipe, device)
+    model = load_clip(recipe.width, base.path)
+    heads = tuple(tiny_clip.zero_shot_head(model, glyphs.class_names(name)).to(device) for name in names)
+    pretrained = {name: tensor.detach().clone().to(device) for name, tensor in model.visual.state_dict().items()}
+    key = cache_key({"base": base.key, "style": recipe.style, "tasks": names}, _IMAGES)
+    return Suite(key, names, model.visual.to(device), pretrained, (), heads, _GlyphBatches(recipe.style, device))
+
+
+class _GlyphBatches:
+    """Fixed photographs of each task: the same images for every model and seed, made once and kept."""
+
+    def __init__(self, style: glyphs.Style, device: torch.device):
+        self.style, self.device, self.made = style, device, {}
+
+    def __call__(self, task: str, split: str, batch_size: int = 512) -> list[tuple[Tensor, ...]]:
+        if (task, split) not in self.made:
+            drawn = glyphs.glyphs([task], split)
+            copies = 2 if split == "test" else max(1, round(128 / len(drawn.labels)))
+            images, labels = glyphs.photographs(drawn, self.style, copies, seed=1 if split == "test" else 2)
+            self.made[task, split] = (images.to(self.device), labels.to(self.device))
+        return list(zip(*(tensor.split(batch_size) for tensor in self.made[task, split]), strict=True))
+
+
+_IMAGES = (glyphs, _GlyphBatches)
+
+
+def train_all(recipes_seeds_tasks: Sequence[tuple[GlyphRecipe, int, str]], context: Any) -> None:
+    """Train, in parallel processes, the bases and experts of these (recipe, seed, task) that are not cached yet."""
+    bases = list({(recipe.width, recipe.pretraining): recipe for recipe, _, _ in recipes_seeds_tasks}.values())
+    context.map(partial(_pretrain_one, context.device), bases, "pre-train")
+    context.map(partial(_fine_tune_one, context.device), recipes_seeds_tasks, "fine-tune experts")
+
+
+def _pretrain_one(device: torch.device, recipe: GlyphRecipe) -> str:
+    return pretrain(recipe, device, "pre-train").key
+
+
+def _fine_tune_one(device: torch.device, item: tuple[GlyphRecipe, int, str]) -> str:
+    recipe, seed, task = item
+    return fine_tune(recipe, task, seed, device).key
+
+
+# CLIP ----------------------------------------------------------------------------------------------------------------
+
+CLIP = {"ViT-B/32": "openai/clip-vit-base-patch32"}  # the other two backbones follow the same pattern
+VALIDATION_IMAGES = 512  # a task, of the held-out part of its training split
+
+
+def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
+    """Return a suite of the paper: CLIP's image encoder, the hub's experts, zero-shot heads and test sets.
+
+    The states are those of the vision tower; the projection behind it is frozen, as in the experts' fine-tuning.
+
+    Raises:
+        ValueError: there is no such backbone or suite.
+        OSError: the hub cannot be reached or a repository is missing; the message says what to do.
+    """
+    if backbone not in CLIP:
+        raise ValueError(f"unknown backbone {backbone!r}; there are {', '.join(CLIP)} and glyph-WIDTH")
+    if not 1 <= tasks <= len(hub.VISION_TASKS):
+        raise ValueError(f"{backbone} has suites of 1 to {len(hub.VISION_TASKS)} tasks here, got {tasks}")
+    rows = list(hub.VISION_TASKS.values())[:tasks]
+    base = clip_models.clip_vision(CLIP[backbone])
+    tower = base.tower.state_dict()
+    experts = [clip_models.clip_expert_state(row.expert_id(CLIP[backbone]), like=tower) for row in rows]
+    heads = tuple(clip_models.zero_shot_head(CLIP[backbone], row.class_names, row.templates, device) for row in rows)
+    states = [{f"tower.{name}": tensor.to(device) for name, tensor in state.items()} for state in (tower, *experts)]
+    batches = partial(_clip_batches, CLIP[backbone], device)
+    for row in rows:  # a data set that is missing should not cost hours first
+        batches(row.name, "test"), batches(row.name, "validation")
+    models = [CLIP[backbone], *(row.expert_id(CLIP[backbone]) for row in rows)]
+    commits = [hub.snapshot(model, "model", ["config.json"]).name for model in models]
+    commits += [hub.snapshot(row.repo, "dataset", ["README.md"]).name for row in rows]
+    key = cache_key({"models": models, "tasks": [row.name for row in rows], "commits": commits}, (hub, clip_models))
+    return Suite(key, tuple(row.name for row in rows), base.to(device), states[0], tuple(states[1:]), heads, batches)
+
+
+@cache
+def _clip_batches(model_id: str, device: torch.device, task: str, split: str) -> DataLoader:
+    row = hub.VISION_TASKS[task]
+    images = hub.load_test_set(row) if split == "test" else hub.load_validation_set(row, VALIDATION_IMAGES)
+    workers = 0 if device.type == "cpu" else min(8, len(os.sched_getaffinity(0)))
+    loader = hub.image_loader(images, clip_models.preprocessing(model_id), workers=workers)
+    return Accelerator(cpu=device.type == "cpu").prepare(loader)

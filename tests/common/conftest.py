@@ -1,0 +1,102 @@
+"""A small experiment, written as a script of its own, and a git clone-like folder around it."""
+from pathlib import Path
+
+import pytest
+
+from common.results import load_experiment
+
+SCRIPT = '''\
+"""Squares of small numbers (no figure of any paper).
+
+Claim    the mean square is above 1.
+Verdict  with 2 seeds (else "not run at this scale"): "reproduced" if the mean is above 1, else "not reproduced".
+Cost     nothing.
+"""
+from dataclasses import dataclass
+
+import pandas as pd
+
+from common import figures
+from common.run import Experiment, run
+
+
+@dataclass(frozen=True)
+class Settings:
+    count: int = 3          # how many numbers
+    seeds: tuple[int, ...] = (0,)
+    shift: float = 0.0
+
+
+SCALES = {
+    "smoke": Settings(count=2),
+    "laptop": Settings(),
+    "workstation": Settings(seeds=(0, 1)),
+    "paper": Settings(count=9, seeds=(0, 1)),
+}
+
+
+def square(item):
+    number, shift = item
+    return (number + shift) ** 2
+
+
+def measure(settings, context):
+    with context.stage("squares"):
+        items = [(number, settings.shift) for number in range(settings.count)]
+        values = context.map(square, items, "squares")
+    for seed in settings.seeds:
+        for number, value in enumerate(values):
+            yield dict(seed=seed, method="none", number=number, metric="square", value=value + seed / 3)
+
+
+def draw(data):
+    return {"squares": figures.lines(data, x="number")}
+
+
+def compare(data, published):
+    means = data.groupby("seed").value.mean()
+    rows = [
+        dict(quantity="mean square", paper=81.9, ours=means.mean(), sd=means.std(), n=len(means), same_setting=False),
+        dict(quantity="largest square", paper=None, ours=data.value.max(), sd=None, n=1, same_setting="a | b"),
+    ]
+    return pd.DataFrame(rows)
+
+
+def tables(data):
+    return {"By number": data.pivot_table(index="number", columns="seed", values="value").reset_index()}
+
+
+def verdict(data):
+    if data.seed.nunique() < 2:
+        return "not run at this scale"
+    return "reproduced" if data.value.mean() > 1 else "not reproduced"
+
+
+EXPERIMENT = Experiment(
+    __doc__, SCALES, measure, draw, compare, verdict, published="merging", tables=tables,
+    deviations=("numbers instead of models", "squares instead of accuracies"),
+)
+
+if __name__ == "__main__":
+    run(EXPERIMENT)
+'''
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """The script experiments/90_squares.py in a folder of the test's own."""
+    path = tmp_path / "experiments" / "90_squares.py"
+    path.parent.mkdir()
+    path.write_text(SCRIPT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def experiment(script):
+    return load_experiment(script)
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    """Runs believe that they come from a clean commit."""
+    monkeypatch.setattr("common.run.git_state", lambda: {"commit": "0123456789abcdef", "dirty": False})

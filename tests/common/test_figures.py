@@ -1,0 +1,84 @@
+"""The shared plot kinds draw what the table says, into small files, without touching matplotlib's global state."""
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+from common import figures
+from merging import MERGERS
+
+
+def table(seeds: int) -> pd.DataFrame:
+    rows = [
+        dict(suite=suite, method=method, svc=svc, tasks=tasks, seed=seed, value=tasks + seed + (svc != "none"))
+        for suite in ("8 tasks", "14 tasks")
+        for method in ("task_arithmetic", "ties", "unnamed")
+        for svc in ("none", "output")
+        for tasks in (2, 8)
+        for seed in range(seeds)
+    ]
+    return pd.DataFrame(rows)
+
+
+def heat() -> pd.DataFrame:
+    rows = [dict(layer=f"block {b}", decile=d, value=2.0 ** (b - d)) for b in range(3) for d in range(1, 5)]
+    return pd.DataFrame(rows)
+
+
+def test_paired_puts_means_and_seeds_where_they_are():
+    (ax,) = figures.paired(table(3).query("suite == '8 tasks' and tasks == 8"), references={"experts": 12}).axes
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["Task Arithmetic", "TIES", "unnamed"]
+    drawn = [list(line.get_xdata()) for line in ax.lines]
+    assert [9, 10] in drawn                             # from the mean of base to that of + SVC
+    assert [8, 9, 10] in drawn and [9, 10, 11] in drawn                    # the seeds of both
+    assert [12, 12] in drawn
+
+
+def test_forest_fills_what_is_decided():
+    rows = [
+        dict(item="ties", condition=condition, mean=mean, low=mean - 1, high=mean + 1)
+        for condition, mean in (("own scales", 3.0), ("tuned scales", 0.5))
+    ]
+    (ax,) = figures.forest(pd.DataFrame(rows)).axes
+    assert [2.0, 4.0] in [list(line.get_xdata()) for line in ax.lines]
+    filled = {float(line.get_xdata()[0]): line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"}
+    assert filled[0.5] == "white" and filled[3.0] == figures.CYCLE[0]
+    heights = [float(line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o"]
+    assert heights[0] > 0 > heights[1]                  # both about the item's own height
+
+
+def test_lines_draw_means_and_points_by_panel():
+    figure = figures.lines(table(2), x="tasks", panel="suite", xscale="log", level=1)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["8 tasks", "14 tasks"]
+    means = [list(line.get_ydata()) for line in figure.axes[0].lines]
+    assert [3.0, 9.0] in means                          # over two seeds and both conditions
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["2", "8"]
+
+
+@pytest.mark.parametrize("options", [{}, {"log": True}, {"centre": None}, dict(centre=None, log=True, limits=(0.1, 4))])
+def test_heat_maps_hold_the_means_in_order(options):
+    figure = figures.layer_heatmap(heat(), **options)
+    mesh = figure.axes[0].collections[0]
+    assert np.allclose(mesh.get_array().reshape(3, 4)[0], [0.5, 0.25, 0.125, 0.0625])
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["block 0", "block 1", "block 2"]
+    if options.get("centre", 1.0):
+        assert mesh.norm(1.0) == pytest.approx(0.5)     # counted once is the neutral colour
+
+
+def test_files_are_small_and_the_same_each_time(tmp_path):
+    for name in ("a.png", "b.png"):
+        figures.save(figures.paired(table(3), panel="suite"), tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a.png").stat().st_size < 150_000
+
+
+def test_the_style_stays_in_the_figure():
+    before = dict(matplotlib.rcParams)
+    figure, axes = figures.new_figure(2)
+    assert axes.shape == (1, 2) and not axes[0, 0].spines["top"].get_visible() and figure.axes
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_every_merger_has_a_colour_and_a_label_of_its_own():
+    assert MERGERS.keys() <= figures.COLOURS.keys() and MERGERS.keys() <= figures.LABELS.keys()
+    assert len({figures.COLOURS[name] for name in MERGERS}) == len(MERGERS)

@@ -1,0 +1,261 @@
+"""What a run leaves behind: its files, their atomicity, and the verification that nothing was edited by hand."""
+import dataclasses
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from common import report, results
+from common.results import headline, load, load_experiment, problems, published, render, verify
+from common.run import Experiment, run
+
+EXPECTED_TABLE = """\
+| quantity       | paper         | ours         | n   | difference   | same setting?   |
+|:---------------|:--------------|:-------------|:----|:-------------|:----------------|
+| mean square    | 81.9          | 1.833 ± 0.24 | 2   | -80.1        | no              |
+| largest square | not published | 4.333        | 1   |              | a \\| b          |"""
+
+
+@pytest.fixture
+def results_dir(tmp_path) -> Path:
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def folder(experiment, results_dir, clean) -> Path:
+    """A complete workstation result."""
+    return start(experiment, results_dir)
+
+
+def start(experiment, results_dir: Path, scale: str = "workstation") -> Path:
+    return run(experiment, ["--results-dir", str(results_dir), "--device", "cpu", "--jobs", "1", "--scale", scale])
+
+
+def check(results_dir: Path) -> list[str]:
+    return problems(results_dir, results_dir.parent / "experiments")
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def test_a_run_leaves_table_figures_text_and_provenance(folder, experiment):
+    assert {file.name for file in folder.iterdir()} == {"data.csv", "README.md", "squares.png", "provenance.json"}
+    first, second, *_ = (folder / "data.csv").read_text().splitlines()
+    assert (first, second) == ("seed,method,number,metric,value", "0,none,0,square,0")
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert EXPECTED_TABLE in text
+    assert "**Verdict: reproduced**" in text
+    assert "1. numbers instead of models\n2. squares instead of accuracies" in text
+    assert "## By number" in text and "![squares](squares.png)" in text
+    assert "Claim    the mean square is above 1." in text
+    assert "seeds 0, 1" in text and "commit 0123456789," in text
+    assert (folder / "squares.png").stat().st_size < 150_000
+
+
+def test_smoke_never_gives_a_verdict(experiment, results_dir):
+    text = (start(experiment, results_dir, "smoke") / "README.md").read_text()
+    assert "no verdict at smoke scale" in text and "reproduced**" not in text
+
+
+def test_rows_may_differ_in_keys_and_hold_tensors(experiment, results_dir, monkeypatch):
+    rows = [
+        {"seed": 0, "method": "none", "number": 1, "value": torch.tensor(1 / 3)},
+        {"seed": 1, "number": 2, "value": float("nan"), "parameters": 1_234_567},
+    ]
+    monkeypatch.setattr(Experiment, "script", experiment.script)
+    folder = start(dataclasses.replace(experiment, measure=lambda settings, context: rows), results_dir)
+    written = (folder / "data.csv").read_text()
+    assert written == "seed,method,number,value,parameters\n0,none,1,0.333333,\n1,,2,,1234567\n"
+    assert load(folder).method.tolist()[0] == "none"
+
+
+@pytest.mark.parametrize("part", ["measure", "draw", "compare", "verdict"])
+def test_a_failing_run_leaves_the_previous_result_as_it_was(folder, experiment, results_dir, monkeypatch, part):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def fail(*inputs):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(Experiment, "script", experiment.script)
+    with pytest.raises(RuntimeError, match="stopped"):
+        start(dataclasses.replace(experiment, **{part: fail}), results_dir)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]
+    assert check(results_dir) == []
+
+
+def test_a_run_killed_while_it_writes_is_visibly_unfinished(folder, experiment, results_dir, monkeypatch):
+    replace = results.os.replace
+
+    def killed(source, target):
+        if Path(target).name == "squares.png":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(results.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(experiment, results_dir)
+    assert "90_squares/workstation: unfinished (no provenance.json)" in check(results_dir)
+
+
+def test_no_rows_are_an_error(experiment, results_dir, monkeypatch):
+    monkeypatch.setattr(Experiment, "script", experiment.script)
+    with pytest.raises(ValueError, match="yielded no rows"):
+        start(dataclasses.replace(experiment, measure=lambda settings, context: []), results_dir)
+    assert not results_dir.exists()
+
+
+def test_verify_passes_on_what_a_run_wrote(folder, experiment, results_dir, capsys):
+    start(experiment, results_dir, "laptop")
+    assert check(results_dir) == []
+    with pytest.raises(SystemExit) as stop:
+        verify(results_dir, results_dir.parent / "experiments")
+    assert stop.value.code == 0 and capsys.readouterr().out.endswith("2 results verified\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "complaint"),
+    [
+        ("README.md", "1.833 ± 0.24", "9.833 ± 0.24", "workstation/README.md:"),
+        ("README.md", "Verdict: reproduced", "Verdict: proved", "README.md:5: found '**Verdict: proved**'"),
+        ("data.csv", "square,4\n", "square,5\n", "workstation/provenance.json: data.csv is not the one"),
+        ("data.csv", "square,4\n", "square,5\n", "workstation/README.md:"),
+        ("data.csv", "value", "number2", "90_squares/workstation: "),
+        ("provenance.json", '"verdict": "reproduced"', '"verdict": "proved"', "its verdict does not follow"),
+        ("provenance.json", '"dirty": false', '"dirty": true', "uncommitted changes"),
+        ("provenance.json", '"partial": false', '"partial": true', "a partial run"),
+        ("provenance.json", '"scale": "workstation"', '"scale": "laptop"', "in the folder workstation"),
+        ("../../README.md", "| reproduced", "| certain   ", "README.md:7: found"),
+    ],
+)
+def test_verify_names_a_hand_edit(folder, results_dir, file, old, new, complaint):
+    edit(folder / file, old, new)
+    assert any(complaint in line for line in check(results_dir)), check(results_dir)
+
+
+def test_verify_prints_each_problem_and_exits_with_1(folder, results_dir, capsys):
+    edit(folder / "README.md", "reproduced", "confirmed")
+    with pytest.raises(SystemExit) as stop:
+        verify(results_dir, results_dir.parent / "experiments")
+    assert stop.value.code == 1 and "90_squares/workstation/README.md:5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["README.md", "squares.png", "data.csv", "provenance.json", "../../README.md"])
+def test_verify_misses_a_deleted_file(folder, results_dir, file):
+    (folder / file).unlink()
+    assert check(results_dir)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("Settings(seeds=(0, 1))", "Settings(seeds=(0, 1, 2))", "settings hash"),
+        ("count: int = 3", "count: int = 4", "measured with count = 3, but workstation has 4 today"),
+        ("above 1, else", "above 2, else", "README.md:"),
+        ("EXPERIMENT = Exp", "OTHER = Exp", "defines no EXPERIMENT"),
+    ],
+)
+def test_verify_sees_a_script_that_moved_on(folder, script, results_dir, old, new, complaint):
+    edit(script, old, new)
+    assert any(complaint in line for line in check(results_dir)), check(results_dir)
+
+
+def test_a_new_setting_with_a_default_voids_nothing(folder, script, results_dir):
+    edit(script, "    shift: float = 0.0\n", "    shift: float = 0.0\n    added: int = 7\n")
+    assert check(results_dir) == []
+
+
+def test_verify_wants_the_script(folder, script, results_dir):
+    script.unlink()
+    assert any("there is no script 90_squares.py" in line for line in check(results_dir))
+
+
+def test_partial_runs_are_no_business_of_verify(experiment, results_dir, folder):
+    run(experiment, ["--results-dir", str(results_dir), "--device", "cpu", "--scale", "smoke", "--count", "1"])
+    assert check(results_dir) == []
+
+
+def test_render_follows_a_change_of_wording_without_a_rerun(folder, script, results_dir):
+    edit(script, "squares instead of accuracies", "squares, not accuracies")
+    edit(script, '{"squares": ', '{"parabola": ')
+    assert check(results_dir)
+    render(results_dir, script.parent)
+    assert check(results_dir) == []
+    assert (folder / "parabola.png").is_file() and not (folder / "squares.png").exists()
+
+
+def test_render_refuses_an_edited_table(folder, script, results_dir):
+    edit(folder / "data.csv", "square,4\n", "square,5\n")
+    with pytest.raises(SystemExit, match="not the one that was measured"):
+        render(results_dir, script.parent)
+    assert "1.833" in (folder / "README.md").read_text()
+
+
+def test_headline_shows_the_committed_numbers_beside_the_new_ones(folder, experiment, script, results_dir, capsys):
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+        subprocess.run(["git", "-C", str(results_dir.parent), *identity, *words], check=True, capture_output=True)
+
+    git("init")
+    headline("90_squares", "workstation", results_dir, script.parent)
+    assert "nothing committed at HEAD" in capsys.readouterr().out
+    git("add", ".")
+    git("commit", "-m", "results")
+    edit(folder / "data.csv", "square,4\n", "square,10\n")
+    headline("90_squares", "workstation", results_dir, script.parent)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["quantity", "HEAD", "now", "difference"] in lines
+    assert ["largest square", "4.333", "10.00", "5.667"] in lines
+
+
+def test_a_comparison_needs_its_columns_and_one_row_a_quantity(experiment, folder):
+    data = load(folder)
+    lacking = dataclasses.replace(experiment, compare=lambda data, published: pd.DataFrame({"quantity": ["a"]}))
+    with pytest.raises(ValueError, match=r"lacks the columns \['paper'"):
+        report.comparison(lacking, data)
+    twice = dataclasses.replace(experiment, compare=lambda *given: pd.concat([experiment.compare(*given)] * 2))
+    with pytest.raises(ValueError, match="twice"):
+        report.comparison(twice, data)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(81.9, 4, "81.90"), (1027.44, 4, "1027"), (0.01234567, 4, "0.01235"), (999.97, 4, "1000"), (float("nan"), 4, "–"),
+     (-3.14159, 3, "-3.14"), (0.0, 2, "0.0"), (float("inf"), 4, "inf")],
+)
+def test_numbers_have_significant_digits(value, digits, text):
+    assert report.number(value, digits) == text
+
+
+def test_published_tables_load_and_verify(tmp_path):
+    table = published("merging")
+    row = table.query("merger == 'task_arithmetic' and svc == 'output' and backbone == 'ViT-B/32'")
+    assert row.value.tolist() == [81.9]
+    with pytest.raises(ValueError, match=r"no published table 'mergin'.*merging"):
+        published("mergin")
+    shutil.copytree(report.PUBLISHED_FOLDER, tmp_path / "published")
+    assert problems(tmp_path, tmp_path) == []
+    edit(tmp_path / "published" / "merging.csv", "backbone", "model")
+    edit(tmp_path / "published" / "sparsity.csv", ",36,", ",,")
+    (tmp_path / "published" / "other.csv").write_text("a,b\n1,2\n")
+    assert sorted(line.split(":")[0] for line in problems(tmp_path, tmp_path)) == [
+        "published/merging.csv", "published/other.csv", "published/sparsity.csv",
+    ]                                                                       # fmt: skip
+
+
+def test_a_script_without_a_file_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="there is no script"):
+        load_experiment(tmp_path / "experiments" / "91_absent.py")
+
+
+def test_provenance_is_plain_json(folder):
+    facts = json.loads((folder / "provenance.json").read_text())
+    assert facts["experiment"] == "90_squares" and facts["seeds"] == [0, 1]
+    assert list(facts)[-2:] == ["data_sha256", "verdict"]

@@ -1,0 +1,125 @@
+"""The rules of the house, read from the source text: who may import whom, and that imports do no work."""
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from common.results import SCALE_NAMES, load_experiment
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("common", "merging", "sparsity")
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+LIBRARY = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+FORBIDDEN = {
+    "common": {"merging", "sparsity", "experiments", "tests"},
+    "merging": {"sparsity", "experiments", "tests"},
+    "sparsity": {"merging", "experiments", "tests"},
+    "experiments": {"experiments", "tests"},
+}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The top-level names of everything a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def faults(tree: ast.AST) -> list[str]:
+    """Star imports, edits of sys.path, and imports of numbered scripts by machinery."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
+            found.append(f"line {node.lineno}: star import")
+        if isinstance(node, ast.Attribute) and node.attr == "path" and ast.unparse(node.value) == "sys":
+            found.append(f"line {node.lineno}: sys.path")
+    return found
+
+
+# What a module may call when it is imported, beside classes: calls that build small constants.
+CALLS_AT_IMPORT = {
+    "Path", "TypeVar", "frozenset", "tuple", "dict", "set", "range", "sorted", "field", "partial", "MappingProxyType",
+    "re.compile", "matplotlib.rc_context", "resolve", "logging.getLogger", "dataclass", "replace",
+    "matrices_without",                                 # builds a predicate over tensor names
+}                                                                           # fmt: skip
+
+
+def calls(node: ast.AST) -> list[ast.Call]:
+    """The calls that executing a statement makes: those inside a lambda wait for their own call."""
+    children = [] if isinstance(node, ast.Lambda) else ast.iter_child_nodes(node)
+    return [node] * isinstance(node, ast.Call) + [call for child in children for call in calls(child)]
+
+
+def work_at_import(tree: ast.Module) -> list[str]:
+    """Statements of a module's top level that do more than define: loops, and calls that build no constant."""
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom):
+            continue
+        if isinstance(node, ast.For | ast.While | ast.With | ast.Try):
+            found.append(f"line {node.lineno}: {type(node).__name__.lower()} at import")
+        for call in calls(node):
+            called = ast.unparse(call.func)
+            known = called in CALLS_AT_IMPORT or called.split(".")[-1] in CALLS_AT_IMPORT
+            if not known and not called.split(".")[-1][:1].isupper():       # classes make values
+                found.append(f"line {call.lineno}: {called}(…) at import")
+    return found
+
+
+@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS, ids=name)
+def test_imports_run_only_downwards(path):
+    package = path.relative_to(ROOT).parts[0]
+    assert not imported(ast.parse(path.read_text())) & FORBIDDEN[package]
+
+
+@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS + TESTS, ids=name)
+def test_no_star_imports_and_no_edits_of_the_search_path(path):
+    assert faults(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS, ids=name)
+def test_importing_does_no_work(path):
+    assert work_at_import(ast.parse(path.read_text())) == []
+
+
+def test_the_rules_see_what_they_forbid():
+    bad = "import sys\nfrom merging import *\nsys.path.insert(0, '.')\nx = compute()\nfor i in x: pass\n"
+    tree = ast.parse(bad + "y = lambda: compute()\n")
+    assert imported(tree) == {"sys", "merging"}
+    assert faults(tree) == ["line 2: star import", "line 3: sys.path"]
+    assert [line.split(":")[0] for line in work_at_import(tree)] == ["line 3", "line 4", "line 5"]
+
+
+def test_experiments_holds_numbered_scripts_and_nothing_else():
+    ignored = {"__pycache__", "configs"}
+    names = {path.name for path in (ROOT / "experiments").iterdir()} - ignored
+    assert [entry for entry in names if not re.fullmatch(r"\d\d_[a-z0-9_]+\.py", entry)] == []
+    numbers = [path.name[:2] for path in EXPERIMENTS]
+    assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
+def test_every_experiment_states_claim_rule_cost_and_its_four_scales(path):
+    experiment = load_experiment(path)
+    assert tuple(experiment.scales) == SCALE_NAMES
+    for word in ("Claim", "Verdict", "Cost", "Run"):
+        assert re.search(rf"^{word}\b", experiment.doc, re.MULTILINE), f"the docstring lacks a line {word}"
+    assert f"python experiments/{path.name}" in experiment.doc
+
+
+def test_only_one_place_loads_pretrained_models():
+    users = [name(path) for path in LIBRARY + EXPERIMENTS if "from_pretrained(" in path.read_text()]
+    assert [user for user in users if not user.startswith("common/models")] == []
