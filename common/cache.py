@@ -1,13 +1,15 @@
 """The artefact cache: what a run builds once (models, experts, rows), the next run finds again.
 
-An artefact is a folder `.cache/KIND/KEY/`. Its key is the hash of the inputs it was built from and of the code that built
-it, so that changed code never meets a stale artefact (comments, docstrings and layout do not count as changes). It is
-built in a temporary sibling folder and renamed when complete: a killed run leaves nothing half-written, and two
-processes never build the same artefact twice. Contents are safetensors and JSON, never pickles.
+An artefact is a folder `.cache/KIND/KEY/`. Its key is the hash of the inputs it was built from and of the code that
+built it, so that changed code never meets a stale artefact (comments, docstrings and layout do not count as changes).
+It is built in a temporary sibling folder and renamed when complete: a killed run leaves nothing half-written, and two
+processes never build the same artefact twice. Contents are safetensors and JSON, never pickles. The variable
+EXPERIMENTS_CACHE names another place for it.
 """
 
 import ast
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache"
+CACHE = Path(os.environ.get("EXPERIMENTS_CACHE", Path(__file__).resolve().parent.parent / ".cache"))
 
 RECORDS: list[dict[str, Any]] = []  # what this process asked for: kind, key and whether it was there already
 
@@ -51,6 +53,7 @@ def cache_key(inputs: Mapping[str, Any], sources: Iterable[Any] = ()) -> str:
     return hashlib.sha256("\0".join([text, *code]).encode()).hexdigest()[:16]
 
 
+@functools.cache  # the code as it was when this process first needed it, not what is edited meanwhile
 def _code(source: Any) -> str:
     """Return the code of a module, class or function without comments, docstrings and layout."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(source)))
@@ -66,8 +69,13 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a cache key is made of plain data and dataclasses, got {type(value).__name__}: {value!r}")
 
 
+def is_cached(kind: str, inputs: Mapping[str, Any], sources: Sequence[Any] = ()) -> bool:
+    """Return whether the artefact of these inputs and sources is there already; asking is not recorded."""
+    return (CACHE / kind / cache_key(inputs, sources)).is_dir()
+
+
 def artefact(
-    kind: str, inputs: Mapping[str, Any], build: Callable[[Path], None], sources: Sequence[Any] = ()
+    kind: str, inputs: Mapping[str, Any], sources: Sequence[Any] = (), *, build: Callable[[Path], None]
 ) -> Artefact:
     """Return the artefact of these inputs and sources; if there is none, `build(folder)` fills an empty folder."""
     key = cache_key(inputs, sources)
@@ -103,4 +111,4 @@ def cached_rows(
     def write(folder: Path) -> None:
         (folder / "rows.json").write_text(json.dumps(list(build())))
 
-    return json.loads((artefact(kind, inputs, write, sources).path / "rows.json").read_text())
+    return json.loads((artefact(kind, inputs, sources, build=write).path / "rows.json").read_text())

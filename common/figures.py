@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -27,13 +28,14 @@ COLOURS = {
     "pretrained": "#B3B3B3", "expert": INK, "weight_average": "#56B4E9", "task_arithmetic": "#0072B2",
     "plain_sum": "#4D4D4D", "ties": "#D55E00", "dare": "#CC79A7", "tsv_m": "#009E73", "iso_c": "#E69F00",
     "iso_cts": "#8C6D31", "star": "#7A5195", "none": MUTED, "output": "#0072B2", "input": "#D55E00",
+    "unrelated": "#A6A6A6",
 }                                                                           # fmt: skip
 
 LABELS = {
     "pretrained": "pretrained", "expert": "experts", "weight_average": "weight average",
     "task_arithmetic": "Task Arithmetic", "plain_sum": "sum", "ties": "TIES", "dare": "DARE", "tsv_m": "TSV-M",
     "iso_c": "Iso-C", "iso_cts": "Iso-CTS", "star": "STAR", "none": "base", "output": "+ SVC",
-    "input": "+ SVC, input space",
+    "input": "+ SVC, input space", "unrelated": "sum of unrelated updates",
 }                                                                           # fmt: skip
 
 STYLE = {
@@ -76,6 +78,16 @@ def new_figure(
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, the same bytes for the same drawing (no date, no version inside)."""
     figure.savefig(path, dpi=150, metadata={"Software": None}, facecolor="white", pil_kwargs={"optimize": True})
+
+
+def log_axis(axis: Axis) -> None:
+    """Make a drawn axis (`ax.xaxis`, `ax.yaxis`) logarithmic, labelled 0.5, 1, 2 and not by powers of ten."""
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    low, high = sorted(axis.get_view_interval())
+    steps = (1, 2, 5) if high < 100 * low else (1, 3) if high < 2000 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(lambda tick, _: f"{tick:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _panels(data: pd.DataFrame, panel: str | None, names: Mapping[Any, str] | None) -> list[tuple[str, pd.DataFrame]]:
@@ -232,6 +244,8 @@ def lines(
         if xscale == "log" and len(ticks) <= 10:        # few values: label them instead of powers of ten
             ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
             ax.xaxis.set_minor_locator(NullLocator())
+    if yscale == "log":
+        log_axis(axes[0, 0].yaxis)                      # shared by all panels
     axes[0, 0].set_ylabel(ylabel or y)
     handles = [Line2D([], [], color=colour(name, position)) for position, name in enumerate(groups)]
     figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")
@@ -301,6 +315,58 @@ def layer_heatmap(
         bar.set_ticks(LogLocator(subs=(1, 2, 5)))
         bar.ax.yaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
         bar.minorticks_off()
+    return figure
+
+
+@styled
+def matrix(
+    data: pd.DataFrame,
+    *,
+    row: str,
+    column: str,
+    value: str = "value",
+    panel: str | None = None,
+    centre: float | None = 0.0,
+    cells: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    text: str = "",
+    names: Mapping[Any, str] | None = None,
+) -> Figure:
+    """Draw a mean over (row × column) as colours, one panel for each value of `panel`; missing cells stay empty.
+
+    Args:
+        data: a row a measurement; rows from top to bottom and columns from left to right in order of appearance.
+        row, column, value, panel: column names of the table.
+        centre: value of the neutral colour (0: no difference); None: a scale without a centre.
+        cells: how the means are written into their cells ("+z.0f"); "" leaves them out.
+        xlabel, ylabel: what columns and rows are.
+        text: what the colours are, with its unit.
+        names: how rows, columns and panels are written, where not as in LABELS.
+    """
+    panels = _panels(data, panel, names)
+    rows, columns = list(data[row].unique()), list(data[column].unique())
+    means = [part.groupby([row, column])[value].mean().unstack() for _, part in panels]
+    means = [mean.reindex(index=rows, columns=columns) for mean in means]
+    norm, palette = _colour_scale(min(np.nanmin(m) for m in means), max(np.nanmax(m) for m in means), centre, log=False)
+    size = dict(width=0.32 * len(columns) + (2.6 if len(panels) == 1 else 1.2), height=0.21 * len(rows) + 1.7)
+    figure, axes = new_figure(len(panels), sharey=True, **size)
+    for ax, (title, _), mean in zip(axes[0], panels, means, strict=True):
+        shown = np.ma.masked_invalid(mean.to_numpy(float))
+        image = ax.pcolormesh(shown, norm=norm, cmap=palette, edgecolors="white", linewidth=0.4)
+        for (y, x), number in np.ma.ndenumerate(shown):   # those that are there
+            if cells:
+                tone = "white" if abs(norm(number) - 0.5) > 0.35 else INK
+                ax.text(x + 0.5, y + 0.5, f"{number:{cells}}".replace("-", "−"), ha="center", va="center", fontsize=6, color=tone)
+        ax.set_xticks(np.arange(len(columns)) + 0.5, [label(name, names) for name in columns], rotation=90)
+        ax.set_yticks(np.arange(len(rows)) + 0.5, [label(name, names) for name in rows])
+        ax.tick_params(length=0, labelsize=7.5)
+        ax.grid(visible=False)
+        ax.spines[:].set_visible(False)
+        ax.set(title=title, xlabel=xlabel)
+    axes[0, 0].invert_yaxis()                           # shared by all panels: the first row on top
+    axes[0, 0].set_ylabel(ylabel)
+    figure.colorbar(image, ax=axes[0].tolist(), label=text or value, pad=0.02, aspect=30).outline.set_visible(False)
     return figure
 
 

@@ -76,7 +76,8 @@ def fit(
     """
     splitting = DataLoaderConfiguration(split_batches=True)
     accelerator = Accelerator(cpu=device.type == "cpu", dataloader_config=splitting)
-    optimizer = torch.optim.AdamW(decay_groups(model, recipe.weight_decay), recipe.learning_rate, recipe.betas)
+    groups = decay_groups(model, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, recipe.learning_rate, recipe.betas, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
     prepared, optimizer, loader, schedule = accelerator.prepare(model.train(), optimizer, loader, schedule)
     hidden = description is None or not accelerator.is_main_process

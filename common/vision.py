@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common import evaluation, training
-from common.cache import Artefact, artefact, cache_key
+from common.cache import Artefact, artefact, cache_key, is_cached
 from common.data import glyphs, hub
 from common.models import hub as clip_models
 from common.models import tiny_clip
@@ -53,7 +53,9 @@ class Suite:
     def scores(self, states: Sequence[State], split: str = "test") -> list[float]:
         """Return the mean accuracy over the tasks, in %, of each of the S models."""
         answers = self.correct(states, split)
-        return [100 * sum(right[i].float().mean().item() for right in answers) / len(answers) for i in range(len(states))]
+        return [
+            100 * sum(right[i].float().mean().item() for right in answers) / len(answers) for i in range(len(states))
+        ]
 
     def rows(self, labelled: Sequence[tuple[dict[str, Any], State]], pairs: Sequence[dict[str, int]] = ()) -> Rows:
         """Yield one table row for each task and model: its labels, accuracy (%) and number of test images.
@@ -113,11 +115,11 @@ class GlyphRecipe:
     """How the glyph suite's base and experts are trained. `slant` and `halftone` are the downstream domain."""
 
     width: tyro.conf.Suppress[int] = 96  # set by the backbone's name
-    pretraining_steps: int = 1000
-    expert_steps: int = 300
-    expert_learning_rate: float = 1e-4
-    slant: float = 0.375
-    halftone: float = 0.5
+    pretraining_steps: int = 2000
+    expert_steps: int = 200
+    expert_learning_rate: float = 4e-4
+    slant: float = 0.5
+    halftone: float = 0.3
 
     def at(self, backbone: str) -> "GlyphRecipe":
         """Return the recipe at the width of a backbone "glyph-WIDTH"."""
@@ -147,9 +149,13 @@ def pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None 
 
     One base a width is shared by all seeds, as the paper shares one CLIP.
     """
+    return artefact(*_base(recipe, device), build=partial(_pretrain, recipe, device, description))
+
+
+def _base(recipe: GlyphRecipe, device: torch.device) -> tuple[str, dict[str, Any], tuple[Any, ...]]:
+    """Kind, inputs and code of a base's artefact."""
     inputs = {"width": recipe.width, "recipe": recipe.pretraining, "device": device.type}
-    build = partial(_pretrain, recipe, device, description)
-    return artefact("tiny_clip", inputs, build, (glyphs, tiny_clip, training, _pretrain))
+    return "tiny_clip", inputs, (glyphs, tiny_clip, training, _pretrain)
 
 
 def _pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None, folder: Path) -> None:
@@ -168,10 +174,17 @@ def _pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None
 
 def fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device) -> Artefact:
     """Return the task's expert: the image encoder fine-tuned under the frozen zero-shot head; model.safetensors."""
-    base = pretrain(recipe, device)
-    inputs = {"task": task, "seed": seed, "recipe": recipe.expert, "style": recipe.style, "base": base.key}
-    build = partial(_fine_tune, recipe, task, seed, device, base.path)
-    return artefact("glyph_expert", inputs, build, (glyphs, tiny_clip, training, _fine_tune))
+    base = pretrain(recipe, device).path
+    return artefact(*_expert(recipe, task, seed, device), build=partial(_fine_tune, recipe, task, seed, device, base))
+
+
+def _expert(
+    recipe: GlyphRecipe, task: str, seed: int, device: torch.device
+) -> tuple[str, dict[str, Any], tuple[Any, ...]]:
+    """Kind, inputs and code of an expert's artefact."""
+    _, *base = _base(recipe, device)
+    inputs = {"task": task, "seed": seed, "recipe": recipe.expert, "style": recipe.style, "base": cache_key(*base)}
+    return "glyph_expert", inputs, (glyphs, tiny_clip, training, _fine_tune)
 
 
 def _fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device, base: Path, folder: Path) -> None:
@@ -232,7 +245,7 @@ class _GlyphBatches:
     def __call__(self, task: str, split: str, batch_size: int = 512) -> list[tuple[Tensor, ...]]:
         if (task, split) not in self.made:
             drawn = glyphs.glyphs([task], split)
-            copies = 2 if split == "test" else max(1, round(128 / len(drawn.labels)))
+            copies = 2 if split == "test" else max(1, round(64 / len(drawn.labels)))
             images, labels = glyphs.photographs(drawn, self.style, copies, seed=1 if split == "test" else 2)
             self.made[task, split] = (images.to(self.device), labels.to(self.device))
         return list(zip(*(tensor.split(batch_size) for tensor in self.made[task, split]), strict=True))
@@ -243,9 +256,15 @@ _IMAGES = (glyphs, _GlyphBatches)
 
 def train_all(recipes_seeds_tasks: Sequence[tuple[GlyphRecipe, int, str]], context: Any) -> None:
     """Train, in parallel processes, the bases and experts of these (recipe, seed, task) that are not cached yet."""
-    bases = list({(recipe.width, recipe.pretraining): recipe for recipe, _, _ in recipes_seeds_tasks}.values())
+    experts = [
+        (recipe, seed, task)
+        for recipe, seed, task in recipes_seeds_tasks
+        if not is_cached(*_expert(recipe, task, seed, context.device))
+    ]
+    recipes = {(recipe.width, recipe.pretraining): recipe for recipe, _, _ in recipes_seeds_tasks}.values()
+    bases = [recipe for recipe in recipes if not is_cached(*_base(recipe, context.device))]
     context.map(partial(_pretrain_one, context.device), bases, "pre-train")
-    context.map(partial(_fine_tune_one, context.device), recipes_seeds_tasks, "fine-tune experts")
+    context.map(partial(_fine_tune_one, context.device), experts, "fine-tune experts")
 
 
 def _pretrain_one(device: torch.device, recipe: GlyphRecipe) -> str:

@@ -68,22 +68,22 @@ def measure_unit(settings, device, unit):
     for method in settings.methods:
         inputs = {"suite": suite.key, "method": method, "seed": seed}
         build = partial(merger_rows, suite, updates, method, seed)
-        rows += cached_rows("vision_merging", inputs, build, (*CODE, merger_rows, variants_of))
+        rows += cached_rows("vision_merging", inputs, build, (*CODE, merger_rows, variants_of, validation_scores))
     return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]
 
 
 def merger_rows(suite, updates, method, seed):
-    """All variants of one merger, scored together; each is paired with the base at its own rule and at a tuned scale."""
+    """All variants of one merger, scored together and paired with the base at the same rule and with the tuned base."""
     variants = variants_of(suite, updates, method, seed)
-    own_base = {labels["scale_rule"]: i for i, (labels, _) in reversed(list(enumerate(variants))) if labels["svc"] == "none"}
-    pairs = [{"": own_base[labels["scale_rule"]], "_over_tuned": own_base["validation"]} for labels, _ in variants]
+    rules = [labels["scale_rule"] for labels, _ in variants]        # the first of each rule is the base by that rule
+    pairs = [{"": rules.index(rule), "_over_tuned": rules.index("validation")} for rule in rules]
     states = [apply(suite.pretrained, update, labels["scale"]) for labels, update in variants]
     labelled = [({"method": method, **labels}, state) for (labels, _), state in zip(variants, states, strict=True)]
     yield from suite.rows(labelled, pairs)
 
 
 def variants_of(suite, updates, method, seed):
-    """The merger's labelled updates: base and calibrated, at own and tuned scale, other tensors by its rule or averaged."""
+    """The merger's labelled updates: base first, then calibrated; own and tuned scale, other tensors averaged too."""
     merged = MERGERS[method](updates, **({"seed": seed} if method == "dare" else {}))
     mean = weight_average(updates)
     published = calibration.published_alpha(method, len(updates))
@@ -93,14 +93,16 @@ def variants_of(suite, updates, method, seed):
         labels = dict(svc="output" if alpha else "none", alpha=alpha, scale_rule="fixed", scale=1.0, others="own")
         variants.append((labels, update))
         if alpha in (None, published):
-            tuned = scale.tune_scale(
-                lambda scales, update=update: suite.scores([apply(suite.pretrained, update, s) for s in scales], "validation")
-            )
+            tuned = scale.tune_scale(partial(validation_scores, suite, update))
             variants.append((labels | dict(scale_rule="validation", scale=tuned), update))
             averaged = task_vectors.combine(update, mean, calibration.SVC_MATRICES)
             if any(not averaged[name].equal(update[name]) for name in update):
                 variants.append((labels | dict(others="mean"), averaged))
     return variants
+
+
+def validation_scores(suite, update, scales):
+    return suite.scores([apply(suite.pretrained, update, scale) for scale in scales], "validation")
 
 
 # From here on only the table is seen --------------------------------------------------------------------------------
@@ -128,6 +130,13 @@ def by_size(names):
     return sorted(set(names), key=lambda name: (len(name), name))
 
 
+def in_order(table, columns):
+    """The table sorted by columns: backbones by size, methods as in the table of mergers."""
+    order = dict(backbone=by_size, method=lambda names: [*REFERENCES, *MERGERS], suite=lambda sizes: sorted(set(sizes)))
+    keys = {name: order[name](table[name]) for name in columns}
+    return table.sort_values(columns, key=lambda column: column.map(keys[column.name].index), ignore_index=True)
+
+
 def methods_of(data):
     return [method for method in MERGERS if method in set(data.method)]
 
@@ -149,23 +158,22 @@ def intervals(data):
             "tuned SVC − tuned base": paired_interval(tuned),
         }
         found.append(dict(backbone=backbone, suite=suite, method=method) | gains)
-    order = dict(backbone=by_size(data.backbone), suite=sorted(data.suite.unique()), method=methods_of(data))
-    return pd.DataFrame(found).sort_values(
-        list(order), key=lambda column: column.map(order[column.name].index), ignore_index=True
-    )
+    return in_order(pd.DataFrame(found), ["backbone", "suite", "method"])
 
 
 def draw(data):
     means = seed_means(data[data.method.isin(MERGERS)])
     means = means[means.backbone == by_size(means.backbone)[0]].assign(panel=means.suite.map("{} tasks".format))
-    means = means.sort_values(["suite", "method"], key=lambda c: c.map(methods_of(data).index) if c.name == "method" else c)
+    means = in_order(means, ["suite", "method"])
     shown = means[means.row.isin([BASE, SVC, SVC_1])]
     tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
     options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
     return {
         "accuracy_by_merger": figures.paired(shown, start=BASE, **options),
         "accuracy_at_tuned_scales": figures.paired(tuned, start=BASE_TUNED, **options),
-        "paired_gains": figures.forest(gains_for_figure(data), item="method", panel="panel", xlabel="difference in mean accuracy, points"),
+        "paired_gains": figures.forest(
+            gains_for_figure(data), item="method", panel="panel", xlabel="difference in mean accuracy, points"
+        ),
     }
 
 
@@ -178,27 +186,22 @@ def gains_for_figure(data):
 
 def compare(data, published):
     means, lines = seed_means(data), []
-    means = means[means.row.isin([BASE, SVC])]
-    order = {name: place for place, name in enumerate([*REFERENCES, *MERGERS])}
-    means = means.sort_values("method", key=lambda column: column.map(order), kind="stable")
-    for backbone in by_size(means.backbone):
-        part = means[means.backbone == backbone]
-        for (suite, method, row), rows in part.groupby(["suite", "method", "row"], sort=False):
-            paper, source = published_value(published, suite, STANDS_FOR.get(backbone, backbone), method, row)
-            stands_for = f"no: stands for {STANDS_FOR[backbone]}" if backbone in STANDS_FOR else "no"
-            setting = stands_for if vision.is_glyph(backbone) else "hub experts"
-            lines.append(dict(
-                quantity=f"{suite} tasks, {backbone}: {method}{' + SVC' if row == SVC else ''}",
-                paper=paper, ours=rows.value.mean(), sd=rows.value.std(), n=len(rows), same_setting=setting + source,
-                order=(by_size(means.backbone).index(backbone), suite),
-            ))  # fmt: skip
-    return pd.DataFrame(sorted(lines, key=lambda line: line["order"])).drop(columns="order")
+    means = in_order(means[means.row.isin([BASE, SVC])], ["backbone", "suite", "method"])
+    for (backbone, suite, method, row), rows in means.groupby(["backbone", "suite", "method", "row"], sort=False):
+        paper, source = published_value(published, suite, STANDS_FOR.get(backbone, backbone), method, row)
+        stands_for = f"no: stands for {STANDS_FOR[backbone]}" if backbone in STANDS_FOR else "no"
+        setting = stands_for if vision.is_glyph(backbone) else "hub experts"
+        quantity = f"{suite} tasks, {backbone}: {method}{' + SVC' if row == SVC else ''}"
+        ours = dict(ours=rows.value.mean(), sd=rows.value.std(), n=len(rows))
+        lines.append(dict(quantity=quantity, paper=paper, **ours, same_setting=setting + source))
+    return pd.DataFrame(lines)
 
 
 def published_value(published, suite, backbone, method, row):
     """The paper's number, else that of another source, which is named."""
     method = {"expert": "fine_tuned"}.get(method, method)
-    wanted = dict(suite=f"{suite} vision tasks", backbone=backbone, merger=method, svc="output" if row == SVC else "none")
+    svc = "output" if row == SVC else "none"
+    wanted = dict(suite=f"{suite} vision tasks", backbone=backbone, merger=method, svc=svc)
     found = published[(published[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     own = found[found.source.str.contains("2602.05536")]
     if len(own):

@@ -59,7 +59,7 @@ FACES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a glyph is photographed. Lengths are shares of the image side; `slant` and `halftone` are fixed, the rest vary.
+    """How a glyph is photographed. Lengths are shares of the image side; `slant` and `halftone` are fixed.
 
     rotation is in degrees; shear, scale and shift are half-widths of uniform laws; contrast is the most that is lost;
     inversion, blur and stroke (thicker or thinner) are probabilities; noise is the standard deviation of white noise
@@ -164,8 +164,11 @@ class _Uniform:
 
 
 def _stroke(ink: Tensor, draw: Tensor, probability: float) -> Tensor:
-    thicker, thinner = F.max_pool2d(ink, 3, 1, 1), -F.max_pool2d(-ink, 3, 1, 1)
-    return torch.where(draw < probability / 2, thicker, torch.where(draw > 1 - probability / 2, thinner, ink))
+    draw, ink = draw.flatten(), ink.clone()
+    thicker, thinner = draw < probability / 2, draw > 1 - probability / 2
+    ink[thicker] = F.max_pool2d(ink[thicker], 3, 1, 1)
+    ink[thinner] = -F.max_pool2d(-ink[thinner], 3, 1, 1)
+    return ink
 
 
 def _warp(ink: Tensor, style: Style, uniform: _Uniform) -> Tensor:

@@ -33,7 +33,7 @@ VALIDATION_FRACTION, VALIDATION_SEED = 0.1, 0
 LIMIT_SEED = 0
 
 
-class HubError(RuntimeError):
+class HubError(OSError):
     """A repository of the Hub cannot be had; the message is one line that says what to do."""
 
 

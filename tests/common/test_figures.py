@@ -55,6 +55,19 @@ def test_lines_draw_means_and_points_by_panel():
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["2", "8"]
 
 
+def test_log_axes_are_labelled_with_plain_numbers():
+    figure = figures.lines(table(1), x="tasks", panel="suite", yscale="log")            # values from 2 to 9
+    figure.canvas.draw()
+    for ax in figure.axes:
+        assert ax.get_yscale() == "log"
+        low, high = ax.get_ylim()
+        texts = {tick.get_text() for tick in ax.get_yticklabels() if low <= tick.get_position()[1] <= high}
+        assert {"2", "5"} <= texts or ax is not figure.axes[0]
+    (ax,) = figures.paired(table(1).query("suite == '8 tasks'")).axes
+    figures.log_axis(ax.xaxis)
+    assert ax.get_xscale() == "log" and ax.get_yscale() == "linear"
+
+
 @pytest.mark.parametrize("options", [{}, {"log": True}, {"centre": None}, dict(centre=None, log=True, limits=(0.1, 4))])
 def test_heat_maps_hold_the_means_in_order(options):
     figure = figures.layer_heatmap(heat(), **options)
@@ -63,6 +76,25 @@ def test_heat_maps_hold_the_means_in_order(options):
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["block 0", "block 1", "block 2"]
     if options.get("centre", 1.0):
         assert mesh.norm(1.0) == pytest.approx(0.5)     # counted once is the neutral colour
+
+
+def test_matrices_hold_the_means_in_order_of_appearance_and_leave_gaps_empty():
+    cells = (("a", "z", "z", 3), ("a", "z", "b", -1.2), ("a", "b", "z", -6), ("b", "b", "b", 7))
+    rows = [
+        dict(panel=panel, target=target, task=task, value=value + seed)
+        for panel, target, task, value in cells
+        for seed in (0, 2)
+    ]
+    options = dict(row="target", column="task", panel="panel", cells="+z.0f", names={"z": "Z"})
+    figure = figures.matrix(pd.DataFrame(rows), **options)
+    first, second = figure.axes[:2]
+    assert [text.get_text() for text in first.get_xticklabels()] == ["Z", "b"]
+    assert [text.get_text() for text in first.get_yticklabels()] == ["Z", "b"] and first.yaxis_inverted()
+    drawn = first.collections[0].get_array().reshape(2, 2)
+    assert drawn.tolist() == [[4, pytest.approx(-0.2)], [-5, None]]
+    assert [text.get_text() for text in first.texts] == ["+4", "+0", "−5"]
+    assert [text.get_text() for text in second.texts] == ["+8"]
+    assert first.collections[0].norm(0.0) == pytest.approx(0.5)            # no difference is the neutral colour
 
 
 def test_files_are_small_and_the_same_each_time(tmp_path):

@@ -1,0 +1,57 @@
+"""Scoring several models in one pass, and the paired comparison of two of them."""
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from common.evaluation import correct
+from common.statistics import paired_interval, spread
+
+
+def test_several_models_in_one_pass_give_what_each_gives_alone():
+    torch.manual_seed(0)
+    encoder, head = nn.Linear(6, 4), torch.randn(3, 4)
+    states = [{name: torch.randn_like(tensor) for name, tensor in encoder.state_dict().items()} for _ in range(3)]
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    images, labels = torch.randn(50, 6), torch.randint(3, (50,))
+    batches = list(zip(images.split(16), labels.split(16), strict=True))
+    together = correct(encoder, states, batches, head)
+    assert together.shape == (3, 50) and together.dtype == torch.bool
+    for state, answers in zip(states, together, strict=True):
+        features = images @ state["weight"].T + state["bias"]
+        assert answers.equal((features / features.norm(dim=1, keepdim=True) @ head.T).argmax(1) == labels)
+    assert all(tensor.equal(before[name]) for name, tensor in encoder.state_dict().items())
+
+
+def cells(gained, lost, seeds=3, tasks=8, images=200):
+    return pd.DataFrame([dict(seed=seed, task=f"t{task}", images=images, gained=gained, lost=lost)
+                         for seed in range(seeds) for task in range(tasks)])  # fmt: skip
+
+
+def test_the_mean_difference_is_exact_and_the_interval_holds_it():
+    interval = paired_interval(cells(gained=30, lost=10))
+    assert interval.mean == pytest.approx(10) and interval.low < 10 < interval.high and interval.sign == 1
+    assert paired_interval(cells(10, 30)).sign == -1 and paired_interval(cells(20, 20)).sign == 0
+
+
+def test_images_count_even_where_seeds_and_tasks_agree_and_more_of_them_narrow_the_interval():
+    wide, narrow = paired_interval(cells(3, 1, images=20)), paired_interval(cells(300, 100, images=2000))
+    assert 0 < narrow.high - narrow.low < (wide.high - wide.low) / 5
+
+
+def test_spread_over_tasks_widens_the_interval():
+    data = cells(30, 10)
+    uneven = data.assign(gained=data.gained.where(data.task != "t0", 190), lost=data.lost.where(data.task != "t0", 0))
+    even, wide = paired_interval(data), paired_interval(uneven)
+    assert wide.high - wide.low > 2 * (even.high - even.low)
+
+
+def test_the_interval_is_the_same_each_time_and_gaps_are_refused():
+    data = cells(12, 9)
+    assert paired_interval(data) == paired_interval(data)
+    with pytest.raises(ValueError, match="every seed and task"):
+        paired_interval(data.iloc[1:])
+
+
+def test_spread_shows_a_deviation_only_where_there_is_one():
+    assert spread(pd.Series([1.0, 2.0])) == "1.5 ± 0.7" and spread(pd.Series([1.0])) == "1.0"

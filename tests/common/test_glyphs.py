@@ -1,0 +1,78 @@
+"""The glyph suite: what a researcher would check before believing a number measured on it."""
+import pytest
+import torch
+
+from common.data import glyphs
+from common.models import tiny_clip
+
+
+def test_twenty_tasks_of_559_different_named_classes():
+    names = [name for task in glyphs.TASKS for name in glyphs.class_names(task)]
+    assert len(glyphs.TASKS) == 20 and len(names) == len(set(names)) == 559
+    assert glyphs.class_names("digits")[3] == "DIGIT THREE"
+
+
+def test_splits_are_disjoint_designs_and_obliques_stay_with_their_uprights():
+    design = {face: face.replace("Oblique", "").replace("Italic", "").rstrip("-") for split in glyphs.FACES.values()
+              for face in split if "DejaVu" in face}  # fmt: skip
+    sides = [{design.get(face, face) for face in faces} for faces in glyphs.FACES.values()]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+
+
+@pytest.mark.parametrize("split", glyphs.FACES)
+def test_every_class_is_in_every_split(split):
+    drawn = glyphs.glyphs(["digits", "math"], split)
+    assert set(drawn.labels.tolist()) == set(range(42)) and drawn.images.dtype == torch.uint8
+    assert drawn.images.flatten(1).amax(1).min() > 100                      # no glyph is blank
+
+
+def test_photographs_are_fixed_by_their_seed():
+    drawn = glyphs.glyphs(["digits"], "test")
+    first, labels = glyphs.photographs(drawn, glyphs.SHIFTED, 2, seed=1)
+    second, _ = glyphs.photographs(drawn, glyphs.SHIFTED, 2, seed=1)
+    other, _ = glyphs.photographs(drawn, glyphs.SHIFTED, 2, seed=2)
+    assert first.shape == (2 * len(drawn.labels), 3, 24, 24) and labels.shape == (len(first),)
+    assert first.equal(second) and not first.equal(other)
+
+
+def test_a_style_without_randomness_only_draws_the_glyph():
+    still = glyphs.Style(0, 0, 0, 0, 0, 0, 0, 0, 0)
+    drawn = glyphs.glyphs(["digits"], "test")
+    images = glyphs.photograph(drawn.images, still, torch.Generator().manual_seed(0))
+    again = glyphs.photograph(drawn.images, still, torch.Generator().manual_seed(1))
+    assert images.equal(again) and images.min() >= -1 and images.max() <= 1
+
+
+def test_the_half_tone_darkens_every_second_pixel_and_the_slant_moves_the_top_against_the_bottom():
+    white = torch.full((1, 64, 64), 255, dtype=torch.uint8)
+    still = dict(rotation=0, shear=0, scale=0, shift=0, noise=0, contrast=0, inversion=0, blur=0, stroke=0)
+    image = glyphs.photograph(white, glyphs.Style(**still, halftone=0.5), torch.Generator())[0, 0]
+    assert image[0, 0] == 1 and image[0, 1] == 0 and image[1, 0] == 0
+    bar = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    bar[:, :, 30:34] = 255
+    slanted = glyphs.photograph(bar, glyphs.Style(**still, slant=0.5), torch.Generator())[0, 0]
+    centre = (slanted + 1) @ torch.arange(24.0) / (slanted + 1).sum(1)
+    assert centre[4] > centre[12] > centre[20]
+
+
+@pytest.mark.parametrize("call", [lambda: glyphs.characters("runes"), lambda: glyphs.glyphs(["digits"], "dev")])
+def test_unknown_names_are_refused_with_the_known_ones(call):
+    with pytest.raises(ValueError, match="there are"):
+        call()
+
+
+def test_names_become_different_token_lines_that_end_in_the_largest_id():
+    names = [name for task in glyphs.TASKS for name in glyphs.class_names(task)]
+    ids = tiny_clip.tokens(names)
+    assert len({tuple(line) for line in ids.tolist()}) == len(names)
+    assert (ids.amax(1) == ids.max()).all()
+
+
+def test_the_tiny_clip_maps_images_and_names_to_one_space():
+    model = tiny_clip.tiny_clip(32)
+    head = tiny_clip.zero_shot_head(model, glyphs.class_names("digits"))
+    features = model.visual(torch.zeros(2, 3, 24, 24))
+    assert features.shape == (2, 32) and head.shape == (10, 32)
+    assert torch.allclose(head.norm(dim=1), torch.full((10,), 14.0), rtol=1e-4)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        tiny_clip.tiny_clip(40)

@@ -1,0 +1,66 @@
+"""experiments/22 at `--scale paper`, offline, on repositories of the true format: from the download call to the table."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_hub import BASE, TEST_ROWS, environment, repository, write_data
+
+from common.data.hub import VISION_TASKS
+from common.results import load
+
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "22_vision_merging.py"
+
+
+def run(hub: Path, scratch: Path) -> subprocess.CompletedProcess:
+    flags = ["--scale", "paper", "--device", "cpu", "--jobs", "1", "--results-dir", str(scratch / "results")]
+    variables = environment(hub) | {"EXPERIMENTS_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1"}
+    variables["HF_DATASETS_CACHE"] = str(scratch / "datasets")
+    command = [sys.executable, str(SCRIPT), *flags]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, timeout=900)
+
+
+def test_the_eight_task_table(true_hub, tmp_path):
+    done = run(true_hub, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "results" / "22_vision_merging" / "paper"
+    data, facts = load(folder), json.loads((folder / "provenance.json").read_text())
+    assert not facts["partial"] and set(data.backbone) == {"ViT-B/32"} and set(data.suite) == {8}
+    assert list(dict.fromkeys(data.task)) == list(VISION_TASKS) and set(data.images) == {TEST_ROWS}
+    text = (folder / "README.md").read_text()
+    assert "| 8 tasks, ViT-B/32: task_arithmetic + SVC | 81.9" in " ".join(text.split())
+    # the experts of the fake hub share a direction, so they move the predictions of the base
+    own = data[data.method.isin(["pretrained", "expert"])].pivot(index="task", columns="method", values="value")
+    assert (own.expert != own.pretrained).any()
+
+
+def remove_an_expert(hub):
+    shutil.rmtree(hub / "hub" / f"models--{VISION_TASKS['DTD'].expert_id(BASE).replace('/', '--')}")
+    return r"error: .*clip-vit-base-patch32_dtd.*"
+
+
+def rename_a_column(hub):
+    task = VISION_TASKS["SUN397"]
+    shutil.rmtree(repository(hub, "dataset", task.repo))
+    write_data(hub, task, columns=("picture", "label"))
+    return r"no column 'image', the columns are picture, label"
+
+
+def permute_the_labels(hub):
+    task = VISION_TASKS["MNIST"]
+    shutil.rmtree(repository(hub, "dataset", task.repo))
+    write_data(hub, task, names=[*task.class_names[1:], task.class_names[0]])
+    return r"label 0 is '1', expected '0'"
+
+
+@pytest.mark.parametrize("perturb", [remove_an_expert, rename_a_column, permute_the_labels])
+def test_a_perturbed_hub_fails_before_anything_is_measured(perturb, true_hub, tmp_path):
+    shutil.copytree(true_hub, tmp_path / "hub", symlinks=True)
+    message = perturb(tmp_path / "hub")
+    done = run(tmp_path / "hub", tmp_path)
+    assert done.returncode != 0 and not (tmp_path / "results").exists()
+    assert re.search(message, done.stderr), done.stderr[-2000:]

@@ -1,0 +1,64 @@
+"""Unrelated updates: the same singular values, and no more overlap than chance."""
+
+import pytest
+import torch
+
+from merging import diagnose, plain_sum
+from merging.chance import unrelated
+
+
+def task_vectors() -> list[dict[str, torch.Tensor]]:
+    """Six tasks that share their directions, with steep spectra."""
+    generator = torch.Generator().manual_seed(3)
+    shared = {name: torch.randn(m, n, generator=generator) for name, (m, n) in SHAPES.items()}
+    decay = {name: torch.logspace(0, -2, n) for name, (_, n) in SHAPES.items()}
+    return [
+        {
+            name: (shared[name] + 0.1 * torch.randn(shape, generator=generator)) * decay[name]
+            for name, shape in SHAPES.items()
+        }
+        | {"bias": torch.randn(5, generator=generator)}
+        for _ in range(6)
+    ]
+
+
+SHAPES = {"wide": (40, 60), "tall": (90, 30)}
+
+
+def test_singular_values_stay_and_everything_else_too():
+    tasks = task_vectors()
+    before = [{name: tensor.clone() for name, tensor in task.items()} for task in tasks]
+    for own, other in zip(tasks, unrelated(tasks), strict=True):
+        assert other["bias"].equal(own["bias"])
+        for name in SHAPES:
+            assert other[name].dtype == own[name].dtype and other[name].shape == own[name].shape
+            torch.testing.assert_close(
+                torch.linalg.svdvals(other[name]), torch.linalg.svdvals(own[name]), rtol=1e-4, atol=1e-5
+            )
+    assert all(task[name].equal(old[name]) for task, old in zip(tasks, before, strict=True) for name in task)
+
+
+def test_directions_are_unrelated():
+    tasks = task_vectors()
+    related, chance = (diagnose(plain_sum(updates), updates) for updates in (tasks, unrelated(tasks)))
+    pairs = ~torch.eye(6, dtype=torch.bool)
+    for name, (m, _) in SHAPES.items():
+        assert related[name].overlap[pairs].mean() > 2 * 8 / m
+        assert chance[name].overlap[pairs].mean() == pytest.approx(8 / m, rel=0.25)  # k/m
+        assert chance[name].inflation[0] < 0.6 * related[name].inflation[0]
+
+
+def test_both_sides_turn_by_the_seed_alone():
+    tasks = task_vectors()
+    first, again, other = unrelated(tasks, seed=1), unrelated(tasks, seed=1), unrelated(tasks, seed=2)
+    assert first[0]["wide"].equal(again[0]["wide"]) and not first[0]["wide"].allclose(other[0]["wide"])
+    for turned in (lambda x: x, lambda x: x.T):  # the leading direction of each side moves
+        old, new = (torch.linalg.svd(turned(task[0]["wide"])).U[:, 0] for task in (tasks, first))
+        assert (old @ new).abs() < 0.7
+
+
+def test_a_predicate_chooses_and_bad_input_is_refused():
+    tasks = task_vectors()
+    assert unrelated(tasks, matrices=lambda name, _: name == "tall")[0]["wide"].equal(tasks[0]["wide"])
+    with pytest.raises(ValueError, match="empty list"):
+        unrelated([])
