@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 
 INK, MUTED, FAINT = "#222222", "#8A8A8A", "#DDDDDD"
@@ -335,6 +336,8 @@ def matrix(
 ) -> Figure:
     """Draw a mean over (row × column) as colours, one panel for each value of `panel`; missing cells stay empty.
 
+    A cell whose row and column have the same name (a task against itself) is outlined.
+
     Args:
         data: a row a measurement; rows from top to bottom and columns from left to right in order of appearance.
         row, column, value, panel: column names of the table.
@@ -354,10 +357,15 @@ def matrix(
     for ax, (title, _), mean in zip(axes[0], panels, means, strict=True):
         shown = np.ma.masked_invalid(mean.to_numpy(float))
         image = ax.pcolormesh(shown, norm=norm, cmap=palette, edgecolors="white", linewidth=0.4)
+        for y, name in enumerate(rows):                 # outline what stands on itself
+            if name in columns:
+                ax.add_patch(Rectangle((columns.index(name), y), 1, 1, fill=False, edgecolor=INK, linewidth=0.7))
         for (y, x), number in np.ma.ndenumerate(shown):   # those that are there
             if cells:
-                tone = "white" if abs(norm(number) - 0.5) > 0.35 else INK
-                ax.text(x + 0.5, y + 0.5, f"{number:{cells}}".replace("-", "−"), ha="center", va="center", fontsize=6, color=tone)
+                red, green, blue, _ = image.cmap(norm(number))
+                tone = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else INK
+                written = f"{number:{cells}}".replace("-", "−")
+                ax.text(x + 0.5, y + 0.5, written, ha="center", va="center", fontsize=6, color=tone)
         ax.set_xticks(np.arange(len(columns)) + 0.5, [label(name, names) for name in columns], rotation=90)
         ax.set_yticks(np.arange(len(rows)) + 0.5, [label(name, names) for name in rows])
         ax.tick_params(length=0, labelsize=7.5)

@@ -98,7 +98,7 @@ class Flags:
     """Flags that all experiments share."""
 
     scale: Literal["smoke", "laptop", "workstation", "paper"] = "laptop"  # whose settings are the defaults below
-    device: str = "auto"  # auto, cpu, cuda, cuda:0 or mps
+    device: str = "auto"  # auto, cpu, cuda or cuda:0
     results_dir: Path = results.RESULTS  # where NN_name/SCALE/ is written
     jobs: int | None = None  # parallel processes; by default the number of cores on a CPU, else 1
 
@@ -253,20 +253,20 @@ def make_context(flags: Flags, settings: Any) -> Context:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device that `--device` names; auto takes CUDA, else MPS, else the CPU.
+    """Return the device that `--device` names; auto takes CUDA, else the CPU.
 
     Raises:
         BadFlag: the device is unknown or not there.
     """
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}        # not MPS: it has no float64, which spectra need
     if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+        return torch.device(next(kind for kind in ("cuda", "cpu") if there[kind]))
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in there:
-        raise BadFlag(f"--device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
+        raise BadFlag(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if (device.index or 0) >= there[device.type]:
         raise BadFlag(f"--device {name}: this machine shows PyTorch {there[device.type]} {device.type} devices")
     return device

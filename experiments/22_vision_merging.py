@@ -29,6 +29,7 @@ from merging import MERGERS, apply, calibrate, calibration, mergers, scale, task
 PUBLISHED = ("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "iso_cts")  # the mergers of the paper's table
 STANDS_FOR = {"glyph-96": "ViT-B/32", "glyph-128": "ViT-B/16", "glyph-160": "ViT-L/14"}
 REFERENCES = ("pretrained", "expert")
+OFF_SCALE = "plain_sum"  # without SVC so far below the others that it would flatten a figure
 CODE = (calibration, mergers, scale, task_vectors, spectral, evaluation, vision.Suite)
 
 
@@ -165,7 +166,7 @@ def draw(data):
     means = seed_means(data[data.method.isin(MERGERS)])
     means = means[means.backbone == by_size(means.backbone)[0]].assign(panel=means.suite.map("{} tasks".format))
     means = in_order(means, ["suite", "method"])
-    shown = means[means.row.isin([BASE, SVC, SVC_1])]
+    shown = means[means.row.isin([BASE, SVC, SVC_1]) & (means.method != OFF_SCALE)]
     tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
     options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
     return {
@@ -181,7 +182,8 @@ def gains_for_figure(data):
     gains = intervals(data).melt(["backbone", "suite", "method"], ["SVC − base", "tuned SVC − tuned base"], "condition")
     gains = gains[gains.backbone == by_size(gains.backbone)[0]]
     bounds = pd.DataFrame([dict(mean=x.mean, low=x.low, high=x.high) for x in gains.value], index=gains.index)
-    return gains.join(bounds).assign(panel=gains.suite.map("{} tasks".format))
+    gains = gains.join(bounds).assign(panel=gains.suite.map("{} tasks".format))
+    return gains[(gains.method != OFF_SCALE) | (gains.condition != "SVC − base")]
 
 
 def compare(data, published):

@@ -94,6 +94,7 @@ def test_matrices_hold_the_means_in_order_of_appearance_and_leave_gaps_empty():
     assert drawn.tolist() == [[4, pytest.approx(-0.2)], [-5, None]]
     assert [text.get_text() for text in first.texts] == ["+4", "+0", "−5"]
     assert [text.get_text() for text in second.texts] == ["+8"]
+    assert [patch.get_xy() for patch in first.patches] == [(0, 0), (1, 1)]  # z on Z, b on b
     assert first.collections[0].norm(0.0) == pytest.approx(0.5)            # no difference is the neutral colour
 
 

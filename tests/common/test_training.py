@@ -36,7 +36,7 @@ def test_the_same_seed_gives_the_same_model_and_another_one_another():
 
 
 def test_a_diverged_loss_names_the_step_and_the_recipe():
-    with pytest.raises(FloatingPointError, match="at step 0.*learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"at step 0.*learning_rate"):
         train(loss=lambda model, batch: cross_entropy(model, batch) * float("nan"))
 
 

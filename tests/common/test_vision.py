@@ -35,8 +35,8 @@ def test_rows_are_accuracies_and_counts_of_pairs(suite):
 
 def test_scores_are_means_over_tasks_and_experts_are_scored_on_their_own(suite):
     own = list(suite.own_rows())
-    assert [(row["method"], row["task"]) for row in own] == [
-        ("pretrained", "digits"), ("pretrained", "latin_upper"), ("expert", "digits"), ("expert", "latin_upper")]  # fmt: skip
+    labels = [(row["method"], row["task"]) for row in own]
+    assert labels == [(method, task) for method in ("pretrained", "expert") for task in ("digits", "latin_upper")]
     assert suite.scores([suite.pretrained]) == pytest.approx([(own[0]["value"] + own[1]["value"]) / 2])
     assert own[3]["value"] == pytest.approx(100 * by_hand(suite, suite.experts[1], "latin_upper").float().mean().item())
 

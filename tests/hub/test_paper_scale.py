@@ -1,4 +1,4 @@
-"""experiments/22 at `--scale paper`, offline, on repositories of the true format: from the download call to the table."""
+"""experiments/22 at `--scale paper`, offline, on repositories of the true format: from download to table."""
 import json
 import os
 import re
