@@ -2,6 +2,7 @@
 
 Nothing here knows files or the time of day, so that what was written can be derived again and compared byte for byte.
 """
+
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,11 +13,11 @@ import pandas as pd
 if TYPE_CHECKING:
     from common.run import Experiment
 
-COMPARISON = ("quantity", "paper", "ours", "sd", "n", "same_setting")       # what an experiment's compare() returns
+COMPARISON = ("quantity", "paper", "ours", "sd", "n", "same_setting")  # what an experiment's compare() returns
 
 PUBLISHED_FOLDER = Path(__file__).resolve().parent.parent / "results" / "published"
 
-PUBLISHED = {                                                               # NAME.csv there, and its columns
+PUBLISHED = {  # NAME.csv there, and its columns
     "merging": ("suite", "backbone", "metric", "merger", "svc", "value", "source"),
     "sparsity": ("setting", "metric", "value", "source"),
     "sparsity_augmented_flatness_imagenet": ("step", "augmented_flatness_key", "L2_coefficient", "L0_coefficient"),
@@ -35,6 +36,28 @@ def published(name: str) -> pd.DataFrame:
     if name not in PUBLISHED:
         raise ValueError(f"no published table {name!r}; there are {', '.join(PUBLISHED)}")
     return read_csv(PUBLISHED_FOLDER / f"{name}.csv")
+
+
+def published_accuracy(table: pd.DataFrame, tasks: int, backbone: str, merger: str, svc: str) -> tuple[float, str]:
+    """Return a published mean accuracy (%) on vision tasks, the paper's own first, and its source if another's.
+
+    Args:
+        table: `published("merging")`.
+        tasks: number of tasks of the suite.
+        backbone: as in the paper, ViT-B/32.
+        merger: a merger, "pretrained" or "expert".
+        svc: none, output or input.
+
+    Returns:
+        the number (NaN where none is known) and the source in words, empty for the paper itself.
+    """
+    merger = {"expert": "fine_tuned"}.get(merger, merger)
+    wanted = {"suite": f"{tasks} vision tasks", "backbone": backbone, "merger": merger, "svc": svc}
+    found = table[(table[list(wanted)] == pd.Series(wanted)).all(axis=1)]
+    own = found[found.source.str.contains("2602.05536")]
+    if len(own):
+        return own.value.iloc[0], ""
+    return (found.value.iloc[0], found.source.iloc[0]) if len(found) else (math.nan, "")
 
 
 def read_csv(source: Any) -> pd.DataFrame:

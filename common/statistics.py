@@ -55,6 +55,12 @@ def paired_interval(
     return Interval(float(100 * ((up - down) / images).mean()), float(low), float(high))
 
 
+def with_bounds(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the table with the columns mean, low and high of the intervals in a column (what a forest plot needs)."""
+    bounds = [{"mean": x.mean, "low": x.low, "high": x.high} for x in table[column]]
+    return table.join(pd.DataFrame(bounds, index=table.index))
+
+
 def spread(values: pd.Series, digits: int = 1) -> str:
     """Return "mean ± standard deviation" of one number a seed; the mean alone where there is one."""
     values = values.dropna()

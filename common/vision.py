@@ -107,6 +107,52 @@ def is_glyph(backbone: str) -> bool:
     return backbone.startswith("glyph-")
 
 
+def measure_suites(
+    settings: Any, context: Any, measure_suite: Callable[[Suite, int], Iterable[dict[str, Any]]]
+) -> Rows:
+    """Train what is missing, then yield the rows of every backbone, suite and seed, in parallel processes.
+
+    Args:
+        settings: with backbones, suites (numbers of tasks), seeds and recipe.
+        context: of the run.
+        measure_suite: maps (suite, seed) to rows, to which seed, suite and backbone are added.
+    """
+    with context.stage("train"):
+        prepare(settings.backbones, max(settings.suites), settings.seeds, settings.recipe, context)
+    sizes = sorted(settings.suites, reverse=True)
+    units = [(backbone, tasks, seed) for backbone in settings.backbones for tasks in sizes for seed in settings.seeds]
+    measure = partial(_measure_unit, settings.recipe, context.device, measure_suite)
+    with context.stage("merge and measure"):
+        for rows in context.map(measure, units, "merge and measure"):
+            yield from rows
+
+
+def _measure_unit(
+    recipe: "GlyphRecipe", device: torch.device, measure_suite: Callable, unit: tuple[str, int, int]
+) -> list[dict[str, Any]]:
+    backbone, tasks, seed = unit
+    rows = measure_suite(suite(backbone, tasks, seed, recipe, device), seed)
+    return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]
+
+
+STANDS_FOR = {"glyph-96": "ViT-B/32", "glyph-128": "ViT-B/16", "glyph-160": "ViT-L/14"}
+
+
+def setting(backbone: str) -> str:
+    """Return whether numbers of a backbone were measured in the paper's setting, as a comparison says it."""
+    if not is_glyph(backbone):
+        return "hub experts"
+    return f"no: stands for {STANDS_FOR[backbone]}" if backbone in STANDS_FOR else "no: glyphs"
+
+
+def is_evidence(table: Any, backbones: Sequence[str]) -> bool:
+    """Return whether a table holds what verdicts ask for: 8, 14 and 20 tasks of all these backbones with at least 3
+    seeds, or the 8 tasks of ViT-B/32."""
+    cells = set(zip(table.backbone, table.suite, strict=True))
+    wanted = {(backbone, tasks) for backbone in backbones for tasks in (8, 14, 20)}
+    return ("ViT-B/32", 8) in cells or (wanted <= cells and table.seed.nunique() >= 3)
+
+
 # Glyphs --------------------------------------------------------------------------------------------------------------
 
 

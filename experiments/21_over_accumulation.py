@@ -14,7 +14,7 @@ Verdict  on 8, 14 and 20 tasks, backbones glyph-96, glyph-128 and glyph-160 and 
              tasks (Spearman above 0.9 over all numbers measured; one value for each backbone and seed);
          (d) SVC (α = 1/K) lowers the total interference.
          "reproduced" if all four hold everywhere, "reproduced in part" if some do, else "not reproduced".
-Cost     with trained experts: smoke 10 s; laptop 1 min, workstation 10 min (2 cores); paper: not timed.
+Cost     with trained experts: smoke 10 s; laptop 1 min, workstation 15 min (2 cores); paper: not timed.
 Run      python experiments/21_over_accumulation.py --scale laptop
 """
 
@@ -147,7 +147,6 @@ def tenth_rows(metric, values, **labels):
 
 # From here on only the table is seen --------------------------------------------------------------------------------
 
-GLYPHS = ("glyph-96", "glyph-128", "glyph-160")
 SERIES = {  # the lines of figures, by method and svc
     (SUM, "none"): SUM,
     (SUM, "output"): "sum + SVC",
@@ -244,7 +243,7 @@ def draw_interference(data):
 
 def draw_overlap(data):
     chance = totals(data)[lambda rows: (rows.method == CHANCE) & (rows.metric == "overlap")].value.mean()
-    text = f"overlap of top-8 subspaces (chance {chance:.2f})"
+    text = f"top-8 overlap (chance: {chance:.2f})"
     return figures.matrix(data[data.task.notna()], row="task", column="other", centre=None, text=text)
 
 
@@ -266,8 +265,7 @@ def compare(data, published):
         for quantity, wanted in QUANTITIES.items():
             found = values(data, *wanted)[backbone, suite]
             line = dict(quantity=f"{suite} tasks, {backbone}: {quantity}", paper=math.nan, ours=found.mean())
-            setting = "no: glyphs and a tiny CLIP" if vision.is_glyph(backbone) else "hub experts"
-            lines.append(line | dict(sd=found.std(), n=len(found), same_setting=setting))
+            lines.append(line | dict(sd=found.std(), n=len(found), same_setting=vision.setting(backbone)))
     return pd.DataFrame(lines)
 
 
@@ -312,9 +310,7 @@ def growing(data):
 
 def verdict(data):
     seen = data[data.suite.isin(suites_of(data))]
-    evidence = set(zip(seen.backbone, seen.suite, strict=True))
-    is_glyph_evidence = evidence >= set(itertools.product(GLYPHS, (8, 14, 20))) and data.seed.nunique() >= 3
-    if not (is_glyph_evidence or ("ViT-B/32", 8) in evidence):
+    if not vision.is_evidence(seen, vision.STANDS_FOR):
         return "not run at this scale"
     top, overlap, interference = ((SUM, "none", name) for name in ("inflation, top tenth", "overlap", "interference"))
     chance = {metric: values(seen, CHANCE, "none", metric) for metric in ("inflation, top tenth", "overlap")}

@@ -13,7 +13,7 @@ Verdict  on suites of 8, 14 and 20 tasks, backbones glyph-96, glyph-128 and glyp
 Cost     smoke 30 s; laptop 5 min, workstation 1.5 h (2 cores); paper: nine passes over the 8 test sets, not timed.
 Run      python experiments/22_vision_merging.py --scale laptop
 """
-import math
+
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,12 +22,11 @@ import pandas as pd
 
 from common import evaluation, figures, spectral, vision
 from common.cache import cached_rows
+from common.report import published_accuracy
 from common.run import Experiment, run
-from common.statistics import paired_interval, spread
+from common.statistics import paired_interval, spread, with_bounds
 from merging import MERGERS, apply, calibrate, calibration, mergers, scale, task_vector, task_vectors, weight_average
 
-PUBLISHED = ("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "iso_cts")  # the mergers of the paper's table
-STANDS_FOR = {"glyph-96": "ViT-B/32", "glyph-128": "ViT-B/16", "glyph-160": "ViT-L/14"}
 REFERENCES = ("pretrained", "expert")
 OFF_SCALE = "plain_sum"  # without SVC so far below the others that it would flatten a figure
 CODE = (calibration, mergers, scale, task_vectors, spectral, evaluation, vision.Suite)
@@ -51,32 +50,23 @@ SCALES = {
 
 
 def measure(settings, context):
-    with context.stage("train"):
-        vision.prepare(settings.backbones, max(settings.suites), settings.seeds, settings.recipe, context)
-    suites = sorted(settings.suites, reverse=True)
-    units = [(name, tasks, seed) for name in settings.backbones for tasks in suites for seed in settings.seeds]
-    with context.stage("merge and evaluate"):
-        for rows in context.map(partial(measure_unit, settings, context.device), units, "merge and evaluate"):
-            yield from rows
+    yield from vision.measure_suites(settings, context, partial(measure_suite, settings.methods))
 
 
-def measure_unit(settings, device, unit):
-    """All rows of one suite, seed and backbone; cached merger by merger, so that a killed run goes on where it was."""
-    backbone, tasks, seed = unit
-    suite = vision.suite(backbone, tasks, seed, settings.recipe, device)
+def measure_suite(methods, suite, seed):
+    """All rows of one suite and seed; cached merger by merger, so that a killed run goes on where it was."""
     updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
-    rows = cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, vision.Suite))
-    for method in settings.methods:
+    yield from cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, vision.Suite))
+    for method in methods:
         inputs = {"suite": suite.key, "method": method, "seed": seed}
         build = partial(merger_rows, suite, updates, method, seed)
-        rows += cached_rows("vision_merging", inputs, build, (*CODE, merger_rows, variants_of, validation_scores))
-    return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]
+        yield from cached_rows("vision_merging", inputs, build, (*CODE, merger_rows, variants_of, validation_scores))
 
 
 def merger_rows(suite, updates, method, seed):
     """All variants of one merger, scored together and paired with the base at the same rule and with the tuned base."""
     variants = variants_of(suite, updates, method, seed)
-    rules = [labels["scale_rule"] for labels, _ in variants]        # the first of each rule is the base by that rule
+    rules = [labels["scale_rule"] for labels, _ in variants]  # the first of each rule is the base by that rule
     pairs = [{"": rules.index(rule), "_over_tuned": rules.index("validation")} for rule in rules]
     states = [apply(suite.pretrained, update, labels["scale"]) for labels, update in variants]
     labelled = [({"method": method, **labels}, state) for (labels, _), state in zip(variants, states, strict=True)]
@@ -181,8 +171,7 @@ def draw(data):
 def gains_for_figure(data):
     gains = intervals(data).melt(["backbone", "suite", "method"], ["SVC − base", "tuned SVC − tuned base"], "condition")
     gains = gains[gains.backbone == by_size(gains.backbone)[0]]
-    bounds = pd.DataFrame([dict(mean=x.mean, low=x.low, high=x.high) for x in gains.value], index=gains.index)
-    gains = gains.join(bounds).assign(panel=gains.suite.map("{} tasks".format))
+    gains = with_bounds(gains, "value").assign(panel=gains.suite.map("{} tasks".format))
     return gains[(gains.method != OFF_SCALE) | (gains.condition != "SVC − base")]
 
 
@@ -190,25 +179,13 @@ def compare(data, published):
     means, lines = seed_means(data), []
     means = in_order(means[means.row.isin([BASE, SVC])], ["backbone", "suite", "method"])
     for (backbone, suite, method, row), rows in means.groupby(["backbone", "suite", "method", "row"], sort=False):
-        paper, source = published_value(published, suite, STANDS_FOR.get(backbone, backbone), method, row)
-        stands_for = f"no: stands for {STANDS_FOR[backbone]}" if backbone in STANDS_FOR else "no"
-        setting = stands_for if vision.is_glyph(backbone) else "hub experts"
+        svc, stands_for = "output" if row == SVC else "none", vision.STANDS_FOR.get(backbone, backbone)
+        paper, source = published_accuracy(published, suite, stands_for, method, svc)
+        setting = vision.setting(backbone) + (f"; not the paper's: {source}" if source else "")
         quantity = f"{suite} tasks, {backbone}: {method}{' + SVC' if row == SVC else ''}"
         ours = dict(ours=rows.value.mean(), sd=rows.value.std(), n=len(rows))
-        lines.append(dict(quantity=quantity, paper=paper, **ours, same_setting=setting + source))
+        lines.append(dict(quantity=quantity, paper=paper, **ours, same_setting=setting))
     return pd.DataFrame(lines)
-
-
-def published_value(published, suite, backbone, method, row):
-    """The paper's number, else that of another source, which is named."""
-    method = {"expert": "fine_tuned"}.get(method, method)
-    svc = "output" if row == SVC else "none"
-    wanted = dict(suite=f"{suite} vision tasks", backbone=backbone, merger=method, svc=svc)
-    found = published[(published[list(wanted)] == pd.Series(wanted)).all(axis=1)]
-    own = found[found.source.str.contains("2602.05536")]
-    if len(own):
-        return own.value.iloc[0], ""
-    return (found.value.iloc[0], f"; not the paper's: {found.source.iloc[0]}") if len(found) else (math.nan, "")
 
 
 def tables(data):
@@ -242,15 +219,12 @@ def variants_table(data):
 
 
 def verdict(data):
-    evidence = set(zip(data.backbone, data.suite, strict=True))
-    wanted = {(backbone, suite) for backbone in STANDS_FOR for suite in (8, 14, 20)}
-    is_glyph_evidence = wanted <= evidence and data.seed.nunique() >= 3
     wide = intervals(data)
-    wide = wide[wide.method.isin(PUBLISHED)]
-    if not (is_glyph_evidence or ("ViT-B/32", 8) in evidence) or set(wide.method) != set(PUBLISHED):
+    wide = wide[wide.method.isin(mergers.PUBLISHED)]
+    if not vision.is_evidence(data, vision.STANDS_FOR) or set(wide.method) != set(mergers.PUBLISHED):
         return "not run at this scale"
     above = wide["SVC − base"].map(lambda interval: interval.sign == 1)
-    linear = above[wide.method.isin(PUBLISHED[:3])]
+    linear = above[wide.method.isin(mergers.PUBLISHED[:3])]
     first = "reproduced" if above.all() else "direction reproduced" if linear.all() else "not reproduced"
     signs = wide["tuned SVC − tuned base"].map(lambda interval: interval.sign)
     share = (signs == 1).mean()

@@ -23,12 +23,11 @@ import pandas as pd
 
 from common import evaluation, figures, spectral, vision
 from common.cache import cached_rows
+from common.report import published_accuracy
 from common.run import Experiment, run
-from common.statistics import paired_interval, spread
+from common.statistics import paired_interval, spread, with_bounds
 from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector, task_vectors
 
-PUBLISHED = ("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "iso_cts")  # the mergers of the paper's table
-STANDS_FOR = {"glyph-96": "ViT-B/32", "glyph-128": "ViT-B/16", "glyph-160": "ViT-L/14"}
 SPACES = ("none", "output", "input")
 CODE = (calibration, mergers, task_vectors, spectral, evaluation, vision.Suite)
 
@@ -51,26 +50,17 @@ SCALES = {
 
 
 def measure(settings, context):
-    with context.stage("train"):
-        vision.prepare(settings.backbones, max(settings.suites), settings.seeds, settings.recipe, context)
-    suites = sorted(settings.suites, reverse=True)
-    units = [(name, tasks, seed) for name in settings.backbones for tasks in suites for seed in settings.seeds]
-    with context.stage("merge and evaluate"):
-        for rows in context.map(partial(measure_unit, settings, context.device), units, "merge and evaluate"):
-            yield from rows
+    yield from vision.measure_suites(settings, context, partial(measure_suite, settings.methods))
 
 
-def measure_unit(settings, device, unit):
-    """All rows of one suite, seed and backbone; cached merger by merger, so that a killed run goes on where it was."""
-    backbone, tasks, seed = unit
-    suite = vision.suite(backbone, tasks, seed, settings.recipe, device)
+def measure_suite(methods, suite, seed):
+    """All rows of one suite and seed; cached merger by merger, so that a killed run goes on where it was."""
     updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
-    rows = cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, vision.Suite))
-    for method in settings.methods:
+    yield from cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, vision.Suite))
+    for method in methods:
         inputs = {"suite": suite.key, "method": method, "seed": seed}
         build = partial(merger_rows, suite, updates, method, seed)
-        rows += cached_rows("calibration_space", inputs, build, (*CODE, merger_rows))
-    return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]
+        yield from cached_rows("calibration_space", inputs, build, (*CODE, merger_rows))
 
 
 def merger_rows(suite, updates, method, seed):
@@ -128,8 +118,8 @@ def draw(data):
     data = data[data.backbone == data.backbone.iloc[0]]
     panels = {suite: f"{suite} tasks" for suite in data.suite.unique()}
     gaps = intervals(data).query("difference == 'output − input'").reset_index(drop=True)
-    gaps = gaps.join(pd.DataFrame([dict(mean=x.mean, low=x.low, high=x.high) for x in gaps.interval]))
-    output = in_order(data[data.svc == "output"])
+    gaps = with_bounds(gaps, "interval")
+    output = in_order(data[(data.svc == "output") & (data.suite == data.suite.max())])
     points = 100 * (output.gained_over_input - output.lost_over_input) / output.images
     common = dict(panel="suite", names=panels | {"none": "base", "output": "output space", "input": "input space"})
     forest = dict(item="method", condition="difference", xlabel="output − input, mean accuracy, points")
@@ -141,20 +131,19 @@ def draw(data):
     }
 
 
-def paper_value(published, suite, backbone, method, svc):
-    wanted = dict(suite=f"{suite} vision tasks", backbone=STANDS_FOR.get(backbone, backbone), merger=method, svc=svc)
-    found = published[(published[list(wanted)] == pd.Series(wanted)).all(axis=1)]
-    own = found[found.source.str.contains("2602.05536")]
-    return own.value.iloc[0] if len(own) else math.nan
+def own_number(*wanted):
+    """The paper's own number; what others measured on the hub's checkpoints has no counterpart with SVC."""
+    value, source = published_accuracy(*wanted)
+    return math.nan if source else value
 
 
 def compare(data, published):
     """The published table on the smallest suite, and (output − input) on every suite."""
-    means, lines = seed_means(data[data.method.isin(PUBLISHED)]), []
+    means, lines = seed_means(data[data.method.isin(mergers.PUBLISHED)]), []
     for (backbone, suite, method), rows in means.groupby(["backbone", "suite", "method"], sort=False):
         ours = rows.pivot(index="seed", columns="svc", values="value")
-        paper = {svc: paper_value(published, suite, backbone, method, svc) for svc in SPACES}
-        setting = f"no: stands for {STANDS_FOR.get(backbone, 'CLIP')}" if vision.is_glyph(backbone) else "hub experts"
+        stands_for, setting = vision.STANDS_FOR.get(backbone, backbone), vision.setting(backbone)
+        paper = {svc: own_number(published, suite, stands_for, method, svc) for svc in SPACES}
         shown = {f"{method}{IN_SPACE[svc]}": (ours[svc], paper[svc]) for svc in SPACES}
         shown = shown if suite == means.suite.min() else {}
         shown[f"{method}: output − input"] = (ours.output - ours.input, paper["output"] - paper["input"])
@@ -179,13 +168,11 @@ def tables(data):
 
 
 def verdict(data):
-    evidence = set(zip(data.backbone, data.suite, strict=True))
-    is_glyph_evidence = {("glyph-96", suite) for suite in (8, 14, 20)} <= evidence and data.seed.nunique() >= 3
-    if not (is_glyph_evidence or ("ViT-B/32", 8) in evidence) or not set(PUBLISHED) <= set(data.method):
+    if not vision.is_evidence(data, ["glyph-96"]) or not set(mergers.PUBLISHED) <= set(data.method):
         return "not run at this scale"
-    found = intervals(data[data.method.isin(PUBLISHED)])
+    found = intervals(data[data.method.isin(mergers.PUBLISHED)])
     gaps, inputs = (found[found.difference == name] for name in ("output − input", "input − base"))
-    above, linear = gaps.interval.map(lambda x: x.sign == 1), gaps[gaps.method.isin(PUBLISHED[:3])]
+    above, linear = gaps.interval.map(lambda x: x.sign == 1), gaps[gaps.method.isin(mergers.PUBLISHED[:3])]
     direction = all(interval.mean > 0 for interval in linear.interval)
     result = "reproduced" if above.all() else "direction reproduced" if direction else "not reproduced"
     signs = inputs.interval.map(lambda x: x.sign)

@@ -35,7 +35,7 @@ SHARES_OF_1 = (1 / 4, 1 / 2, 1.0, 2.0)  # α = share / K, and
 ALPHAS = (0.5, 1.0, 2.0, 4.0)
 SCALES_TRIED = tuple(2 ** (step / 2) for step in range(-8, 5))  # 1/16 to 4, times the merger's own
 MATRIX_SCALES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
-OTHER_SCALES = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
+OTHER_SCALES = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 APART_METHODS = ("task_arithmetic", "plain_sum")
 BASIS_METHODS = ("task_arithmetic", "iso_c", "iso_cts")  # the first has a basis of its own: the control
 CODE = (calibration, mergers, reference, task_vectors, spectral, evaluation, vision.Suite)
@@ -367,7 +367,7 @@ def tables(data):
         "Paired differences in points, 95 % interval": wide.map(lambda x: str(x) if hasattr(x, "sign") else x),
         "Scales of matrices and of all other tensors, tuned on validation or not: mean accuracy, %": apart_table(own),
         "Legacy rule and split qkv against the default: mean accuracy, %": rule_table(own),
-        "SVC in other bases than the float64 Gram matrix's: accuracy, %, and distance of the matrices": basis_table(own),
+        "SVC in other bases than the default: mean accuracy, %, and distance of the matrices": basis_table(own),
     }  # fmt: skip
 
 

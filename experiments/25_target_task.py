@@ -14,7 +14,6 @@ Cost     smoke 10 s; laptop 3 min, workstation 20 min (2 cores, once experiment 
 Run      python experiments/25_target_task.py --scale laptop
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,11 +22,11 @@ import pandas as pd
 
 from common import evaluation, figures, spectral, vision
 from common.cache import cached_rows
+from common.report import published_accuracy
 from common.run import Experiment, run
-from common.statistics import paired_interval, spread
+from common.statistics import paired_interval, spread, with_bounds
 from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector, task_vectors
 
-STANDS_FOR = {"glyph-96": "ViT-B/32", "glyph-128": "ViT-B/16", "glyph-160": "ViT-L/14"}
 CODE = (calibration, mergers, task_vectors, spectral, evaluation, vision.Suite)
 
 
@@ -49,26 +48,17 @@ SCALES = {
 
 
 def measure(settings, context):
-    with context.stage("train"):
-        vision.prepare(settings.backbones, max(settings.suites), settings.seeds, settings.recipe, context)
-    suites = sorted(settings.suites, reverse=True)
-    units = [(name, tasks, seed) for name in settings.backbones for tasks in suites for seed in settings.seeds]
-    with context.stage("merge and evaluate"):
-        for rows in context.map(partial(measure_unit, settings, context.device), units, "merge and evaluate"):
-            yield from rows
+    yield from vision.measure_suites(settings, context, partial(measure_suite, settings.methods))
 
 
-def measure_unit(settings, device, unit):
-    """All rows of one suite, seed and backbone; cached merger by merger, so that a killed run goes on where it was."""
-    backbone, tasks, seed = unit
-    suite = vision.suite(backbone, tasks, seed, settings.recipe, device)
+def measure_suite(methods, suite, seed):
+    """All rows of one suite and seed; cached merger by merger, so that a killed run goes on where it was."""
     updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
-    rows = cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, vision.Suite))
-    for method in settings.methods:
+    yield from cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, vision.Suite))
+    for method in methods:
         inputs = {"suite": suite.key, "method": method, "seed": seed}
         build = partial(merger_rows, suite, updates, method, seed)
-        rows += cached_rows("target_task", inputs, build, (*CODE, merger_rows))
-    return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]
+        yield from cached_rows("target_task", inputs, build, (*CODE, merger_rows))
 
 
 def merger_rows(suite, updates, method, seed):
@@ -119,10 +109,9 @@ def named(data):
     own, published = data.target.eq(data.task), np.isclose(data.alpha, alphas, rtol=1e-4)
     kinds = [data.method.eq("expert"), data.svc.eq("none"), data.target.eq("none"), own & published, own]
     found = data.assign(row=np.select(kinds, [EXPERT, BASE, SVC, OWN, OWN_1], OTHER))
-    places = {name: place for place, name in enumerate([*MERGERS, "expert"])}
-    found = found[found.method.isin(places)]
-    return found.sort_values(
-        ["suite", "method"], key=lambda c: c.map(places) if c.name == "method" else c, kind="stable"
+    places = {name: place for place, name in enumerate([*MERGERS, BASE, SVC, OWN, OTHER, OWN_1, EXPERT])}
+    return found[found.method.isin(places)].sort_values(
+        ["suite", "method", "row"], key=lambda c: c if c.name == "suite" else c.map(places), kind="stable"
     )
 
 
@@ -147,7 +136,7 @@ def draw(data):
     experts = small[small.row == EXPERT]
     by_task = pd.concat([by_task, *(experts.assign(method=method) for method in by_task.method.unique())])
     effects = intervals(data).query("effect in @SHORT").reset_index(drop=True)
-    effects = effects.join(pd.DataFrame([dict(mean=x.mean, low=x.low, high=x.high) for x in effects.interval]))
+    effects = with_bounds(effects, "interval")
     names = {EXPERT: "its expert", **SHORT, **{n: f"{n} tasks" for n in suites}}
     forest = dict(item="method", condition="effect", panel="suite", xlabel="accuracy against plain SVC, points")
     paired = dict(item="task", condition="row", start=BASE, panel="method", xlabel="accuracy on the task, %")
@@ -169,14 +158,6 @@ def target_matrix(rows, cells=""):
     return figures.matrix(rows, **axes, panel="method", cells=cells, text="against plain SVC, points")
 
 
-def paper_value(published, suite, backbone, method, row):
-    svc = {BASE: "none", SVC: "output"}.get(row, "")
-    wanted = dict(suite=f"{suite} vision tasks", backbone=STANDS_FOR.get(backbone, backbone), merger=method, svc=svc)
-    found = published[(published[list(wanted)] == pd.Series(wanted)).all(axis=1)]
-    own = found[found.source.str.contains("2602.05536")]
-    return own.value.iloc[0] if len(own) else math.nan
-
-
 def seed_means(data):
     """Mean accuracy over the tasks, for OTHER over the targets too, one row for each KEYS, row and seed."""
     return named(data).groupby([*KEYS, "row", "seed"], sort=False).value.mean().reset_index()
@@ -187,8 +168,10 @@ def compare(data, published):
     for (backbone, suite, method, row), rows in means.groupby([*KEYS, "row"], sort=False):
         if row == OWN_1:
             continue
-        setting = f"no: stands for {STANDS_FOR.get(backbone, 'CLIP')}" if vision.is_glyph(backbone) else "hub experts"
-        paper = paper_value(published, suite, backbone, method, row)
+        stands_for, setting = vision.STANDS_FOR.get(backbone, backbone), vision.setting(backbone)
+        svc = {BASE: "none", SVC: "output"}.get(row, "")
+        paper, source = published_accuracy(published, suite, stands_for, method, svc)
+        setting += f"; not the paper's: {source}" if source else ""
         numbers = dict(paper=paper, ours=rows.value.mean(), sd=rows.value.std(), n=len(rows), same_setting=setting)
         name = "experts" if row == EXPERT else method if row == BASE else f"{method} {row}"
         lines.append(dict(quantity=f"{suite} tasks, {backbone}: {name}", **numbers))
@@ -210,9 +193,7 @@ def tables(data):
 
 
 def verdict(data):
-    evidence = set(zip(data.backbone, data.suite, strict=True))
-    is_glyph_evidence = {("glyph-96", suite) for suite in (8, 14, 20)} <= evidence and data.seed.nunique() >= 3
-    if not (is_glyph_evidence or ("ViT-B/32", 8) in evidence) or "task_arithmetic" not in set(data.method):
+    if not vision.is_evidence(data, ["glyph-96"]) or "task_arithmetic" not in set(data.method):
         return "not run at this scale"
     found = intervals(data[data.method == "task_arithmetic"])
     own, others = (found[found.effect == f"{whom}, against SVC"] for whom in ("its task", "the others"))

@@ -371,6 +371,9 @@ MERGERS: dict[str, Callable[..., dict[str, Tensor]]] = {
 }
 
 
+PUBLISHED = ("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "iso_cts")    # the mergers of the paper's main table
+
+
 def merger(name: str) -> Callable[..., dict[str, Tensor]]:
     """Return the merger of this name.
 
