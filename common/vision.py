@@ -7,7 +7,7 @@ common.data.glyphs); "ViT-B/32" is CLIP, with experts and data sets from the hub
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +328,7 @@ CLIP = {"ViT-B/32": "openai/clip-vit-base-patch32"}  # the other two backbones f
 VALIDATION_IMAGES = 512  # a task, of the held-out part of its training split
 
 
+@lru_cache(maxsize=1)  # several parts of an experiment ask for the same one, and it takes minutes to load
 def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
     """Return a suite of the paper: CLIP's image encoder, the hub's experts, zero-shot heads and test sets.
 

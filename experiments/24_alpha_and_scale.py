@@ -26,8 +26,9 @@ import torch
 
 from common import evaluation, figures, spectral, vision
 from common.cache import cached_rows
+from common.report import published_accuracy
 from common.run import Experiment, run
-from common.statistics import paired_interval, spread
+from common.statistics import paired_interval, spread, with_bounds
 from merging import MERGERS, apply, calibrate, calibration, iso_basis, mergers, reference, task_vector, task_vectors
 from merging.calibration import SVC_MATRICES, published_alpha
 
@@ -262,8 +263,7 @@ def intervals(data):
 def long(wide, conditions):
     keys = ["backbone", "learning_rate", "suite", "method"]
     rows = wide.melt(keys, conditions, "condition")
-    bounds = pd.DataFrame([dict(mean=x.mean, low=x.low, high=x.high) for x in rows.value], index=rows.index)
-    return rows.join(bounds)
+    return with_bounds(rows, "value")
 
 
 def taken_apart(rows):
@@ -325,19 +325,16 @@ def compare(data, published):
             fixed = part.scale_rule.iloc[0] == "fixed"
             lines.append(dict(
                 quantity=f"{suite} tasks, {backbone}: {method}, {text}",
-                paper=published_value(published, suite, backbone, method, part.svc.iloc[0]) if fixed else math.nan,
+                paper=own_number(published, suite, backbone, method, part.svc.iloc[0]) if fixed else math.nan,
                 ours=part.value.mean(), sd=part.value.std(), n=len(part),
-                same_setting="no: stands for ViT-B/32" if vision.is_glyph(backbone) else "hub experts",
+                same_setting=vision.setting(backbone),
             ))  # fmt: skip
     return pd.DataFrame(lines)
 
 
-def published_value(published, suite, backbone, method, svc):
-    backbone = "ViT-B/32" if backbone == "glyph-96" else backbone
-    wanted = dict(suite=f"{suite} vision tasks", backbone=backbone, merger=method, svc=svc)
-    found = published[(published[list(wanted)] == pd.Series(wanted)).all(axis=1)]
-    found = found[found.source.str.contains("2602.05536")]
-    return found.value.iloc[0] if len(found) else math.nan
+def own_number(published, suite, backbone, method, svc):
+    value, source = published_accuracy(published, suite, vision.STANDS_FOR.get(backbone, backbone), method, svc)
+    return math.nan if source else value
 
 
 def outcomes(rows):
@@ -420,14 +417,11 @@ def basis_table(data):
 
 def verdict(data):
     data = own_rate(data)
-    places = {(backbone, suite) for backbone, suite in zip(data.backbone, data.suite, strict=True)}
-    is_glyph_evidence = {("glyph-96", suite) for suite in (8, 14, 20)} <= places and data.seed.nunique() >= 3
-    wide = intervals(data)
-    evidence = wide[wide.backbone == ("glyph-96" if is_glyph_evidence else "ViT-B/32")]
-    evidence = evidence.assign(sign=evidence[BOTH].map(lambda x: x.sign)) if len(evidence) else evidence
-    linear = evidence[evidence.method == "task_arithmetic"]
-    if not (is_glyph_evidence or ("ViT-B/32", 8) in places) or linear.empty:
+    if not vision.is_evidence(data, ["glyph-96"]) or "task_arithmetic" not in set(data.method):
         return "not run at this scale"
+    evidence = intervals(data)
+    evidence = evidence.assign(sign=evidence[BOTH].map(lambda x: x.sign))
+    linear = evidence[evidence.method == "task_arithmetic"]
     above = (linear.sign == 1).sum()
     first = "a tuned scale explains SVC's gain in part"
     first = "a tuned scale explains SVC's gain" if above < len(linear) / 2 else first

@@ -12,7 +12,7 @@ Verdict  on all layers of ViT-B/32 (else "not run at this scale"), for each numb
          ≤ 1.2 of the floor, and the largest relative error of a matrix against the float64 formula is ≤ 1e-5; else
          "outside the goals", with what is missed. All contenders run in turn on each layer, so that a change in the
          machine's load meets all.
-Cost     smoke 5 s; laptop 6 min (1 thread); workstation 3 h (1 and 2 threads); paper: a GPU, not timed.
+Cost     smoke 15 s; laptop 6 min (1 thread); workstation 3 h (1 and 2 threads); paper: a GPU, not timed.
 Run      python experiments/26_calibration_cost.py --scale laptop
 """
 
