@@ -135,7 +135,15 @@ def write(
     table = pd.DataFrame([{name: _cell(value) for name, value in row.items()} for row in rows], dtype=object)
     if table.empty:
         raise ValueError(f"{experiment.name}: measure() yielded no rows")
-    _write(folder, experiment, table.to_csv(index=False, lineterminator="\n"), provenance)
+    csv, rescued = table.to_csv(index=False, lineterminator="\n"), folder.with_name(f".{folder.name}-rows.csv")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _replace(rescued, csv)                              # hours of rows outlive a mistake in a figure
+    try:
+        _write(folder, experiment, csv, provenance)
+    except Exception as error:
+        error.add_note(f"the measured rows are kept in {rescued}")
+        raise
+    rescued.unlink()
     _replace(results_dir / "README.md", _index(results_dir))
     return folder
 

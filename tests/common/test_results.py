@@ -87,8 +87,22 @@ def test_a_failing_run_leaves_the_previous_result_as_it_was(folder, experiment, 
     with pytest.raises(RuntimeError, match="stopped"):
         start(dataclasses.replace(experiment, **{part: fail}), results_dir)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    assert list(folder.parent.iterdir()) == [folder]
+    rows = set() if part == "measure" else {folder.with_name(".workstation-rows.csv")}    # measured: kept for a look
+    assert set(folder.parent.iterdir()) == {folder} | rows
     assert check(results_dir) == []
+
+
+def test_a_mistake_in_a_figure_costs_no_rows(experiment, results_dir, monkeypatch):
+    def fail(data):
+        raise RuntimeError("no such column")
+
+    monkeypatch.setattr(Experiment, "script", experiment.script)
+    with pytest.raises(RuntimeError, match="no such column") as caught:
+        start(dataclasses.replace(experiment, draw=fail), results_dir)
+    kept = results_dir / "90_squares" / ".workstation-rows.csv"
+    assert str(kept) in caught.value.__notes__[0]
+    table = (start(experiment, results_dir) / "data.csv").read_text()
+    assert table.startswith("seed,method,number") and not kept.exists()
 
 
 def test_a_run_killed_while_it_writes_is_visibly_unfinished(folder, experiment, results_dir, monkeypatch):
