@@ -13,7 +13,7 @@ endif
 FIND_PYTHON = for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; done
 
-.PHONY: help install reproduce results test verify render lint types
+.PHONY: help install reproduce results test verify render lint
 
 help:
 	@echo 'make reproduce            experiments 21 and 22 at laptop scale, beside the committed numbers'
@@ -21,7 +21,7 @@ help:
 	@echo 'make test                 the tests'
 	@echo 'make verify               derive every committed table, verdict and index again and compare'
 	@echo 'make render               write tables and figures again from the committed data'
-	@echo 'make lint, make types     ruff, pyright'
+	@echo 'make lint                 ruff'
 	@echo 'Targets use .venv (made when there is none), or make … PYTHON=… for an interpreter that has everything.'
 
 install: $(READY)
@@ -54,6 +54,3 @@ render: $(READY)
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
-
-types: $(READY)
-	$(PYTHON) -m pyright

@@ -92,9 +92,22 @@ def suite(backbone: str, tasks: int, seed: int, recipe: "GlyphRecipe", device: t
         ValueError: the backbone is unknown, or has no suite of so many tasks.
         OSError: the hub cannot be reached, or lacks a repository.
     """
+    check_suites([backbone], [tasks])
     if is_glyph(backbone):
         return glyph_suite(recipe.at(backbone), tasks, seed, device)
     return clip_suite(backbone, tasks, device)
+
+
+def check_suites(backbones: Sequence[str], sizes: Sequence[int]) -> None:
+    """Raise a ValueError unless every backbone is known and has suites of all these numbers of tasks."""
+    for backbone in backbones:
+        most = len(glyphs.TASKS) if is_glyph(backbone) else len(hub.VISION_TASKS)
+        if is_glyph(backbone):
+            GlyphRecipe().at(backbone)
+        elif backbone not in CLIP:
+            raise ValueError(f"unknown backbone {backbone!r}; there are {', '.join(CLIP)} and glyph-WIDTH")
+        if bad := [size for size in sizes if not 1 <= size <= most]:
+            raise ValueError(f"{backbone} has suites of 1 to {most} tasks here, got {bad[0]}")
 
 
 def prepare(backbones: Sequence[str], tasks: int, seeds: Sequence[int], recipe: "GlyphRecipe", context: Any) -> None:
@@ -271,8 +284,6 @@ def glyph_suite(recipe: GlyphRecipe, tasks: int, seed: int, device: torch.device
 
 def zero_shot_suite(recipe: GlyphRecipe, tasks: int, device: torch.device) -> Suite:
     """Return the suite of the first `tasks` glyph tasks without experts: only the base is trained."""
-    if not 1 <= tasks <= len(glyphs.TASKS):
-        raise ValueError(f"a glyph suite has 1 to {len(glyphs.TASKS)} tasks, got {tasks}")
     names = tuple(glyphs.TASKS)[:tasks]
     base = pretrain(recipe, device)
     model = load_clip(recipe.width, base.path)
@@ -335,13 +346,8 @@ def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
     The states are those of the vision tower; the projection behind it is frozen, as in the experts' fine-tuning.
 
     Raises:
-        ValueError: there is no such backbone or suite.
         OSError: the hub cannot be reached or a repository is missing; the message says what to do.
     """
-    if backbone not in CLIP:
-        raise ValueError(f"unknown backbone {backbone!r}; there are {', '.join(CLIP)} and glyph-WIDTH")
-    if not 1 <= tasks <= len(hub.VISION_TASKS):
-        raise ValueError(f"{backbone} has suites of 1 to {len(hub.VISION_TASKS)} tasks here, got {tasks}")
     rows = list(hub.VISION_TASKS.values())[:tasks]
     base = clip_models.clip_vision(CLIP[backbone])
     tower = base.tower.state_dict()

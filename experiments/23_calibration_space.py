@@ -40,6 +40,10 @@ class Settings:
     methods: tuple[str, ...] = tuple(MERGERS)
     recipe: vision.GlyphRecipe = vision.GlyphRecipe()
 
+    def __post_init__(self):
+        vision.check_suites(self.backbones, self.suites)
+        mergers.check_methods(self.methods)
+
 
 SCALES = {
     "smoke": Settings(suites=(2,), backbones=("glyph-32",), recipe=vision.SMOKE),

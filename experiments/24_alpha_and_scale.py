@@ -51,6 +51,10 @@ class Settings:
     learning_rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)  # of the experts of the smallest suite, beside the recipe's
     recipe: vision.GlyphRecipe = vision.GlyphRecipe()
 
+    def __post_init__(self):
+        vision.check_suites(self.backbones, self.suites)
+        mergers.check_methods(self.methods)
+
 
 SCALES = {
     "smoke": Settings(suites=(2,), backbones=("glyph-32",), methods=("task_arithmetic", "tsv_m"), recipe=vision.SMOKE),

@@ -38,6 +38,10 @@ class Settings:
     methods: tuple[str, ...] = ("task_arithmetic", "ties", "plain_sum")
     recipe: vision.GlyphRecipe = vision.GlyphRecipe()
 
+    def __post_init__(self):
+        vision.check_suites(self.backbones, self.suites)
+        mergers.check_methods(self.methods)
+
 
 SCALES = {
     "smoke": Settings(suites=(2,), backbones=("glyph-32",), recipe=vision.SMOKE),

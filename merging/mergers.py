@@ -374,6 +374,12 @@ MERGERS: dict[str, Callable[..., dict[str, Tensor]]] = {
 PUBLISHED = ("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "iso_cts")    # the mergers of the paper's main table
 
 
+def check_methods(names: Sequence[str]) -> None:
+    """Raise a ValueError that names the nearest merger, unless every name is one."""
+    for name in names:
+        check_choice("merger", name, MERGERS)
+
+
 def merger(name: str) -> Callable[..., dict[str, Tensor]]:
     """Return the merger of this name.
 
