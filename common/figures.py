@@ -17,7 +17,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 INK, MUTED, FAINT = "#222222", "#8A8A8A", "#DDDDDD"
 DASHED = (0, (4, 3))
@@ -245,6 +245,8 @@ def lines(
         if xscale == "log" and len(ticks) <= 10:        # few values: label them instead of powers of ten
             ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
             ax.xaxis.set_minor_locator(NullLocator())
+        elif xscale == "linear" and all(float(tick).is_integer() for tick in ticks):
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if yscale == "log":
         log_axis(axes[0, 0].yaxis)                      # shared by all panels
     axes[0, 0].set_ylabel(ylabel or y)
