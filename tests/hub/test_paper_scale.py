@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from fake_hub import BASE, TEST_ROWS, environment, repository, write_data
+from pandas.testing import assert_frame_equal
 
 from common.data.hub import VISION_TASKS
 from common.results import load
@@ -16,11 +18,17 @@ from common.results import load
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "22_vision_merging.py"
 
 
-def run(hub: Path, scratch: Path) -> subprocess.CompletedProcess:
-    flags = ["--scale", "paper", "--device", "cpu", "--jobs", "1", "--results-dir", str(scratch / "results")]
+TWO_PROCESSES = [
+    *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+]
+
+
+def run(hub: Path, scratch: Path, *more: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess:
+    flags = ["--scale", "paper", "--device", "cpu", "--jobs", "1", "--results-dir", str(scratch / "results"), *more]
     variables = environment(hub) | {"EXPERIMENTS_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1"}
     variables["HF_DATASETS_CACHE"] = str(scratch / "datasets")
-    command = [sys.executable, str(SCRIPT), *flags]
+    command = [sys.executable, *launcher, str(SCRIPT), *flags]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, timeout=900)
 
 
@@ -36,6 +44,16 @@ def test_the_eight_task_table(true_hub, tmp_path):
     # the experts of the fake hub share a direction, so they move the predictions of the base
     own = data[data.method.isin(["pretrained", "expert"])].pivot(index="task", columns="method", values="value")
     assert (own.expert != own.pretrained).any()
+
+
+def test_two_processes_score_every_image_once(true_hub, tmp_path):
+    tables = []
+    for name, launcher in {"one": [], "two": TWO_PROCESSES}.items():
+        done = run(true_hub, tmp_path / name, "--methods", "task_arithmetic", launcher=launcher)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder,) = (tmp_path / name / "results" / "22_vision_merging").iterdir()
+        tables.append(load(folder))
+    assert_frame_equal(*tables)
 
 
 def remove_an_expert(hub):
