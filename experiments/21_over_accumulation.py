@@ -14,7 +14,7 @@ Verdict  on 8, 14 and 20 tasks, backbones glyph-96, glyph-128 and glyph-160 and 
              tasks (Spearman above 0.9 over all numbers measured; one value for each backbone and seed);
          (d) SVC (α = 1/K) lowers the total interference.
          "reproduced" if all four hold everywhere, "reproduced in part" if some do, else "not reproduced".
-Cost     with trained experts: smoke 10 s; laptop 1 min, workstation 15 min (2 cores); paper: not timed.
+Cost     smoke 10 s; laptop 4 min with training, workstation 5 min without (2 cores); paper: not timed.
 Run      python experiments/21_over_accumulation.py --scale laptop
 """
 
@@ -267,7 +267,7 @@ def compare(data, published):
     lines = []
     for backbone, suite in itertools.product(by_size(data.backbone), suites_of(data)):
         for quantity, wanted in QUANTITIES.items():
-            found = values(data, *wanted)[backbone, suite]
+            found = values(data, *wanted).sort_index()[backbone, suite]
             line = dict(quantity=f"{suite} tasks, {backbone}: {quantity}", paper=math.nan, ours=found.mean())
             lines.append(line | dict(sd=found.std(), n=len(found), same_setting=vision.setting(backbone)))
     return pd.DataFrame(lines)

@@ -10,8 +10,8 @@ Verdict  on suites of 8, 14 and 20 tasks, glyph-96 and at least 3 seeds, or on t
          suite; "direction reproduced" if its mean is above 0 for Task Arithmetic, TIES and DARE in every suite; else
          "not reproduced". It is said beside that in how many cells input space is above and below the base merger.
          Interval: seeds, tasks and images resampled.
-Cost     smoke 10 s; laptop 2 min, workstation 8 min (2 cores, once experiment 22 has trained the experts; estimated
-         from one suite); paper: nine passes over the 8 test sets with three models each, not timed.
+Cost     smoke 10 s; laptop 1 min, workstation 2 min (2 cores, once experiment 22 has trained the experts);
+         paper: nine passes over the 8 test sets with three models each, not timed.
 Run      python experiments/23_calibration_space.py --scale laptop
 """
 

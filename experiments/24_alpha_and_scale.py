@@ -13,7 +13,8 @@ Verdict  on suites of 8, 14 and 20 tasks, backbone glyph-96 and at least 3 seeds
          than a scale" if it is above 0 in all of them, else "a tuned scale explains SVC's gain in part". Then "the
          default α needs no tuning" if α chosen on validation gains less than 1 point over it in every suite, else
          "α needs tuning". The other mergers are counted beside it. Interval: seeds, tasks and images resampled.
-Cost     smoke 40 s; laptop 5 min, workstation 1 h (2 cores); paper: about 30 passes over the 8 test sets, not timed.
+Cost     smoke 40 s; laptop 5 min, workstation about 40 min (2 cores); paper: about 30 passes over the 8 test sets; the
+         last two are not timed.
 Run      python experiments/24_alpha_and_scale.py --scale laptop
 """
 

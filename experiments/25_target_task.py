@@ -9,8 +9,8 @@ Verdict  on suites of 8, 14 and 20 tasks, glyph-96 and at least 3 seeds, or on t
          its 95 % interval is above 0 in every suite, "hurts its task" if below 0 in every suite, else "has no uniform
          effect on its task". Then the other tasks, mean over them and the targets: "costs the others" if below 0 in
          every suite, else "does not cost the others everywhere". Interval: seeds, tasks and images resampled.
-Cost     smoke 10 s; laptop 3 min, workstation 20 min (2 cores, once experiment 22 has trained the experts; estimated
-         from one suite); paper: three passes over the 8 test sets with 18 models each, not timed.
+Cost     smoke 10 s; laptop 2 min, workstation 6 min (2 cores, once experiment 22 has trained the experts);
+         paper: three passes over the 8 test sets with 18 models each, not timed.
 Run      python experiments/25_target_task.py --scale laptop
 """
 
