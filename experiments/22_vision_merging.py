@@ -10,7 +10,7 @@ Verdict  on suites of 8, 14 and 20 tasks, backbones glyph-96, glyph-128 and glyp
          (+SVC at its tuned scale − base at its tuned scale) is above and below 0; "SVC beats a tuned scale" if it is
          above in all of those cells, "SVC does not beat a tuned scale" if above in at most half, else "in part".
          Scales are tuned on validation data, after calibration. Interval: seeds, tasks and images resampled.
-Cost     smoke 30 s; laptop 7 min, workstation 1 h (2 cores); paper: nine passes over the 8 test sets, not timed.
+Cost     smoke 30 s; laptop 6 min, workstation 1 h (2 cores); paper: nine passes over the 8 test sets, not timed.
 Run      python experiments/22_vision_merging.py --scale laptop
 """
 
