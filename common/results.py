@@ -298,7 +298,9 @@ def headline(name: str, scale: str, /, results_dir: Path = RESULTS, experiments_
         print(report.markdown(now.rename(columns={"ours": "now"})))
         return
     before = report.comparison(experiment, read_csv(io.StringIO(committed.stdout)))[["quantity", "ours"]]
-    both = before.merge(now, on="quantity", how="outer", suffixes=("_before", "_now"), sort=False)
+    both = before.merge(now, on="quantity", how="outer", suffixes=("_before", "_now"))
+    order = list(dict.fromkeys([*now.quantity, *before.quantity]))          # pandas sorts an outer join by its keys
+    both = both.set_index("quantity").loc[order].reset_index()
     both = both.assign(difference=both.ours_now - both.ours_before)
     print(f"\n{name}, {scale}: committed at HEAD beside measured now\n")
     print(report.markdown(both.rename(columns={"ours_before": "HEAD", "ours_now": "now"})))
