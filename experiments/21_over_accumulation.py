@@ -87,7 +87,7 @@ def unit_rows(suite, methods, seed, depth):
     updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
     for method in methods:
         own = chance.unrelated(updates, seed) if method == CHANCE else updates
-        merged = MERGERS.get(method, MERGERS[SUM])(own, **({"seed": seed} if method == "dare" else {}))
+        merged = mergers.merge(SUM if method == CHANCE else method, own, seed)
         alpha = calibration.published_alpha(method, len(updates))
         for svc, update in {"none": merged, "output": calibrate(merged, own, alpha=alpha)}.items():
             found = summary.calibrated_matrices(diagnose(update, own, alpha=alpha))

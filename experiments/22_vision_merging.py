@@ -79,7 +79,7 @@ def merger_rows(suite, updates, method, seed):
 
 def variants_of(suite, updates, method, seed):
     """The merger's labelled updates: base first, then calibrated; own and tuned scale, other tensors averaged too."""
-    merged = MERGERS[method](updates, **({"seed": seed} if method == "dare" else {}))
+    merged = mergers.merge(method, updates, seed)
     mean = weight_average(updates)
     published = calibration.published_alpha(method, len(updates))
     calibrated = {alpha: calibrate(merged, updates, alpha=alpha) for alpha in dict.fromkeys([published, 1.0])}

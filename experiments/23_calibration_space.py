@@ -69,7 +69,7 @@ def measure_suite(methods, suite, seed):
 
 def merger_rows(suite, updates, method, seed):
     """One merger without SVC and in both spaces, scored together: each against the base, and output against input."""
-    merged = MERGERS[method](updates, **({"seed": seed} if method == "dare" else {}))
+    merged = mergers.merge(method, updates, seed)
     alpha = calibration.published_alpha(method, len(updates))
     found = {"none": merged} | {s: calibrate(merged, updates, alpha=alpha, space=s) for s in ("output", "input")}
     common = dict(method=method, scale_rule="fixed", scale=1.0)

@@ -101,7 +101,7 @@ def measure_unit(settings, device, unit):
 def merge(suite, method, seed):
     """The task vectors, the merged one and the paper's α."""
     updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
-    merged = MERGERS[method](updates, **({"seed": seed} if method == "dare" else {}))
+    merged = mergers.merge(method, updates, seed)
     return updates, merged, published_alpha(method, len(updates))
 
 

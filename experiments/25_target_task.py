@@ -70,7 +70,7 @@ def merger_rows(suite, updates, method, seed):
 
     The targeted models with α = 1 are there to tell a matter of α from one of the target: only their targets are kept.
     """
-    merged = MERGERS[method](updates, **({"seed": seed} if method == "dare" else {}))
+    merged = mergers.merge(method, updates, seed)
     published = calibration.published_alpha(method, len(updates))
     found = [("none", None, merged), ("none", published, calibrate(merged, updates, alpha=published))]
     for alpha in dict.fromkeys([published, 1.0]):

@@ -380,6 +380,15 @@ def check_methods(names: Sequence[str]) -> None:
         check_choice("merger", name, MERGERS)
 
 
+def merge(method: str, task_vectors: Sequence[TaskVector], seed: int = 0) -> dict[str, Tensor]:
+    """Return what a merger makes of the task vectors with its defaults; `seed` is for DARE, the one that draws masks.
+
+    Raises:
+        ValueError: there is no such merger; the message names the nearest one.
+    """
+    return merger(method)(task_vectors, **({"seed": seed} if method == "dare" else {}))
+
+
 def merger(name: str) -> Callable[..., dict[str, Tensor]]:
     """Return the merger of this name.
 
