@@ -75,9 +75,17 @@ def is_cached(kind: str, inputs: Mapping[str, Any], sources: Sequence[Any] = ())
 
 
 def artefact(
-    kind: str, inputs: Mapping[str, Any], sources: Sequence[Any] = (), *, build: Callable[[Path], None]
+    kind: str,
+    inputs: Mapping[str, Any],
+    sources: Sequence[Any] = (),
+    *,
+    build: Callable[[Path], None],
+    resumable: bool = False,
 ) -> Artefact:
-    """Return the artefact of these inputs and sources; if there is none, `build(folder)` fills an empty folder."""
+    """Return the artefact of these inputs and sources; if there is none, `build(folder)` fills an empty folder.
+
+    With `resumable`, a build that was killed finds its folder as it left it.
+    """
     key = cache_key(inputs, sources)
     folder = CACHE / kind / key
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +97,9 @@ def artefact(
         if not hit:
             rank = torch.distributed.get_rank() if together else 0
             unfinished = folder.with_suffix(f".unfinished-{rank}")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
+            if not resumable:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(exist_ok=True)
             build(unfinished)
             (unfinished / "inputs.json").write_text(json.dumps(inputs, sort_keys=True, default=_plain, indent=1))
             if rank == 0:
