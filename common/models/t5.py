@@ -1,0 +1,76 @@
+"""T5 from scratch: transformers' own class, in any size or in that of a repository, whose tokenizer is here too."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from common.data.hub import snapshot
+from common.data.text import END, PAD
+
+SENTINELS = 100  # of T5's tokenizers
+
+
+def t5(vocabulary: int, width: int, depth: int, heads: int, d_ff: int, dropout: float = 0.0) -> nn.Module:
+    """Build an untrained T5 v1.0: ReLU MLPs, tied embeddings, relative positions, RMS norms before each part.
+
+    Source: Raffel et al., arXiv 1910.10683, section 2.1. Weights are drawn from torch's global generator.
+
+    Args:
+        vocabulary: token ids, sentinels included.
+        width: of the residual stream.
+        depth: layers of the encoder, and of the decoder.
+        heads: of each attention; each has width / heads channels.
+        d_ff: hidden units of an MLP.
+        dropout: everywhere where T5 has it.
+
+    Raises:
+        ValueError: width is no multiple of heads.
+    """
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    if width % heads:
+        raise ValueError(f"width must be a multiple of heads, got width {width} and {heads} heads")
+    config = T5Config(
+        vocab_size=vocabulary, d_model=width, d_kv=width // heads, d_ff=d_ff, num_layers=depth, num_heads=heads,
+        dropout_rate=dropout, feed_forward_proj="relu", tie_word_embeddings=True, decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+def t5_like(model_id: str, vocabulary: int) -> nn.Module:
+    """Build an untrained T5 with the configuration of a repository (sizes, dropout, activation), but this vocabulary.
+
+    Raises:
+        HubError: the repository cannot be had.
+        ValueError: it holds no T5.
+    """
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder = _folder(model_id)
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != "t5":
+        raise ValueError(f"model {model_id} is of type {kind!r}, expected 't5'")
+    return T5ForConditionalGeneration(T5Config.from_pretrained(folder, vocab_size=vocabulary))
+
+
+def t5_tokenizer(model_id: str) -> Any:
+    """Load the tokenizer of a T5 repository; it ends every text with END, and its last ids are the sentinels.
+
+    Raises:
+        HubError: the repository cannot be had.
+        ValueError: its special tokens are not where T5 has them.
+    """
+    from transformers import T5Tokenizer
+
+    tokenizer = T5Tokenizer.from_pretrained(_folder(model_id), model_max_length=10**9)  # nothing is cut here
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<extra_id_0>"))
+    if found != (PAD, END, len(tokenizer) - 1):
+        expected = (PAD, END, len(tokenizer) - 1)
+        raise ValueError(f"tokenizer of {model_id}: ids of <pad>, </s>, <extra_id_0> are {found}, expected {expected}")
+    return tokenizer
+
+
+def _folder(model_id: str) -> Path:
+    return snapshot(model_id, "model", ["*config.json", "tokenizer.json", "special_tokens_map.json", "spiece.model"])
