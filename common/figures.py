@@ -30,6 +30,10 @@ COLOURS = {
     "plain_sum": "#4D4D4D", "ties": "#D55E00", "dare": "#CC79A7", "tsv_m": "#009E73", "iso_c": "#E69F00",
     "iso_cts": "#8C6D31", "star": "#7A5195", "none": MUTED, "output": "#0072B2", "input": "#D55E00",
     "unrelated": "#A6A6A6",
+    "vanilla": MUTED, "modified": "#0072B2", "vanilla, MLP norms undecayed": "#D55E00",
+    "vanilla, all norms undecayed": "#E69F00", "modified, all norms undecayed": "#56B4E9",
+    "restricted norm alone": "#009E73", "JSReLU alone": "#7A5195", "zeroth bias alone": "#CC79A7",
+    "squared ReLU": INK,
 }                                                                           # fmt: skip
 
 LABELS = {
@@ -264,6 +268,46 @@ def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, tone: str) -> None:
         low, high = stats["mean"] - stats["std"], stats["mean"] + stats["std"]
         ax.fill_between(stats.index, low, high, color=tone, alpha=0.15, linewidth=0)
         ax.plot(rows[x], rows[y], "o", ms=2.6, color=tone, alpha=0.7, mew=0)
+
+
+@styled
+def frontier(
+    data: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    by: str = "variant",
+    panel: str | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    names: Mapping[Any, str] | None = None,
+) -> Figure:
+    """Draw what each condition pays for what it gets: a large point at its mean (x, y), a small one for each row.
+
+    Args:
+        data: a row a run.
+        x, y, by, panel: column names; one panel for each value of `panel`, axes of its own.
+        xlabel, ylabel: what x and y are, with their units.
+        names: how values of `by` and `panel` are written, where not as in LABELS.
+    """
+    panels, groups = _panels(data, panel, names), list(data[by].unique())
+    figure, axes = new_figure(len(panels), width=3.6 if len(panels) > 1 else 4.6, height=3.3)
+    markers = "osD^vP*XhHdp<>"
+    shapes = {name: markers[position % len(markers)] for position, name in enumerate(groups)}
+    for ax, (title, part) in zip(axes[0], panels, strict=True):
+        for position, name in enumerate(groups):
+            rows, tone = part[part[by] == name], colour(name, position)
+            if len(rows) > 1:
+                ax.plot(rows[x], rows[y], shapes[name], ms=3, mew=0, alpha=0.5, color=tone)
+            ax.plot(rows[x].mean(), rows[y].mean(), shapes[name], ms=8, mew=0.8, mec="white", color=tone)
+        ax.set(title=title, xlabel=xlabel or x)
+        ax.margins(0.1)
+    axes[0, 0].set_ylabel(ylabel or y)
+    handles = [
+        Line2D([], [], ls="", marker=shapes[name], ms=7, color=colour(name, i)) for i, name in enumerate(groups)
+    ]
+    figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")
+    return figure
 
 
 @styled

@@ -141,6 +141,8 @@ def readme(experiment: "Experiment", data: pd.DataFrame, provenance: Mapping[str
     if others:
         parts += ["## Claim and rule, written before the run", "```text\n" + "\n\n".join(others).strip("\n") + "\n```"]
     parts += ["## Beside the paper", comparison_markdown(comparison(experiment, data))]
+    if experiment.remarks:
+        parts += ["## In words", "\n\n".join(" ".join(part.split()) for part in experiment.remarks(data).split("\n\n"))]
     for heading, table in (experiment.tables(data) if experiment.tables else {}).items():
         parts += [f"## {heading}", markdown(table)]
     if drawn := list(drawn):

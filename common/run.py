@@ -60,6 +60,7 @@ class Experiment:
             seeds are not in the table).
         published: which table of results/published/ `compare` gets, or None.
         tables: table → {heading: further table for the README}, optional.
+        remarks: table → what it shows, in a paragraph or two whose numbers come from the table, optional.
         deviations: where the experiment departs from the paper; numbered in the README.
     """
 
@@ -71,6 +72,7 @@ class Experiment:
     verdict: Callable[[pd.DataFrame], str]
     published: str | None = None
     tables: Callable[[pd.DataFrame], Mapping[str, pd.DataFrame]] | None = None
+    remarks: Callable[[pd.DataFrame], str] | None = None
     deviations: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -307,6 +309,7 @@ def provenance(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": context.seconds,
         "device": card,
+        "processes": PartialState().num_processes,                          # of `accelerate launch`
         "jobs": context.jobs,
         "threads": context.threads,
         "cores": os.cpu_count(),

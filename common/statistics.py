@@ -1,9 +1,11 @@
 """Paired comparison of two models over seeds, tasks and images."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,25 @@ def spread(values: pd.Series, digits: int = 1) -> str:
     values = values.dropna()
     deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
     return f"{values.mean():.{digits}f}{deviation}"
+
+
+def relative_change(first: pd.Series, second: pd.Series) -> Interval:
+    """Return by how many % the second of two positive quantities differs from the first, paired by seed.
+
+    The interval is Student's on the logarithms of the ratios: it holds for further seeds, data and settings being the
+    same. With one seed it is unbounded.
+
+    Args:
+        first, second: positive values indexed by seed; the seeds of both count.
+
+    Raises:
+        ValueError: no seed has both.
+    """
+    ratios = np.log((second / first).dropna())
+    if ratios.empty:
+        raise ValueError(f"no seed has both: {list(first.index)} and {list(second.index)}")
+    reach = math.inf
+    if len(ratios) > 1:
+        reach = stats.t.ppf(0.975, len(ratios) - 1) * ratios.std() / math.sqrt(len(ratios))
+    ends = (ratios.mean() + side * reach for side in (0, -1, 1))
+    return Interval(*(100 * math.expm1(min(end, 700)) for end in ends))

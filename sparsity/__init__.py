@@ -1,1 +1,31 @@
-"""Activation sparsity and flat minima (arXiv 2605.25612). Nothing is here yet: this half comes after `merging`."""
+"""Activation sparsity of Transformer MLPs: plug-ins that raise it, probes that measure it, the identities behind both.
+
+"Towards the Connection between Activation Sparsity and Flat Minima", arXiv 2605.25612.
+
+    model = sparsify(model)                      # JSReLU, zeroth biases, restricted norms; train as usual
+    with probe(model) as p: …                    # density, derivative density, augmented flatness per MLP
+    p.summary()
+"""
+
+from sparsity.activations import ACTIVATIONS, JSReLU, derivative, jsrelu
+from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks, without_mlps
+from sparsity.flatness import remaining_multiply_adds
+from sparsity.plugins import PROTOCOLS, parameter_groups, sparsify
+from sparsity.probes import probe
+
+__all__ = [
+    "ACTIVATIONS",
+    "LAYOUTS",
+    "PROTOCOLS",
+    "Block",
+    "JSReLU",
+    "Layout",
+    "derivative",
+    "find_blocks",
+    "jsrelu",
+    "parameter_groups",
+    "probe",
+    "remaining_multiply_adds",
+    "sparsify",
+    "without_mlps",
+]

@@ -18,10 +18,8 @@ from common.results import load
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "22_vision_merging.py"
 
 
-TWO_PROCESSES = [
-    *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no"),
-]
+# what `accelerate launch --multi_gpu` does, on CPUs; `accelerate launch --cpu` starts one process
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
 
 
 def run(hub: Path, scratch: Path, *more: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess:
@@ -52,6 +50,7 @@ def test_two_processes_score_every_image_once(true_hub, tmp_path):
         done = run(true_hub, tmp_path / name, "--methods", "task_arithmetic", launcher=launcher)
         assert done.returncode == 0, done.stderr[-3000:]
         (folder,) = (tmp_path / name / "results" / "22_vision_merging").iterdir()
+        assert json.loads((folder / "provenance.json").read_text())["processes"] == len(tables) + 1
         tables.append(load(folder))
     assert_frame_equal(*tables)
 

@@ -1,0 +1,330 @@
+"""The paper's three plug-ins for a Transformer that exists already: zeroth bias, restricted norm, JSReLU.
+
+Source: "Towards the Connection between Activation Sparsity and Flat Minima", arXiv 2605.25612. An MLP block with keys
+K, values V and activation σ on the token x_t at position t (after its norm, whose weight is w) becomes
+
+    z_t = V σ(K (x_t + b_t))    zeroth bias b_t, each entry within ±c |w|; or V σ(K x_t) + b_t (the authors' later code)
+    w ≥ 1, no bias              restricted norm; in fine-tuning |w| ≥ min(step / uplift, 1), and the bias stays as it is
+    σ = JSReLU                  in fine-tuning (1 − k) σ_old + k JSReLU, k = min(step / mixing, 1)
+
+The modules themselves, and what keeps b and w within their bounds, are in sparsity/plugged.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.activations import Mixture, make
+from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks
+from sparsity.plugged import (
+    Past,
+    PluggedBlock,
+    PluggedInput,
+    PluggedOutput,
+    Plugins,
+    bound_norm,
+    follow_past,
+    plug,
+    watch,
+)
+
+PLACEMENTS = ("input", "output")
+EXEMPTIONS = ("zeroth_bias", "mlp_norms", "norms", "biases", "vectors")
+# What the authors' code exempts from weight decay: nothing on the ViT; on T5 names with "bias", but no norm's weight.
+PROTOCOLS: Mapping[str, tuple[str, ...]] = {"vit": (), "t5": ("biases",)}
+
+
+def sparsify(
+    model: nn.Module,
+    activation: str | None = "jsrelu",
+    *,
+    zeroth_bias: bool = True,
+    placement: str = "input",
+    restricted_norm: bool = True,
+    tokens: int | None = None,
+    clip: float | None = 0.1,
+    mixing_steps: int = 0,
+    uplift_steps: int = 0,
+    layouts: Sequence[Layout] = LAYOUTS,
+) -> nn.Module:
+    """Install the plug-ins (equations above) in every MLP block of `model`, IN PLACE, and return it.
+
+    Call it before the optimizer is made, which has to own the new parameters, and before DDP or torch.compile. To know:
+
+    - Module paths, parameter names and classes (isinstance) stay. Each block gets a parameter `zeroth_bias`
+      (tokens, d), zero at first, at the MLP's entrance or its second linear; the bias of its norm becomes a buffer of
+      the same name. State dicts of the model as it was load strictly: absent zeroth biases as zero, and schedules stay.
+    - After each step of any torch optimizer that owns parameters of a block, its norm is bounded and then its zeroth
+      bias clipped. Weights that are loaded and exceed the bounds are put right by the next step.
+    - Weight decay acts on zeroth biases and norm weights as on any parameter: see `parameter_groups`.
+    - In post-norm models (BERT) the norm before the MLP feeds the residual as well. It is restricted all the same.
+    - Fine-tuning, with both `mixing_steps` and `uplift_steps`, starts with exactly the outputs of the model as it was.
+      A step that GradScaler skips does not count; where several optimizers share a block, one round of them counts as
+      one step. The count is saved with models that have schedules: a buffer `schedule_step` of each block.
+    - Rows of a zeroth bias belong to columns of the batch, which padding on the left shifts. With a KV cache they begin
+      after the past.
+
+    Args:
+        model: with MLP blocks that `layouts` describe.
+        activation: a name in sparsity.activations.ACTIVATIONS; None keeps the model's own.
+        zeroth_bias, restricted_norm: whether to install these two.
+        placement: "input" adds the zeroth bias to the tokens that enter the MLP (the text), "output" to those that
+            leave its second linear, before dropout (the authors' later code).
+        tokens: rows of the zeroth biases, which limit the length of sequences. Default: a ViT's positions, class token
+            included; 512 for T5; else the configuration's maximal positions.
+        clip: c; None for no clipping (section V).
+        mixing_steps: optimizer steps over which the activation is mixed in; 0: it is there at once.
+        uplift_steps: steps over which norm weights are lifted, the norms' biases frozen. 0 is for training from
+            scratch: now the weights are raised to 1 and the biases set to zero.
+        layouts: the kinds of layer to look for; your own go first: [Layout(...), *LAYOUTS].
+
+    Raises:
+        ValueError: an option is out of range; there is no MLP block; a block is plugged already, is gated (only
+            activation=None), has no norm, or does not say how many tokens. The model is unchanged then.
+    """
+    _check_options(activation, placement, tokens, clip, mixing_steps, uplift_steps, restricted_norm)
+    blocks = find_blocks(model, layouts)
+    shapes = []
+    for block in blocks:
+        _check(block, activation, zeroth_bias, restricted_norm or (zeroth_bias and clip is not None), mixing_steps)
+        shapes.append((tokens or _infer_tokens(model, block), _width(block)) if zeroth_bias else None)
+    stacks = {id(block.stack): block.stack for block in blocks} if zeroth_bias else {}
+    pasts = {key: follow_past(stack) for key, stack in stacks.items()}
+    for block, shape in zip(blocks, shapes, strict=True):
+        plugins = Plugins(block.norm, block.value, restricted_norm, clip, mixing_steps, uplift_steps)
+        _install_block(block, plugins, own_input=shape is not None and placement == "input")
+        if shape is not None:
+            _install_zeroth_bias(block, placement, shape, pasts[id(block.stack)])
+        if activation is not None:
+            _install_activation(block, plugins, make(activation))
+        if restricted_norm:
+            _bias_to_buffer(plugins.norm, keep=uplift_steps > 0)
+            bound_norm(block.entrance)
+    return model
+
+
+def _install_block(block: Block, plugins: Plugins, own_input: bool) -> None:
+    entrance = block.entrance
+    plug(entrance, PluggedInput if own_input else PluggedBlock)
+    entrance._plugins = plugins
+    if plugins.mixing_steps or plugins.uplift_steps:
+        device = next(block.key.parameters()).device
+        entrance.register_buffer("schedule_step", torch.zeros((), dtype=torch.int64, device=device))
+    if isinstance(block.layer, nn.TransformerEncoderLayer):
+        block.layer.activation_relu_or_gelu = 0  # keeps it off its fast path for evaluation, which skips the modules
+    watch(entrance)
+
+
+def _install_zeroth_bias(block: Block, placement: str, shape: tuple[int, int], past: Past) -> None:
+    module = block.entrance
+    if placement == "output":
+        module = block.value
+        plug(module, PluggedOutput)
+    module.zeroth_bias = nn.Parameter(next(block.key.parameters()).detach().new_zeros(shape))
+    module._past, module._path = past, block.name
+
+
+def _install_activation(block: Block, plugins: Plugins, activation: nn.Module) -> None:
+    if plugins.mixing_steps:
+        activation = plugins.mixture = Mixture(block.activation, activation).to(next(block.key.parameters()).device)
+    block.replace_activation(activation.train(block.entrance.training))
+
+
+def _bias_to_buffer(norm: nn.Module, keep: bool) -> None:
+    bias = getattr(norm, "bias", None)
+    if isinstance(bias, nn.Parameter):
+        del norm.bias
+        norm.register_buffer("bias", bias.detach() if keep else torch.zeros_like(bias.detach()))
+
+
+# What is asked for ---------------------------------------------------------------------------------------------------
+
+
+def _check_options(
+    activation: str | None,
+    placement: str,
+    tokens: int | None,
+    clip: float | None,
+    mixing_steps: int,
+    uplift_steps: int,
+    restricted_norm: bool,
+) -> None:
+    if activation is not None:
+        make(activation)  # raises for an unknown name
+    if placement not in PLACEMENTS:
+        raise ValueError(f"unknown placement {placement!r}, expected one of {', '.join(PLACEMENTS)}")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens must be positive, got {tokens}")
+    if clip is not None and not 0 <= clip < math.inf:
+        raise ValueError(f"clip must be a number ≥ 0, or None for no clipping, got {clip}")
+    for name, steps in (("mixing_steps", mixing_steps), ("uplift_steps", uplift_steps)):
+        if steps < 0:
+            raise ValueError(f"{name} must be ≥ 0, got {steps}")
+    if mixing_steps and activation is None:
+        raise ValueError(f"mixing_steps={mixing_steps} needs an activation to mix in, got activation=None")
+    if uplift_steps and not restricted_norm:
+        raise ValueError(f"uplift_steps={uplift_steps} lifts restricted norms, got restricted_norm=False")
+
+
+def _check(block: Block, activation: str | None, zeroth_bias: bool, needs_norm: bool, mixing_steps: int) -> None:
+    """Raise for what cannot be plugged into a block; nothing has been changed yet."""
+    if isinstance(block.entrance, PluggedBlock):
+        raise ValueError(f"{block.name}: this MLP has its plug-ins already; call sparsify once, on a model without any")
+    if block.gated and activation is not None:
+        raise ValueError(
+            f"{block.name}: this MLP is gated ({block.layout.name}) and its activation cannot be replaced by "
+            f"{activation!r}; pass activation=None for zeroth bias and restricted norm (probe measures gated MLPs too)"
+        )
+    if mixing_steps and not isinstance(block.activation, nn.Module):
+        kind = type(block.activation).__name__
+        raise ValueError(f"{block.name}: a {kind} is no module, and cannot be mixed; pass mixing_steps=0")
+    if needs_norm and block.norm is None:
+        raise ValueError(f"{_norm_missing(block)}; or pass restricted_norm=False, clip=None")
+    if needs_norm and not _scales_by_weight(block.norm):
+        raise ValueError(
+            f"{block.name}: {type(block.norm).__name__}, the norm that feeds this MLP, does not scale by its weight "
+            "(but by 1 + weight, say), so the bounds do not fit it; pass restricted_norm=False, clip=None"
+        )
+    if zeroth_bias and getattr(block.layer, "chunk_size_feed_forward", 0):
+        raise ValueError(
+            f"{block.name}: with chunk_size_feed_forward={block.layer.chunk_size_feed_forward} the MLP sees pieces of "
+            "sequences, and a zeroth bias cannot tell which; set it to 0, or pass zeroth_bias=False"
+        )
+
+
+def _norm_missing(block: Block) -> str:
+    return (
+        f"{block.name}: no norm with a weight was found that feeds this MLP ({block.layout.name}); say where it is, "
+        "layouts=[Layout(..., norms=(...)), *LAYOUTS]"
+    )
+
+
+@torch.no_grad()
+def _scales_by_weight(norm: nn.Module) -> bool:
+    """Whether the norm's output is zero where its parameters are."""
+    weight = norm.weight
+    token = torch.linspace(-1, 1, weight.numel(), device=weight.device).to(weight.dtype)
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
+    output = torch.func.functional_call(norm, zeros, (token.reshape(1, 1, -1),))
+    return output.is_meta or not output.any()
+
+
+def _width(block: Block) -> int:
+    """Return d, the width of the tokens."""
+    if block.norm is not None:
+        return block.norm.weight.numel()
+    width = getattr(block.key, "in_features", None) or getattr(block.key, "nx", None)  # Linear, Conv1D
+    if width is None:
+        kind = type(block.key).__name__
+        raise ValueError(f"{block.name}: cannot tell from a {kind} how wide tokens are; give it in_features")
+    return width
+
+
+def _infer_tokens(model: nn.Module, block: Block) -> int:
+    """Return how many positions there are, by the first rule that fits a module around the block, inside out."""
+    parts = block.name.split(".")
+    around = [model.get_submodule(".".join(parts[:count])) for count in reversed(range(len(parts)))]
+    found = (rule(module) for rule in _POSITIONS for module in around)
+    tokens = next((count for count in found if isinstance(count, int)), None)
+    if tokens is None:
+        raise ValueError(f"{block.name}: cannot infer the positions of {type(model).__name__}; pass tokens=")
+    return tokens
+
+
+def _timm_positions(module: nn.Module) -> int | None:
+    patches = getattr(getattr(module, "patch_embed", None), "num_patches", None)
+    return None if patches is None else patches + getattr(module, "num_prefix_tokens", 0)
+
+
+def _torchvision_positions(module: nn.Module) -> int | None:
+    return getattr(module, "seq_length", None)
+
+
+def _vision_tower_positions(module: nn.Module) -> int | None:
+    """Of transformers: CLIP and SigLIP count them, ViT and DeiT hold a row for each."""
+    embeddings = getattr(module, "embeddings", None)
+    rows = getattr(embeddings, "position_embeddings", None)
+    return rows.shape[-2] if isinstance(rows, Tensor) else getattr(embeddings, "num_positions", None)
+
+
+def _open_clip_positions(module: nn.Module) -> int | None:
+    rows = getattr(module, "positional_embedding", None)
+    return len(rows) if isinstance(rows, Tensor) and rows.ndim == 2 else None
+
+
+def _configured_positions(module: nn.Module) -> int | None:
+    config = getattr(module, "config", None)
+    if "t5" in str(getattr(config, "model_type", "")):
+        return 512  # its relative positions have no maximum
+    return getattr(config, "max_position_embeddings", None)
+
+
+_POSITIONS = (
+    _timm_positions,
+    _torchvision_positions,
+    _vision_tower_positions,
+    _open_clip_positions,
+    _configured_positions,
+)
+
+
+# Weight decay --------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    exempt: Sequence[str] = ("zeroth_bias",),
+    layouts: Sequence[Layout] = LAYOUTS,
+) -> list[dict[str, Any]]:
+    """Return the parameters of `model`, plugged or not, as optimizer groups: those that decay, those that are exempt.
+
+    Args:
+        model: its parameters that require no gradient are left out.
+        weight_decay: that of the parameters that decay.
+        exempt: what does not: "zeroth_bias"; "mlp_norms", weights and biases of the norms that feed MLPs; "norms", of
+            all norms (classes with Norm in their name); "biases", parameters with "bias" in their name, among them
+            zeroth biases and T5's relative positions; "vectors", those of fewer than two dimensions.
+            PROTOCOLS["vit"] and PROTOCOLS["t5"] are the authors'.
+        layouts: as for `sparsify`; only "mlp_norms" asks.
+
+    Returns:
+        groups with "name" ("decayed" or "exempt"), "params" and "weight_decay", none of them empty.
+
+    Raises:
+        ValueError: an unknown word in `exempt`; or "mlp_norms" where there is no MLP, or no norm that feeds it.
+    """
+    for word in exempt:
+        if word not in EXEMPTIONS:
+            raise ValueError(f"unknown exemption {word!r}, expected some of {', '.join(EXEMPTIONS)}")
+    spared = {id(parameter) for norm in _norms(model, exempt, layouts) for parameter in norm.parameters(recurse=False)}
+    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "exempt": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_exempt = id(parameter) in spared or _exempt_by_itself(name, parameter, exempt)
+            groups["exempt" if is_exempt else "decayed"].append(parameter)
+    decay = {"decayed": weight_decay, "exempt": 0.0}
+    return [dict(name=name, params=params, weight_decay=decay[name]) for name, params in groups.items() if params]
+
+
+def _norms(model: nn.Module, exempt: Sequence[str], layouts: Sequence[Layout]) -> list[nn.Module]:
+    norms = []
+    if "norms" in exempt:
+        norms += [module for module in model.modules() if "Norm" in type(module).__name__ and hasattr(module, "weight")]
+    if "mlp_norms" in exempt:
+        for block in find_blocks(model, layouts):
+            if block.norm is None:
+                raise ValueError(_norm_missing(block))
+            norms.append(block.norm)
+    return norms
+
+
+def _exempt_by_itself(name: str, parameter: nn.Parameter, exempt: Sequence[str]) -> bool:
+    return (
+        ("zeroth_bias" in exempt and "zeroth_bias" in name)
+        or ("biases" in exempt and "bias" in name)
+        or ("vectors" in exempt and parameter.ndim < 2)
+    )
