@@ -132,7 +132,10 @@ class Context:
 
     def progress(self, items: Iterable[Any], description: str) -> Iterable[Any]:
         """Return `items` behind a progress bar."""
-        return tqdm(items, description, disable=not self.main, leave=False)
+        return self._bar(items, description)
+
+    def _bar(self, items: Iterable[Any], description: str, total: int | None = None) -> tqdm:
+        return tqdm(items, description, total, disable=not self.main, leave=False)
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any], description: str) -> list[Any]:
         """Return `[function(item) for item in items]`, computed in up to `jobs` processes behind a progress bar.
@@ -148,16 +151,18 @@ class Context:
         items = list(items)
         processes = min(self.jobs, len(items))
         if processes <= 1:
-            return [function(item) for item in self.progress(items, description)]
+            with self._bar(items, description) as bar:
+                return [function(item) for item in bar]
         threads = max(1, self.threads // processes)
         with joblib.parallel_config("loky", inner_max_num_threads=threads):
             parallel = joblib.Parallel(processes, batch_size=1, return_as="generator_unordered")
             call = joblib.delayed(_call)
             finished = parallel(call(function, index, item, threads) for index, item in enumerate(items))
         found: dict[int, Any] = {}
-        for index, result, records in tqdm(finished, description, len(items), disable=not self.main, leave=False):
-            found[index] = result
-            cache.RECORDS.extend(records)
+        with self._bar(finished, description, len(items)) as bar:
+            for index, result, records in bar:
+                found[index] = result
+                cache.RECORDS.extend(records)
         return [found[index] for index in range(len(items))]
 
 

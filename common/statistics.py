@@ -85,8 +85,11 @@ def relative_change(first: pd.Series, second: pd.Series) -> Interval:
     ratios = np.log((second / first).dropna())
     if ratios.empty:
         raise ValueError(f"no seed has both: {list(first.index)} and {list(second.index)}")
-    reach = math.inf
+    mean, reach = ratios.mean(), math.inf
     if len(ratios) > 1:
         reach = stats.t.ppf(0.975, len(ratios) - 1) * ratios.std() / math.sqrt(len(ratios))
-    ends = (ratios.mean() + side * reach for side in (0, -1, 1))
-    return Interval(*(100 * math.expm1(min(end, 700)) for end in ends))
+    return Interval(_percent(mean), _percent(mean - reach), _percent(mean + reach))
+
+
+def _percent(logarithm: float) -> float:
+    return 100 * math.expm1(logarithm) if logarithm < 700 else math.inf

@@ -32,8 +32,8 @@ class Settings:
     single_seeds: tuple[int, ...] = (0,)  # of each plug-in alone and of the rivals
     task: TextTask = TextTask(depth=1)
     recipes: tuple[Recipe, ...] = (  # the first with all variants, the others as vanilla, modified and one control
-        Recipe(1500, 16, 3e-3, warmup=0.07, weight_decay=1.3, betas=ADAMW),
-        Recipe(1500, 16, 1e-2, warmup=0.1, weight_decay=0.4, betas=ADAMW, schedule="inverse_sqrt"),
+        Recipe(1200, 16, 3e-3, warmup=0.07, weight_decay=1.4, betas=ADAMW),
+        Recipe(1200, 16, 1e-2, warmup=0.1, weight_decay=0.5, betas=ADAMW, schedule="inverse_sqrt"),
     )
     l1: tuple[float, ...] = (0.3, 1.0)  # weights of the penalty
     log_every: int = 50
@@ -51,8 +51,8 @@ SCALES = {
         single_seeds=(),
         task=TextTask(),
         recipes=(
-            Recipe(4000, 16, 3e-3, warmup=0.05, weight_decay=0.7, betas=ADAMW),
-            Recipe(4000, 16, 1e-2, warmup=0.1, weight_decay=0.2, betas=ADAMW, schedule="inverse_sqrt"),
+            Recipe(3000, 16, 3e-3, warmup=0.05, weight_decay=0.92, betas=ADAMW),
+            Recipe(3000, 16, 1e-2, warmup=0.1, weight_decay=0.27, betas=ADAMW, schedule="inverse_sqrt"),
         ),
         l1=(),
         log_every=100,

@@ -110,10 +110,11 @@ def draw(data: pd.DataFrame, score: str) -> dict[str, Figure]:
     curves = curves.pivot(index=keys, columns="metric", values="value").reset_index()
     curves = curves.assign(percent=100 * curves.density, E=curves.decay.round(3))
     curves = curves.sort_values("variant", key=lambda column: column.map(CONTROLS.index), kind="stable")
-    options = dict(y="percent", by="variant", panel="setting")
+    panel = "setting" if table.setting.nunique() > 1 else None
+    options = dict(y="percent", by="variant", panel=panel)
     return {
         "frontier": figures.frontier(
-            table, x="percent", y="score", panel="setting", xlabel="density on test data, %", ylabel=score
+            table, x="percent", y="score", panel=panel, xlabel="density on test data, %", ylabel=score
         ),
         "density_by_layer": figures.lines(layers, x="number", xlabel="MLP", ylabel="density, test data, %", **options),
         "density_along_training": figures.lines(
@@ -127,7 +128,7 @@ def draw(data: pd.DataFrame, score: str) -> dict[str, Figure]:
             **options | dict(y="norm_weight"),
         ),
         "relative_change": figures.forest(
-            _changes(table), item="variant", condition="metric", panel="setting", names=NAMES,
+            _changes(table), item="variant", condition="metric", panel=panel, names=NAMES,
             xlabel="change against vanilla, % (95 %)",
         ),
     }  # fmt: skip

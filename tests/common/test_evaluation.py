@@ -1,11 +1,15 @@
 """Scoring several models in one pass, and the paired comparison of two of them."""
+import math
+
+import numpy as np
 import pandas as pd
 import pytest
+import scipy
 import torch
 from torch import nn
 
 from common.evaluation import correct
-from common.statistics import paired_interval, spread
+from common.statistics import paired_interval, relative_change, spread
 
 
 def test_several_models_in_one_pass_give_what_each_gives_alone():
@@ -55,3 +59,19 @@ def test_the_interval_is_the_same_each_time_and_gaps_are_refused():
 
 def test_spread_shows_a_deviation_only_where_there_is_one():
     assert spread(pd.Series([1.0, 2.0])) == "1.5 ± 0.7" and spread(pd.Series([1.0])) == "1.0"
+
+
+def test_relative_change_is_students_interval_of_log_ratios():
+    first, second = pd.Series({0: 0.2, 1: 0.3, 2: 0.25}), pd.Series({2: 0.12, 0: 0.1, 1: 0.16, 3: 9.0})
+    found = relative_change(first, second)
+    logs = np.log([0.1 / 0.2, 0.16 / 0.3, 0.12 / 0.25])
+    low, high = scipy.stats.t.interval(0.95, 2, logs.mean(), logs.std(ddof=1) / np.sqrt(3))
+    assert [found.mean, found.low, found.high] == pytest.approx([100 * np.expm1(x) for x in (logs.mean(), low, high)])
+    assert found.sign == -1
+
+
+def test_relative_change_of_one_seed_is_a_number_without_bounds():
+    found = relative_change(pd.Series({4: 0.2}), pd.Series({4: 0.1}))
+    assert found.mean == pytest.approx(-50) and (found.low, found.high) == (-100, math.inf) and found.sign == 0
+    with pytest.raises(ValueError, match="no seed has both"):
+        relative_change(pd.Series({0: 1.0}), pd.Series({1: 1.0}))
