@@ -55,6 +55,13 @@ def test_lines_draw_means_and_points_by_panel():
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["2", "8"]
 
 
+def test_a_frontier_has_a_point_a_run_and_a_mean_a_condition():
+    rows = [dict(variant=name, density=x, score=y) for name, x, y in (("a", 1, 5), ("a", 3, 7), ("b", 9, 4))]
+    (ax,) = figures.frontier(pd.DataFrame(rows), x="density", y="score").axes
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines]
+    assert drawn == [([1, 3], [5, 7]), ([2.0], [6.0]), ([9.0], [4.0])]
+
+
 def test_log_axes_are_labelled_with_plain_numbers():
     figure = figures.lines(table(1), x="tasks", panel="suite", yscale="log")            # values from 2 to 9
     figure.canvas.draw()

@@ -273,3 +273,10 @@ def test_provenance_is_plain_json(folder):
     facts = json.loads((folder / "provenance.json").read_text())
     assert facts["experiment"] == "90_squares" and facts["seeds"] == [0, 1]
     assert list(facts)[-2:] == ["data_sha256", "verdict"]
+
+
+def test_remarks_are_written_from_the_table(experiment, tmp_path, clean):
+    said = dataclasses.replace(experiment, remarks=lambda data: f"The largest is\n{data.value.max():g}.\n\nNo more.")
+    folder = run(said, ["--scale", "laptop", "--jobs", "1", "--results-dir", str(tmp_path / "results")])
+    text = (folder / "README.md").read_text()
+    assert "## In words\n\nThe largest is 4.\n\nNo more.\n\n" in text
