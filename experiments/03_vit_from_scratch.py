@@ -32,10 +32,15 @@ class Settings:
     single_seeds: tuple[int, ...] = (0,)  # of each plug-in alone and of the rivals
     task: ImageTask = ImageTask("digits")
     recipe: Recipe = Recipe(2400, 16, 3e-3, warmup=0.07, betas=ADAMW)
-    sizes: tuple[tuple[int, int], ...] = ((64, 2),)  # width, depth
-    weight_decays: tuple[float, ...] = (1.25,)  # E grows with them
+    sizes: tuple[tuple[int, int], ...] = ((64, 2),)  # width and depth of each setting
+    weight_decays: tuple[float, ...] = (1.25,)  # of each setting; E grows with it
     l1: tuple[float, ...] = (0.3, 1.0)  # weights of the penalty
     log_every: int = 80
+
+    def __post_init__(self):
+        if len(self.sizes) != len(self.weight_decays):
+            given = f"{len(self.sizes)} and {len(self.weight_decays)}"
+            raise ValueError(f"sizes and weight_decays go together, one of each a setting, got {given}")
 
 
 SCALES = {
@@ -69,19 +74,14 @@ def measure(settings, context):
 
 
 def cells(settings):
-    """Name, task and recipe of every setting: the first size with the first decay, then with one of the two changed.
-
-    The first runs in all variants, the others as vanilla, modified and vanilla with undecayed MLP norms.
-    """
-    sizes, decays = settings.sizes, settings.weight_decays
-    pairs = [(sizes[0], decay) for decay in decays] + [(size, decays[0]) for size in sizes[1:]]
+    """Name, task and recipe of every setting: the first in all variants, the others as vanilla, modified and control."""
     return [
         (
             f"{settings.task.data}, d {width}, {depth} layers, decay {decay:g}",
             replace(settings.task, width=width, depth=depth),
             replace(settings.recipe, weight_decay=decay),
         )
-        for (width, depth), decay in pairs
+        for (width, depth), decay in zip(settings.sizes, settings.weight_decays, strict=True)
     ]
 
 
