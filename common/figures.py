@@ -250,7 +250,7 @@ def lines(
             ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
             ax.xaxis.set_minor_locator(NullLocator())
         elif xscale == "linear" and all(float(tick).is_integer() for tick in ticks):
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if yscale == "log":
         log_axis(axes[0, 0].yaxis)                      # shared by all panels
     axes[0, 0].set_ylabel(ylabel or y)

@@ -107,7 +107,7 @@ def _with_sd(mean: float, sd: float) -> str:
 
 def markdown(table: pd.DataFrame) -> str:
     """Return any table in Markdown, measured floats to four significant digits, chosen ones (0.3, 1e-4) as they are."""
-    cells = {name: [_cell(x, _is_chosen(column)) for x in column] for name, column in table.items()}
+    cells = {_text(name): [_cell(x, _is_chosen(column)) for x in column] for name, column in table.items()}
     return pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True)
 
 
@@ -118,7 +118,11 @@ def _is_chosen(column: pd.Series) -> bool:
 def _cell(value: Any, chosen: bool) -> str:
     if isinstance(value, float) and not pd.isna(value):
         return f"{value:g}" if chosen else number(value)
-    return "–" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return "–" if isinstance(value, float) else _text(value)
+
+
+def _text(value: Any) -> str:
+    return str(value).replace("|", "\\|")
 
 
 def number(value: float, digits: int = 4, sign: str = "") -> str:

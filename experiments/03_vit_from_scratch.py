@@ -74,7 +74,7 @@ def measure(settings, context):
 
 
 def cells(settings):
-    """Name, task and recipe of every setting: the first in all variants, the others as vanilla, modified and control."""
+    """Name, task and recipe of every setting: the first in all variants, others as vanilla, modified and control."""
     return [
         (
             f"{settings.task.data}, d {width}, {depth} layers, decay {decay:g}",

@@ -1,0 +1,353 @@
+"""Activation gradients, effective gradients, traces and norms along training, vanilla and modified.
+
+g = ∂L/∂a and η = ∂L/∂p = g σ'(p), per sample, of saved weights on the whole un-augmented training split: histograms of
+log10 g² over all and over active entries, gradient density (share of η ≠ 0), sums and counts of η, and what the weights
+say alone: tr(KKᵀ) and norms by kind.
+
+Claim    Our reading of arXiv 2605.25612, which logs these quantities; no number of theirs is in reach: activation
+         sparsity is gradient sparsity, so that the backward pass can skip what the forward pass skips; the plug-ins
+         lower it; and activations that stay on are those with larger gradients, E[g² | active] > E[g²].
+Verdict  with at least 3 seeds of vanilla and modified (else "not run at this scale"), at the last saved step:
+         (a) sparsity of η is that of σ', not gradients that vanish: in every layer and seed of both, at most 1 % of the
+             entries with σ' ≠ 0 have η = 0;
+         (b) the gradient density of modified is below vanilla's: the 95 % interval over seeds of its relative change
+             (means over layers, paired by seed) is below 0;
+         (c) E[g² | active] / E[g²], as a geometric mean over layers, is above 1 in both: whole 95 % intervals.
+         "reproduced" if all three hold, "reproduced in part" if some do, else "not reproduced".
+Cost     beyond the trained networks, which experiment 03 shares: smoke 10 s; laptop 2 min; workstation 40 min, 20 after
+         experiment 01 (2 cores); paper: 32 passes over ImageNet.
+Run      python experiments/08_gradient_statistics.py --scale laptop
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from common import figures
+from common.cache import cached_rows
+from common.images import IMAGENET, ImageTask
+from common.run import Experiment, run
+from common.statistics import relative_change, spread
+from common.training import Recipe
+from sparsity import activations, along, blocks, flatness, probe, probes, study, sums, weights
+from sparsity.along import RUN
+from sparsity.study import VARIANTS, Run
+
+ADAMW = (0.9, 0.999)
+DIGITS = ImageTask("digits", depth=2)
+BOTH = ("vanilla", "modified")
+NEEDED = "activation_gradient"  # > 0 where there are gradients
+VANISHED = 0.01  # share of the entries with σ' ≠ 0 that may have η = 0
+BINS_A_BIN = 2  # of the probe's, a quarter of a decade each
+QUANTILES = (0.1, 0.5, 0.9)
+
+METRICS = (
+    "density", "derivative_density", "gradient_density", "activation_gradient", "activation_gradient_active",
+    "activation_gradient_ratio", "effective_gradient_below_1e-9", "effective_gradient_below_1e-6",
+    "effective_gradient_below_1e-3", "effective_gradient_l1", "effective_gradient_l2", "beneficial_units",
+    "harmful_units", "beneficial_sum", "harmful_sum", "coefficient_value_authors", "input_norm", "units", "key_trace",
+)  # fmt: skip
+NAMES = {
+    "density": "density", "derivative_density": "derivative density", "gradient_density": "gradient density",
+    "activation_gradient_ratio": "E[g²; active] / E[g²]", "activation_gradient": "E g²",
+    "activation_gradient_active": "E[g²; active]", "effective_gradient_below_1e-9": "η below 1e-9",
+    "effective_gradient_below_1e-6": "η below 1e-6", "effective_gradient_below_1e-3": "η below 1e-3",
+    "effective_gradient_l1": "‖η‖₁ per token", "effective_gradient_l2": "‖η‖² per token",
+    "beneficial_units": "η < 0 per token", "harmful_units": "η > 0 per token", "beneficial_sum": "Σ of η < 0",
+    "harmful_sum": "Σ of η > 0", "coefficient_value_authors": "‖∂L/∂z‖²", "input_norm": "‖x‖²",
+    "key_trace": "tr(KKᵀ)", "beneficial": "beneficial, η < 0", "harmful": "harmful, η > 0",
+}  # fmt: skip
+DENSITIES = ("density", "derivative_density", "gradient_density")
+BELOW = tuple(name for name in METRICS if "below" in name)
+SIZES = ("effective_gradient_l1", "effective_gradient_l2", "coefficient_value_authors")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Task, recipe, log_every and snapshots are those of experiment 03 at the same scale: its runs are found again."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)  # whole histograms of the first, quantiles of all
+    variants: tuple[str, ...] = BOTH
+    task: ImageTask = DIGITS
+    recipe: Recipe = Recipe(2400, 16, 3e-3, warmup=0.07, weight_decay=1.25, betas=ADAMW)
+    log_every: int = 80
+
+    def __post_init__(self):
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise ValueError(f"unknown variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+
+
+SCALES = {
+    "smoke": Settings(
+        seeds=(0,),
+        task=replace(DIGITS, width=16, depth=2),
+        recipe=Recipe(6, 16, 3e-3, weight_decay=1.0, betas=ADAMW),
+        log_every=3,
+    ),
+    "laptop": Settings(),
+    "workstation": Settings(
+        task=ImageTask("glyphs"),
+        recipe=Recipe(5500, 32, 3e-3, warmup=0.036, weight_decay=0.48, betas=ADAMW),
+        log_every=110,
+    ),
+    "paper": Settings(
+        seeds=(0,),
+        task=IMAGENET,
+        recipe=Recipe(187_500, 2048, 3e-3, warmup=0, weight_decay=0.3, betas=ADAMW, stairs=300, precision="fp16"),
+        log_every=100,
+    ),
+}
+
+
+def measure(settings, context):
+    labels, runs = [], []
+    for variant in settings.variants:
+        for seed in settings.seeds:
+            labels.append({"setting": settings.task.data, "variant": variant, "seed": seed})
+            runs.append(Run(settings.task, settings.recipe, VARIANTS[variant], seed, log_every=settings.log_every))
+    with context.stage("train and measure"):
+        results = study.measure_all(runs, context, measure_run)
+    for label, (snapshots, more) in zip(labels, results, strict=True):
+        for step, measured in snapshots.items():
+            yield from step_rows(label, step, measured, more[step], is_whole=label["seed"] == settings.seeds[0])
+
+
+def measure_run(run, trained, device):
+    """Return by saved step what the probe measures on the training split, and what follows here: all from the cache."""
+    more = {}
+    for step in run.snapshot_steps:
+        inputs = {"run": trained.key, "step": step, "device": device.type}
+        sources = (activations, blocks, probes, sums, flatness, weights, extra_rows)
+        more[step] = cached_rows("gradients", inputs, partial(extra_rows, run, trained, device, step), sources)
+    return along.measure_saved("train", run, trained, device), more
+
+
+def extra_rows(run, trained, device, step):
+    """Histograms of log10 g² over the training split, traces of KKᵀ and norms of the weights."""
+    task, model = study.make_task(run.task, device), study.load(run, trained, device, step)
+    with probe(model, reduction="sum", histograms=True) as seen:
+        for batch in task.batches("train"):
+            losses, _ = task.score(model, batch)
+            losses.sum().backward()
+            model.zero_grad()
+    yield from seen.histogram().to_dict("records")
+    for layer, trace in weights.key_traces(model).items():
+        yield {"layer": layer, "metric": "key_trace", "value": trace}
+    for kind, norm in weights.parameter_norms(model).items():
+        yield {"layer": "all", "metric": f"norm: {kind}", "value": norm}
+
+
+def step_rows(labels, step, measured, more, is_whole):
+    layers = along.by_layer([*measured, *(row for row in more if "metric" in row)])
+    yield from along.saved_rows(labels, step, layers, METRICS)
+    bins = pd.DataFrame([row for row in more if "left" in row])
+    names = [name for name in layers if name != "all"]
+    entries = sum(layers[name]["samples"] * layers[name]["tokens"] * layers[name]["units"] for name in names)
+    active = sum(
+        layers[name]["density"] * layers[name]["samples"] * layers[name]["tokens"] * layers[name]["units"]
+        for name in names
+    )
+    labels = {**labels, "split": along.SAVED, "step": step, "layer": "all"}
+    yield from histogram_rows(labels, bins, {"all": entries, "active": active}, is_whole)
+
+
+def histogram_rows(labels, bins, totals, is_whole):
+    """Quantiles of log10 g² over non-zero entries of all layers; of one seed, shares of entries by bin."""
+    counts = bins.groupby("left")[list(totals)].sum()
+    for which, total in totals.items():
+        column = counts[which]
+        if column.sum():
+            cumulated = column.cumsum() / column.sum()
+            for quantile in QUANTILES:
+                left = cumulated.index[np.searchsorted(cumulated, quantile)]
+                yield {**labels, "metric": f"log10 g², {which}: {quantile:g} quantile", "value": left + 0.125}
+        if is_whole:
+            wide = column.groupby(np.arange(len(column)) // BINS_A_BIN).sum()
+            lefts = column.index[::BINS_A_BIN]
+            for left, number in zip(lefts, wide, strict=True):
+                if number:
+                    yield {**labels, "metric": f"histogram, {which}", "value": number / total, "log10_g2": left + 0.25}
+
+
+# From here on only the table is seen --------------------------------------------------------------------------------
+
+
+def layer_means(data):
+    means = along.layer_means(data, needed=NEEDED)
+    return means.assign(
+        **{name: 100 * means[name] for name in (*DENSITIES, *BELOW)},
+        beneficial=100 * means.beneficial_units / means.units,
+        harmful=100 * means.harmful_units / means.units,
+        thousands=means.step / 1000,
+    )
+
+
+def norms(data):
+    rows = data[data.metric.str.startswith("norm: ")]
+    return rows.assign(quantity=rows.metric.str.removeprefix("norm: "), thousands=rows.step / 1000)
+
+
+def draw(data):
+    means = layer_means(data)
+    options = dict(x="thousands", by="variant", xlabel="training step, thousands", names=NAMES)
+
+    def panels(metrics, **further):
+        rows = means.melt([*RUN, "step", "thousands"], metrics, "quantity").dropna()
+        return figures.lines(rows, panel="quantity", **options | further)
+
+    drawn = {f"histogram_{variant}": draw_histogram(data, variant) for variant in data.variant.unique()}
+    return drawn | {
+        "gradient_of_active": figures.lines(
+            means, y="activation_gradient_ratio", ylabel="E[g² | active] / E[g²], layer mean", level=1.0, **options
+        ),
+        "densities": panels(DENSITIES, ylabel="share of entries, %"),
+        "small_gradients": panels(BELOW, ylabel="share of entries, %"),
+        "size_of_gradients": panels(SIZES, ylabel="mean over layers", yscale="log"),
+        "beneficial_and_harmful": panels(("beneficial", "harmful"), ylabel="share of units, %"),
+        "beneficial_and_harmful_sums": panels(("beneficial_sum", "harmful_sum"), ylabel="per token"),
+        "key_trace": figures.lines(means, y="key_trace", ylabel="tr(KKᵀ), mean over layers", yscale="log", **options),
+        "norms": figures.lines(
+            norms(data).query("quantity in ['keys', 'values', 'MLP norms', 'attention']"),
+            panel="quantity", ylabel="norm of the weights", yscale="log", **options,
+        ),
+    }  # fmt: skip
+
+
+def draw_histogram(data, variant):
+    """Four saved steps with gradients, early to last."""
+    rows = data[(data.variant == variant) & data.metric.str.startswith("histogram, ")]
+    steps = sorted(rows.step.unique())
+    chosen = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, min(4, len(steps)))]
+    rows = rows[rows.step.isin(chosen)]
+    rows = rows.assign(percent=100 * rows.value, when=[f"step {step}" for step in rows.step])
+    names = {"histogram, all": "all entries", "histogram, active": "active entries"}
+    return figures.lines(
+        rows, x="log10_g2", y="percent", by="metric", panel="when", names=names, xlabel="log10 g²",
+        ylabel=f"{variant}: share of entries, %",
+    )  # fmt: skip
+
+
+def last(data):
+    means = layer_means(data)
+    return means[means.step == means.groupby(RUN).step.transform("max")]
+
+
+def compare(data, published):
+    rows = []
+    for variant, part in last(data).groupby("variant", sort=False):
+        for metric in (*DENSITIES, *BELOW, "activation_gradient_ratio"):
+            text = NAMES[metric] + ("" if metric == "activation_gradient_ratio" else ", %")
+            values = part[metric]
+            row = dict(quantity=f"{text}: {variant}", paper=np.nan, ours=values.mean(), sd=values.std(), n=len(values))
+            rows.append({**row, "same_setting": "no: small ViT on embedded images"})
+    return pd.DataFrame(rows)
+
+
+def tables(data):
+    means = layer_means(data)
+    shown = {name: NAMES[name] for name in (*METRICS, "beneficial", "harmful") if name in NAMES}
+    shown |= {name: f"{NAMES[name]}, %" for name in (*DENSITIES, *BELOW, "beneficial", "harmful")}
+    by_step = means.groupby(["variant", "step"], sort=False)[list(shown)].mean().rename(columns=shown)
+    quantiles = data[data.metric.str.startswith("log10 g²")]
+    quantiles = quantiles.groupby(["variant", "step", "metric"], sort=False).value.mean().unstack(sort=False)
+    weights = norms(data).groupby(["variant", "step", "quantity"], sort=False).value.mean().unstack(sort=False)
+    return {
+        "Along training: means over layers and seeds": significant(by_step),
+        "Quantiles of log10 g² over entries that are not zero, all layers": significant(quantiles),
+        "Norms of the weights by kind": significant(weights),
+        "At the last saved step, means over layers ± sd over seeds": final_table(data),
+    }
+
+
+def significant(table):
+    return table.map("{:.3g}".format).reset_index()
+
+
+def final_table(data):
+    rows = []
+    for variant, part in last(data).groupby("variant", sort=False):
+        row = {f"{NAMES[name]}, %": spread(part[name], 2) for name in (*DENSITIES, *BELOW, "beneficial", "harmful")}
+        row |= {NAMES["activation_gradient_ratio"]: spread(part.activation_gradient_ratio, 2)}
+        rows.append({"variant": variant, **row, "seeds": len(part)})
+    return pd.DataFrame(rows)
+
+
+def vanished(data):
+    """Largest share of the entries with σ' ≠ 0 that have η = 0, at the last saved step, over layers and seeds."""
+    table = along.layer_table(data, needed=NEEDED)
+    final = table[table.step == table.groupby(RUN).step.transform("max")]
+    shares = 1 - final.gradient_density / final.derivative_density
+    return shares.clip(lower=0).groupby(final.variant, sort=False).max()  # below 0: rounding
+
+
+def ratios(data):
+    """E[g² | active] / E[g²] at the last saved step against 1: changes in %, by variant."""
+    table = along.layer_table(data, needed=NEEDED)
+    final = table[table.step == table.groupby(RUN).step.transform("max")]
+    final = final[final.activation_gradient_ratio > 0]  # dead layers have none
+    logs = np.log(final.activation_gradient_ratio).groupby([final.variant, final.seed], sort=False).mean()
+    found = {variant: np.exp(part.droplevel(0)) for variant, part in logs.groupby(level=0, sort=False)}
+    return {variant: relative_change(pd.Series(1.0, own.index), own) for variant, own in found.items()}
+
+
+def remarks(data):
+    means, texts = last(data), []
+    gone, norm, whole = vanished(data), norms(data), data[data.layer == "all"]
+    for variant, part in means.groupby("variant", sort=False):
+        mean = part.mean(numeric_only=True)
+        seen = whole[(whole.variant == variant) & (whole.step == part.step.max())].groupby("metric").value.mean()
+        own = norm[norm.variant == variant].groupby(["quantity", "step"]).value.mean()
+        growth = {kind: own[kind].iloc[-1] / own[kind].iloc[0] for kind in ("keys", "values", "MLP norms")}
+        small = {
+            bound: 100 - 100 * (100 - mean[f"effective_gradient_below_{bound}"]) / mean.gradient_density
+            for bound in ("1e-6", "1e-3")
+        }
+        texts.append(
+            f"**{variant}.** At the last saved step (training loss {seen.loss:.3g}) {mean.gradient_density:.2f} % of "
+            f"∂L/∂p are not zero, beside a derivative density of {mean.derivative_density:.2f} %; in the worst layer "
+            f"{100 * gone[variant]:.2g} % of the entries with σ' ≠ 0 have no gradient. Of those that are not zero "
+            f"{small['1e-6']:.1f} % lie below 1e-6 and {small['1e-3']:.1f} % below 1e-3. Active entries have "
+            f"{mean.activation_gradient_ratio:.2f} times the mean g². Per token {mean.beneficial_units:.1f} units "
+            f"would lower the loss by a larger pre-activation and {mean.harmful_units:.1f} by a smaller one. Since "
+            f"initialisation the norm of the keys has changed by a factor {growth['keys']:.2g}, of the values by "
+            f"{growth['values']:.2g}, of the weights of the MLPs' norms by {growth['MLP norms']:.2g}."
+        )
+    return "\n\n".join(texts)
+
+
+def verdict(data):
+    final = last(data).pivot(index="seed", columns="variant", values="gradient_density")
+    if not set(BOTH) <= set(final) or len(final[list(BOTH)].dropna()) < 3:
+        return "not run at this scale"
+    gone, change, ratio = vanished(data), relative_change(final["vanilla"], final["modified"]), ratios(data)
+    held = {
+        "a": all(gone[variant] <= VANISHED for variant in BOTH),
+        "b": change.high < 0,
+        "c": all(ratio[variant].low > 0 for variant in BOTH),
+    }
+    head = "reproduced" if all(held.values()) else "reproduced in part" if any(held.values()) else "not reproduced"
+    holding = ", ".join(name for name, holds in held.items() if holds) or "none"
+    texts = ", ".join(f"{variant} {ratio[variant]} % above 1" for variant in BOTH)
+    return (
+        f"{head} (holding: {holding}). Entries with σ' ≠ 0 but η = 0: at most {100 * gone[list(BOTH)].max():.2g} %; "
+        f"gradient density of modified against vanilla {change} %; E[g² | active] / E[g²]: {texts}"
+    )
+
+
+DEVIATIONS = (
+    "At laptop and workstation scale: small networks on scikit-learn's digits and on glyphs, eight saved steps.",
+    "Gradients are per sample and unscaled, of the plain cross-entropy on the whole un-augmented training split; the "
+    "authors log training batches, so that their thresholds 1e-9, 1e-6, 1e-3 mean other gradients.",
+    "Histograms are over all layers together; exact zeros of g are in no bin, so that a histogram sums to less than "
+    "100 % where there are some.",
+    "Traces of second moments of gradients are those per token: Σ η² (of η), ‖∂L/∂z‖² (of ∂L/∂z), d_ff · E g² (of g).",
+)
+
+EXPERIMENT = Experiment(
+    __doc__, SCALES, measure, draw, compare, verdict, tables=tables, remarks=remarks, deviations=DEVIATIONS
+)
+
+if __name__ == "__main__":
+    run(EXPERIMENT)

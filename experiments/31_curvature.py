@@ -1,0 +1,467 @@
+"""Curvature against augmented flatness and density along training, and whether SVC's merged models are flatter.
+
+Part "training": snapshots of ViTs trained from scratch as in experiment 03. On the same test images, for the key and
+value matrices of every MLP: traces of Hessian, GGN (for cross-entropy also the Fisher) and empirical Fisher, beside
+augmented flatness AF and activation density. Part "merging": pretrained, expert and merged image encoders, each merger
+with and without SVC, at its own scale and at one tuned on validation; the test loss of each task under its frozen head,
+as a function of the matrices that SVC treats. Neither question is in the papers.
+
+Traces depend on the scale of the weights. The relative trace Σ_W mean(W²) · tr(H_W) does not, matrix by matrix: it is
+twice what the loss gains, to second order, when each weight gets independent noise of its matrix's root mean square.
+
+Claim    along training augmented flatness follows the curvature, and so does density; SVC's models are flatter.
+Verdict  first, with at least 3 training seeds (else "training: not run at this scale"), by Spearman's correlation over
+         the snapshots after step 0 of a run, sums over layers, of AF_K with the GGN trace of the key matrices:
+         "augmented flatness follows the GGN" if it is above 0.7 in every run of vanilla and modified, "in part" if
+         their mean is, else "does not follow". The same for density with the GGN trace. Second, on the 8-task suite
+         with at least 3 seeds, or of ViT-B/32 (else "merging: not run at this scale"), from the 95 % interval of the
+         relative change of the GGN trace, SVC against base, paired by seed and task: "flatter" if it lies below 0 for
+         all mergers at their own and at tuned scales, "flatter at own scale only" if at own scale for all, "sharper" if
+         above 0 for all at both, else "it depends on the merger".
+Cost     smoke 40 s; laptop about 9 min, workstation about 1 h (2 cores), estimated, with training unless 03 has run;
+         paper: not timed.
+Run      python experiments/31_curvature.py --scale laptop
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from matplotlib.lines import Line2D
+from scipy.stats import spearmanr
+
+from common import evaluation, figures, hessian, spectral, vision
+from common.cache import cached_rows
+from common.images import IMAGENET, ImageTask
+from common.run import Experiment, run
+from common.statistics import Interval, relative_change, spread
+from common.training import Recipe
+from merging import MERGERS, apply, calibrate, calibration, mergers, scale, task_vector, task_vectors
+from merging.calibration import SVC_MATRICES, published_alpha
+from sparsity import activations, blocks, find_blocks, flatness, probe, probes, study
+
+ADAMW = (0.9, 0.999)
+CODE = (calibration, mergers, scale, task_vectors, spectral, evaluation, vision.Suite, hessian)
+
+
+@dataclass(frozen=True)
+class Settings:
+    seeds: tuple[int, ...] = (0,)  # of the merging suites' experts
+    suites: tuple[int, ...] = (8,)  # numbers of tasks
+    backbones: tuple[str, ...] = ("glyph-96",)  # glyph-WIDTH, or ViT-B/32 (from the hub)
+    methods: tuple[str, ...] = ("task_arithmetic", "plain_sum", "ties", "iso_c")
+    recipe: vision.GlyphRecipe = vision.GlyphRecipe()
+    images: int = 24  # of each task and model
+    training_seeds: tuple[int, ...] = (0, 1, 2)
+    variants: tuple[str, ...] = ("vanilla", "modified", "vanilla, MLP norms undecayed")  # of sparsity.study
+    task: ImageTask = ImageTask("digits", depth=2)  # task and recipe are those of experiment 03
+    training: Recipe = Recipe(2400, 16, 3e-3, warmup=0.07, weight_decay=1.25, betas=ADAMW)
+    training_images: int = 64  # of each snapshot
+    log_every: int = 80
+    probes: int = 16  # random vectors for each Hessian trace, draws of labels for a sampled Fisher
+    ggn: str = "fisher"  # how the GGN trace is taken: exactly, or as sampled_fisher, where there are many classes
+
+    def __post_init__(self):
+        vision.check_suites(self.backbones, self.suites)
+        mergers.check_methods(self.methods)
+        if self.ggn not in ("fisher", "sampled_fisher", "ggn"):
+            raise ValueError(f"ggn must be fisher, sampled_fisher or ggn, got {self.ggn!r}")
+
+
+SMALL = dict(images=4, training_images=4, training_seeds=(0,), variants=("vanilla", "modified"), probes=2, log_every=1)
+SCALES = {
+    "smoke": Settings(
+        suites=(2,), backbones=("glyph-32",), methods=("task_arithmetic",), recipe=vision.SMOKE,
+        task=ImageTask("digits", width=16, depth=2), training=Recipe(3, 16, 3e-3, betas=ADAMW), **SMALL,
+    ),
+    "laptop": Settings(),
+    "workstation": Settings(
+        seeds=(0, 1, 2), images=64, training_images=128, probes=32, task=ImageTask("glyphs"), log_every=110,
+        training=Recipe(5500, 32, 3e-3, warmup=0.036, weight_decay=0.48, betas=ADAMW),
+    ),
+    "paper": Settings(
+        backbones=("ViT-B/32",), training_seeds=(0,), task=IMAGENET, ggn="sampled_fisher", log_every=100,
+        training=Recipe(187_500, 2048, 3e-3, warmup=0, weight_decay=0.3, betas=ADAMW, stairs=300, precision="fp16"),
+    ),
+}  # fmt: skip
+
+
+def measure(settings, context):
+    yield from measure_training(settings, context)
+    with context.stage("train experts"):
+        vision.prepare(settings.backbones, max(settings.suites), settings.seeds, settings.recipe, context)
+    places = [(b, tasks, seed) for b in settings.backbones for tasks in settings.suites for seed in settings.seeds]
+    units = [(*place, method) for place in places for method in ("references", *settings.methods)]
+    with context.stage("merge and measure"):
+        for rows in context.map(partial(measure_models, settings, context.device), units, "merge and measure"):
+            yield from rows
+
+
+def curvature(risk, settings, kinds, seed=0):
+    """Rows of one model: traces by matrix, mean square of its weights, loss, largest eigenvalue of the Hessian."""
+    for metric, kind in kinds.items():
+        table = hessian.per_block(risk, kind, settings.probes, seed, at_once=16)
+        for name, found in table.iterrows():
+            weights = risk.parameters[name].detach().square().mean().item()
+            yield dict(matrix=name, metric=metric, value=found.trace, error=found.standard_error, mean_square=weights)
+    top = hessian.top_eigenvalues(risk, seed=seed, tolerance=0.02).item()
+    yield dict(matrix="all", metric="largest eigenvalue", value=top)
+    yield dict(matrix="all", metric="loss", value=hessian.mean_loss(risk))
+
+
+# Along training ------------------------------------------------------------------------------------------------------
+
+
+def measure_training(settings, context):
+    labels = [(name, seed) for name in settings.variants for seed in settings.training_seeds]
+    runs = [
+        study.Run(settings.task, settings.training, study.VARIANTS[name], seed, log_every=settings.log_every)
+        for name, seed in labels
+    ]
+    with context.stage("train from scratch and measure"):
+        results = study.measure_all(runs, context, partial(measure_run, settings))
+    for (name, seed), rows in zip(labels, results, strict=True):
+        yield from (dict(part="training", seed=seed, variant=name) | row for row in rows)
+
+
+def measure_run(settings, run, trained, device):
+    """The rows of all snapshots of a run, cached one by one."""
+    found = []
+    for step in run.snapshot_steps:
+        inputs = dict(run=trained.key, step=step, images=settings.training_images, probes=settings.probes)
+        build = partial(snapshot_rows, settings, run, trained, device, step)
+        code = (activations, blocks, flatness, probes, hessian, snapshot_rows, curvature, spaced)
+        found += cached_rows("curvature_training", inputs | dict(ggn=settings.ggn), build, code)
+    return found
+
+
+def snapshot_rows(settings, run, trained, device, step):
+    """Curvature, augmented flatness and density of one snapshot, all on the same test images."""
+    task, model = study.make_task(run.task, device), study.load(run, trained, device, step)
+    batches = spaced(((batch["images"], batch["labels"]) for batch in task.batches("test")), settings.training_images)
+    paths = {id(module): path for path, module in model.named_modules()}
+    matrices = {}
+    for layer, block in enumerate(find_blocks(model)):
+        matrices |= {f"{paths[id(block.key)]}.weight": (layer, "key")}
+        matrices |= {f"{paths[id(block.value)]}.weight": (layer, "value")}
+    kinds = {"hessian": "hessian", "ggn": settings.ggn, "empirical_fisher": "empirical_fisher"}
+    risk = hessian.empirical_risk(model, batches, list(matrices))
+    for row in curvature(risk, settings, kinds):
+        layer, matrix = matrices.get(row["matrix"], ("all", "all"))
+        yield row | dict(step=step, layer=layer, matrix=matrix)
+
+    with probe(model, reduction="sum") as seen:
+        for images, labels in batches:
+            F.cross_entropy(model(images), labels, reduction="sum").backward()
+    for layer, (_, found) in enumerate(seen.summary(gradients=True).iterrows()):
+        for matrix in ("key", "value"):
+            value = found[f"augmented_flatness_{matrix}"]
+            yield dict(step=step, layer=layer, matrix=matrix, metric="augmented_flatness", value=value)
+        for metric in ("density", "derivative_density", "input_norm"):
+            yield dict(step=step, layer=layer, matrix="all", metric=metric, value=found[metric])
+
+
+def spaced(batches, count, of=512):
+    """One batch of `count` images and labels, evenly spaced over the first `of` or more: they are ordered by class."""
+    images, labels, seen = [], [], 0
+    for some, own in batches:
+        images.append(some), labels.append(own)
+        seen += len(own)
+        if seen >= of:
+            break
+    picked = torch.linspace(0, seen - 1, min(count, seen), device=labels[0].device).round().long()
+    return [(torch.cat(images)[picked], torch.cat(labels)[picked])]
+
+
+# Merged models -------------------------------------------------------------------------------------------------------
+
+
+def measure_models(settings, device, unit):
+    """The rows of one merger, or of the pretrained model and the experts, on one suite; cached."""
+    backbone, tasks, seed, method = unit
+    suite = vision.suite(backbone, tasks, seed, settings.recipe, device)
+    inputs = dict(suite=suite.key, method=method, seed=seed, images=settings.images, probes=settings.probes)
+    build = partial(model_rows, settings, suite, method, seed)
+    code = (*CODE, model_rows, models_of, head_rows, curvature, spaced)
+    rows = cached_rows("curvature_merging", inputs | dict(ggn=settings.ggn), build, code)
+    return [dict(part="merging", seed=seed, suite=tasks, backbone=backbone) | row for row in rows]
+
+
+def model_rows(settings, suite, method, seed):
+    for labels, states in models_of(suite, method, seed):
+        for task, head, state in zip(suite.tasks, suite.heads, states, strict=True):
+            right = suite.correct([state], tasks=[task])[0]
+            outcome = dict(matrix="all", metric="accuracy", value=100 * right.float().mean().item())
+            for row in (outcome, *head_rows(settings, suite, task, head, state, seed)):
+                yield dict(method=method, svc="none", scale_rule="fixed", scale=1.0, task=task) | labels | row
+
+
+def models_of(suite, method, seed):
+    """Labels and, for each task, the state of every model: the same one for all tasks, but for the experts."""
+    if method == "references":
+        yield dict(method="pretrained"), [suite.pretrained] * len(suite.tasks)
+        yield dict(method="expert"), suite.experts
+        return
+    updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
+    merged = mergers.merge(method, updates, seed)
+    calibrated = calibrate(merged, updates, alpha=published_alpha(method, len(updates)))
+    for svc, update in {"none": merged, "output": calibrated}.items():
+        scores = partial(validation_scores, suite, update)
+        for rule, factor in {"fixed": 1.0, "validation": scale.tune_scale(scores)}.items():
+            labels = dict(svc=svc, scale_rule=rule, scale=factor)
+            yield labels, [apply(suite.pretrained, update, factor)] * len(suite.tasks)
+
+
+def validation_scores(suite, update, scales):
+    return suite.scores([apply(suite.pretrained, update, factor) for factor in scales], "validation")
+
+
+def head_rows(settings, suite, task, head, state, seed):
+    """Curvature of one task's test loss under its frozen head, over the matrices that SVC treats."""
+    suite.encoder.load_state_dict(state, strict=False)  # CLIP's frozen projection is in the encoder alone
+    named = dict(suite.encoder.named_parameters())
+    treated = [name for name in state if name in named and SVC_MATRICES(name, named[name])]
+    batches = spaced(suite.batches(task, "test"), settings.images)
+    risk = hessian.empirical_risk(suite.encoder, batches, treated, logits=partial(head_logits, head))
+    yield from curvature(risk, settings, {"hessian": "hessian", "ggn": settings.ggn}, seed)
+
+
+def head_logits(head, encoder, images):
+    return F.normalize(encoder(images), dim=-1) @ head.T
+
+
+# From here on only the table is seen --------------------------------------------------------------------------------
+
+KINDS = {
+    "augmented_flatness": "augmented flatness", "ggn": "GGN = Fisher", "hessian": "Hessian",
+    "empirical_fisher": "empirical Fisher",
+}  # fmt: skip
+RULES = {"fixed": "own scale", "validation": "tuned scale"}
+MEASURES = {
+    "ggn": "GGN trace",
+    "relative ggn": "relative GGN trace",
+    "largest eigenvalue": "largest Hessian eigenvalue",
+}
+CELL = ["backbone", "suite", "method", "svc", "scale_rule", "seed", "task"]
+
+
+def training_table(data):
+    """A row a snapshot after step 0: its traces and augmented flatness (sums over layers), densities (means), loss."""
+    rows = data[(data.part == "training") & (data.step > 0)]
+    keys = ["variant", "seed", "step"]
+    sums = rows[rows.metric.isin(KINDS)].groupby([*keys, "metric", "matrix"], sort=False).value.sum().unstack([-2, -1])
+    sums.columns = [f"{metric} {matrix}" for metric, matrix in sums.columns]
+    means = rows[rows.matrix == "all"].groupby([*keys, "metric"], sort=False).value.mean().unstack()
+    return sums.join(means).reset_index()
+
+
+def correlations(data):
+    """Spearman's correlations over the snapshots of each run."""
+    pairs = {
+        "AF_K, GGN of keys": ("augmented_flatness key", "ggn key"),
+        "AF_V, GGN of values": ("augmented_flatness value", "ggn value"),
+        "AF_K, Hessian of keys": ("augmented_flatness key", "hessian key"),
+        "AF_K, empirical Fisher of keys": ("augmented_flatness key", "empirical_fisher key"),
+        "density, GGN of keys": ("density", "ggn key"),
+        "density, AF_K": ("density", "augmented_flatness key"),
+    }
+    found = []
+    for (variant, seed), part in training_table(data).groupby(["variant", "seed"], sort=False):
+        for pair, (one, other) in pairs.items():
+            value = spearmanr(part[one], part[other]).statistic
+            found.append(dict(variant=variant, seed=seed, pair=pair, value=value))
+    return pd.DataFrame(found)
+
+
+def merging_table(data):
+    """A row a model, seed and task: traces (sums over matrices) with the Hessian's error, relative trace, loss, …"""
+    rows = data[data.part == "merging"]
+    traces = rows[rows.matrix != "all"]
+    traces = traces.assign(weighted=traces.value * traces.mean_square, variance=traces.error**2)
+    sums = traces.groupby([*CELL, "metric"], sort=False)[["value", "weighted", "variance"]].sum().unstack()
+    table = rows[rows.matrix == "all"].groupby([*CELL, "metric"], sort=False).value.mean().unstack()
+    for kind in ("hessian", "ggn"):
+        table[kind], table[f"relative {kind}"] = sums["value"][kind], sums["weighted"][kind]
+    return table.assign(hessian_error=sums["variance"]["hessian"] ** 0.5).reset_index()
+
+
+def changes(data):
+    """By how many % SVC changes each measure, by backbone, suite, merger and rule; paired by seed and task."""
+    table, found = merging_table(data), []
+    merged = table[table.method.isin(MERGERS)]
+    for (backbone, suite, method, rule), part in merged.groupby(
+        ["backbone", "suite", "method", "scale_rule"], sort=False
+    ):
+        for measure in MEASURES:
+            cells = part.pivot(index=["seed", "task"], columns="svc", values=measure)
+            change = relative_change(cells["none"], cells["output"])
+            labels = dict(backbone=backbone, suite=suite, method=method, scale_rule=rule, measure=measure)
+            found.append(labels | dict(mean=change.mean, low=change.low, high=change.high))
+    return pd.DataFrame(found)
+
+
+def draw(data):
+    snapshots, models = training_table(data), merging_table(data)
+    longer = [
+        snapshots[["variant", "seed", "step"]].assign(kind=text, value=snapshots[f"{metric} key"])
+        for metric, text in KINDS.items()
+    ]
+    longer = pd.concat(longer)
+    longer = longer[longer.value > 0]  # a Hessian's trace may be below 0, early on
+    change = changes(data)
+    change = change.assign(panel=change.suite.map("{:.0f} tasks, ".format) + change.scale_rule.map(RULES))
+    keys = ["backbone", "suite", "method", "svc", "scale_rule", "seed"]
+    means = models.groupby(keys, sort=False)[["loss", "ggn"]].mean().reset_index()
+    return {
+        "along_training": figures.lines(
+            longer, x="step", by="kind", panel="variant", yscale="log",
+            xlabel="training step", ylabel="key matrices, sum over layers",
+        ),
+        "augmented_flatness_against_ggn": scatter(
+            snapshots, "ggn key", "augmented_flatness key", "GGN trace of the key matrices", "augmented flatness AF_K"
+        ),
+        "density_against_ggn": scatter(
+            snapshots.assign(percent=100 * snapshots.density), "ggn key", "percent",
+            "GGN trace of the key matrices", "density, %",
+        ),
+        "change_by_svc": figures.forest(
+            change, item="method", condition="measure", panel="panel", names=MEASURES,
+            xlabel="change of SVC's model against its base, %",
+        ),
+        "curvature_against_loss": scatter(
+            means, "loss", "ggn", "mean test loss of the tasks", "mean GGN trace", by="method", filled="svc"
+        ),
+    }  # fmt: skip
+
+
+@figures.styled
+def scatter(rows, x, y, xlabel, ylabel, by="variant", filled=None):
+    """Points in logarithmic axes, a colour for each value of `by`; where `filled` is "none" they are hollow."""
+    figure, axes = figures.new_figure(width=5.4, height=3.4)
+    tones = {name: figures.colour(name, place) for place, name in enumerate(rows[by].unique())}
+    rows = rows[(rows[x] > 0) & (rows[y] > 0)]
+    for row in rows.to_dict("records"):
+        inside = "white" if filled and row[filled] == "none" else tones[row[by]]
+        axes[0, 0].plot(row[x], row[y], "o", ms=5, mew=1.2, color=tones[row[by]], mfc=inside)
+    for axis in (axes[0, 0].xaxis, axes[0, 0].yaxis):
+        figures.log_axis(axis)
+    axes[0, 0].set(xlabel=xlabel, ylabel=ylabel)
+    handles = [Line2D([], [], ls="", marker="o", color=tone) for tone in tones.values()]
+    texts = [figures.label(name) for name in tones]
+    if filled:
+        handles += [
+            Line2D([], [], ls="", marker="o", color=figures.INK, mfc=inside) for inside in ("white", figures.INK)
+        ]
+        texts += [figures.label(name) for name in ("none", "output")]
+    figure.legend(handles, texts, loc="outside right upper")
+    return figure
+
+
+def compare(data, published):
+    lines = []
+    for (pair, variant), part in correlations(data).groupby(["pair", "variant"], sort=False):
+        lines.append(dict(quantity=f"Spearman's ρ along training: {pair}; {variant}", values=part.value))
+    models = merging_table(data)
+    models = models[models.method.isin(MERGERS)]
+    for (suite, method, rule), part in models.groupby(["suite", "method", "scale_rule"], sort=False):
+        by_seed = part.groupby(["seed", "svc"]).ggn.mean().unstack()
+        text = f"change of the mean GGN trace by SVC, %: {suite:.0f} tasks, {method}, {RULES[rule]}"
+        lines.append(dict(quantity=text, values=100 * (by_seed["output"] / by_seed["none"] - 1)))
+    return pd.DataFrame(
+        [
+            dict(quantity=line["quantity"], paper=float("nan"), ours=line["values"].mean(), sd=line["values"].std())
+            | dict(n=line["values"].notna().sum(), same_setting="not in the papers")
+            for line in lines
+        ]
+    )
+
+
+def tables(data):
+    rho = correlations(data).groupby(["variant", "pair"], sort=False).value.agg(lambda x: spread(x, 2)).unstack()
+    snapshots = training_table(data)
+    last = snapshots[snapshots.step == snapshots.step.max()]
+    columns = {"density": 3, "loss": 3, "largest eigenvalue": 3}
+    columns |= {f"{metric} {matrix}": 4 for metric in KINDS for matrix in ("key", "value")}
+    ends = [
+        dict(variant=variant) | {name: spread(part[name], digits) for name, digits in columns.items()}
+        for variant, part in last.groupby("variant", sort=False)
+    ]
+    change = changes(data)
+    change = change.assign(text=[str(Interval(*row)) for row in change[["mean", "low", "high"]].to_numpy()])
+    keys = ["backbone", "suite", "method", "scale_rule"]
+    wide = change.pivot(index=keys, columns="measure", values="text").loc[:, list(MEASURES)].rename(columns=MEASURES)
+    order = list(dict.fromkeys(zip(*(change[key] for key in keys), strict=True)))
+    return {
+        "Spearman's correlation over the snapshots of a run (mean ± sd over seeds)": rho.reset_index(),
+        "Last snapshot: sums over layers of traces and augmented flatness": pd.DataFrame(ends),
+        "Merged models: means over tasks (± sd over seeds)": models_table(data),
+        "Change of SVC's model against its base, % [95 % interval over seeds and tasks]": wide.loc[order].reset_index(),
+    }
+
+
+def models_table(data):
+    columns = {"accuracy": 1, "loss": 3, "ggn": 1, "relative ggn": 3, "hessian": 1, "hessian_error": 1}
+    columns |= {"relative hessian": 3, "largest eigenvalue": 2}
+    lines = []
+    keys = ["backbone", "suite", "method", "svc", "scale_rule"]
+    for labels, part in merging_table(data).groupby(keys, sort=False):
+        means = part.groupby("seed").mean(numeric_only=True)
+        means["hessian_error"] = part.groupby("seed").hessian_error.apply(lambda x: (x**2).sum() ** 0.5 / len(x))
+        cells = {name: spread(means[name], digits) for name, digits in columns.items()}
+        lines.append(dict(zip(keys, labels, strict=True)) | cells)
+    return pd.DataFrame(lines)
+
+
+def verdict(data):
+    return f"{training_verdict(data)}; {merging_verdict(data)}"
+
+
+def training_verdict(data):
+    found = correlations(data)
+    found = found[found.variant.isin(["vanilla", "modified"])]
+    if found.groupby("variant").seed.nunique().min() < 3:
+        return "training: not run at this scale"
+    texts = []
+    for pair, subject in {"AF_K, GGN of keys": "augmented flatness", "density, GGN of keys": "density"}.items():
+        values = found[found.pair == pair].value
+        answer = "follows the GGN in part" if values.mean() > 0.7 else "does not follow the GGN"
+        answer = "follows the GGN" if values.min() > 0.7 else answer
+        texts.append(f"{subject} {answer} (ρ from {values.min():.2f} to {values.max():.2f})")
+    return f"training: {', '.join(texts)}"
+
+
+def merging_verdict(data):
+    rows = data[(data.part == "merging") & (data.suite == 8)]
+    if rows.empty or (rows.seed.nunique() < 3 and "ViT-B/32" not in set(rows.backbone)):
+        return "merging: not run at this scale"
+    seen = changes(rows)
+    seen = seen[seen.measure == "ggn"]
+    below, above = seen.high < 0, seen.low > 0
+    own = seen.scale_rule == "fixed"
+    answer = "whether SVC's models are flatter depends on the merger"
+    answer = "SVC's models are flatter at own scale only" if below[own].all() else answer
+    answer = "SVC's models are flatter" if below.all() else answer
+    answer = "SVC's models are sharper" if above.all() else answer
+    counts = [
+        f"{RULES[rule]}: below 0 for {below[part].sum()}, above for {above[part].sum()} of {part.sum()} mergers"
+        for rule, part in {"fixed": own, "validation": ~own}.items()
+    ]
+    return f"merging: {answer} ({'; '.join(counts)})"
+
+
+DEVIATIONS = (
+    "Neither paper measures these curvatures; AF and density are the sparsity paper's, mergers and SVC the merging "
+    "paper's.",
+    "Curvature is that of the test loss in evaluation mode, on a few dozen images, not of the training loss.",
+    "Weight decay is not part of the loss: its curvature would add a constant to every eigenvalue.",
+    "Hessian traces are estimates (random signs); their errors are in the table. GGN and Fisher traces are exact at "
+    "laptop and workstation scale.",
+    "Training part: step 0 is left out, where a head of zeros makes all gradients of the MLPs vanish.",
+)
+
+EXPERIMENT = Experiment(__doc__, SCALES, measure, draw, compare, verdict, tables=tables, deviations=DEVIATIONS)
+
+if __name__ == "__main__":
+    run(EXPERIMENT)
