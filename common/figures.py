@@ -244,7 +244,7 @@ def lines(
         if level is not None:
             ax.axhline(level, color=MUTED, linewidth=1, linestyle=DASHED, zorder=1)
         for position, name in enumerate(groups):
-            _line(ax, part[part[by] == name], x, y, colour(name, position))
+            _line(ax, part[part[by] == name], x, y, colour(name, position), log=yscale == "log")
         ax.set(title=title, xlabel=xlabel or x, xscale=xscale, yscale=yscale)
         if xscale == "log" and len(ticks) <= 10:        # few values: label them instead of powers of ten
             ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
@@ -259,13 +259,14 @@ def lines(
     return figure
 
 
-def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, tone: str) -> None:
+def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, tone: str, log: bool = False) -> None:
     stats = rows.groupby(x)[y].agg(["mean", "std", "count"])
     several = (stats["count"] > 1).any()
     marker = "o" if len(stats) <= 25 and not several else ""
     ax.plot(stats.index, stats["mean"], color=tone, marker=marker, ms=4)
     if several:
         low, high = stats["mean"] - stats["std"], stats["mean"] + stats["std"]
+        low = stats["mean"] ** 2 / high if log else low     # as far below the mean as above it, and never below 0
         ax.fill_between(stats.index, low, high, color=tone, alpha=0.15, linewidth=0)
         ax.plot(rows[x], rows[y], "o", ms=2.6, color=tone, alpha=0.7, mew=0)
 
