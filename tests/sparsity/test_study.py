@@ -148,10 +148,10 @@ def test_a_plan_gives_the_first_setting_all_variants():
 # The table -----------------------------------------------------------------------------------------------------------
 
 
-def table(densities, trainings=None, seeds=3):
+def table(inference, training=None, seeds=3):
     """Rows of made-up runs in one setting: {variant: density}, a little different from seed to seed."""
     rows = []
-    for variant, density in densities.items():
+    for variant, density in inference.items():
         for seed in range(seeds):
             labels = dict(setting="s", variant=variant, seed=seed)
             for layer in ("a", "b"):
@@ -160,7 +160,7 @@ def table(densities, trainings=None, seeds=3):
                     rows.append({**labels, "split": "test", "layer": layer, "metric": metric, "value": value})
             for step in (1, 100, 200):
                 for metric in summary.CURVE_METRICS:
-                    value = 9.0 if step == 1 else (trainings or densities)[variant] * (1 + 0.01 * seed)
+                    value = 9.0 if step == 1 else (training or inference)[variant] * (1 + 0.01 * seed)
                     rows.append(
                         {**labels, "split": "train", "step": step, "layer": "all", "metric": metric, "value": value}
                     )
@@ -176,19 +176,23 @@ def test_finals_are_means_over_layers_and_logged_steps():
     assert final.forward_left[0] == pytest.approx(0.6) and final.backward_left[0] == pytest.approx(0.2)
 
 
+def densities(modified, control):
+    return {"vanilla": 0.2, "modified": modified, CONTROL: control}
+
+
 @pytest.mark.parametrize(
-    "densities, trainings, head, tail",
+    "inference, training, head, tail",
     [
-        ({"vanilla": 0.2, "modified": 0.05, CONTROL: 0.1}, None, "reproduced", "the plug-ins add to the control"),
-        ({"vanilla": 0.2, "modified": 0.15, CONTROL: 0.1}, None, "direction reproduced", "the control explains it"),
-        ({"vanilla": 0.2, "modified": 0.05, CONTROL: 0.04}, {"vanilla": 0.2, "modified": 0.15, CONTROL: 0.1}, "direction reproduced", "the control explains it"),
-        ({"vanilla": 0.2, "modified": 0.25, CONTROL: 0.1}, None, "not reproduced", "the control explains it"),
+        (densities(0.05, 0.1), None, "reproduced", "the plug-ins add to the control"),
+        (densities(0.15, 0.1), None, "direction reproduced", "the control explains it"),
+        (densities(0.05, 0.04), densities(0.15, 0.1), "direction reproduced", "the control explains it"),
+        (densities(0.25, 0.1), None, "not reproduced", "the control explains it"),
     ],
-)  # fmt: skip
-def test_the_verdict_follows_the_rule(densities, trainings, head, tail):
-    text = summary.verdict(table(densities, trainings))
+)
+def test_the_verdict_follows_the_rule(inference, training, head, tail):
+    text = summary.verdict(table(inference, training))
     assert text.startswith(f"{head}.") and text.endswith(tail)
-    assert summary.verdict(table(densities, trainings, seeds=2)) == "not run at this scale"
+    assert summary.verdict(table(inference, training, seeds=2)) == "not run at this scale"
 
 
 def test_comparison_and_remarks_state_the_change():
