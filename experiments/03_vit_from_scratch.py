@@ -17,6 +17,7 @@ Run      python experiments/03_vit_from_scratch.py --scale laptop
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from common.images import IMAGENET, ImageTask
 from common.run import Experiment, run
@@ -65,12 +66,8 @@ SCALES = {
 
 
 def measure(settings, context):
-    runs = study.plan(cells(settings), settings.seeds, settings.single_seeds, settings.l1, log_every=settings.log_every)
-    labels, runs = zip(*runs, strict=True)
-    with context.stage("train and measure"):
-        results = study.measure_all(runs, context, study.measure_with_curve)
-    for label, (measured, curve) in zip(labels, results, strict=True):
-        yield from summary.run_rows(label, measured, curve)
+    seeds = (settings.seeds, settings.single_seeds)
+    yield from summary.measure(study.plan(cells(settings), *seeds, settings.l1, log_every=settings.log_every), context)
 
 
 def cells(settings):
@@ -85,29 +82,6 @@ def cells(settings):
     ]
 
 
-# From here on only the table is seen --------------------------------------------------------------------------------
-
-
-def draw(data):
-    return summary.draw(data, score="accuracy, %")
-
-
-def compare(data, published):
-    return summary.compare(data, published, "no: small ViT on embedded images")
-
-
-def tables(data):
-    return summary.tables(data, score="accuracy, %")
-
-
-def remarks(data):
-    return summary.remarks(data)
-
-
-def verdict(data):
-    return summary.verdict(data)
-
-
 DEVIATIONS = (
     "At laptop and workstation scale: small networks (average pooling) on scikit-learn's digits and on glyphs, minutes "
     "instead of 300 epochs of ImageNet; Σ lr·wd is 4 and more (84 in the authors' recipe).",
@@ -119,9 +93,17 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, published="sparsity",
-    tables=tables, remarks=remarks, deviations=DEVIATIONS,
-)  # fmt: skip
+    __doc__,
+    SCALES,
+    measure,
+    draw=partial(summary.draw, score="accuracy, %"),
+    compare=partial(summary.compare, same_setting="no: small ViT on embedded images"),
+    tables=partial(summary.tables, score="accuracy, %"),
+    remarks=summary.remarks,
+    verdict=summary.verdict,
+    published="sparsity",
+    deviations=DEVIATIONS,
+)
 
 if __name__ == "__main__":
     run(EXPERIMENT)

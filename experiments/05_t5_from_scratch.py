@@ -16,6 +16,7 @@ Run      python experiments/05_t5_from_scratch.py --scale laptop
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from common.run import Experiment, run
 from common.spans import TextTask
@@ -68,46 +69,16 @@ SCALES = {
 
 def measure(settings, context):
     options = dict(exempt=PROTOCOLS["t5"], log_every=settings.log_every)
-    runs = study.plan(cells(settings), settings.seeds, settings.single_seeds, settings.l1, **options)
-    labels, runs = zip(*runs, strict=True)
-    with context.stage("train and measure"):
-        results = study.measure_all(runs, context, study.measure_with_curve)
-    for label, (measured, curve) in zip(labels, results, strict=True):
-        yield from summary.run_rows(label, measured, curve)
+    plan = study.plan(cells(settings), settings.seeds, settings.single_seeds, settings.l1, **options)
+    yield from summary.measure(plan, context)
 
 
 def cells(settings):
     """Name, task and recipe of every schedule."""
     return [
-        (f"{recipe.schedule.replace('_', ' ')}, rate {recipe.learning_rate:g}, decay {recipe.weight_decay:g}", *pair)
+        (f"{recipe.schedule}, rate {recipe.learning_rate:g}, decay {recipe.weight_decay:g}", settings.task, recipe)
         for recipe in settings.recipes
-        for pair in [(settings.task, recipe)]
     ]
-
-
-# From here on only the table is seen --------------------------------------------------------------------------------
-
-SCORE = "token accuracy, %"
-
-
-def draw(data):
-    return summary.draw(data, score="loss")
-
-
-def compare(data, published):
-    return summary.compare(data, published, "no: small T5 on Python sources")
-
-
-def tables(data):
-    return summary.tables(data, score=SCORE)
-
-
-def remarks(data):
-    return summary.remarks(data)
-
-
-def verdict(data):
-    return summary.verdict(data)
 
 
 DEVIATIONS = (
@@ -120,9 +91,17 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, published="sparsity",
-    tables=tables, remarks=remarks, deviations=DEVIATIONS,
-)  # fmt: skip
+    __doc__,
+    SCALES,
+    measure,
+    draw=partial(summary.draw, score="test loss, nats a token", metric="loss"),
+    compare=partial(summary.compare, same_setting="no: small T5 on Python sources"),
+    tables=partial(summary.tables, score="token accuracy, %"),
+    remarks=summary.remarks,
+    verdict=summary.verdict,
+    published="sparsity",
+    deviations=DEVIATIONS,
+)
 
 if __name__ == "__main__":
     run(EXPERIMENT)

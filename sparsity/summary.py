@@ -5,7 +5,7 @@ the authors' figures.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 
 from common import figures
 from common.statistics import Interval, relative_change, spread
+from sparsity import study
 from sparsity.flatness import remaining_multiply_adds
-from sparsity.study import CONTROLS
+from sparsity.study import CONTROLS, Run
 
-RUN = ["setting", "variant", "seed"]
+KEYS = ["setting", "variant", "seed"]
 
 TEST_METRICS = (
     "density", "derivative_density", "live_density", "dead_units", "union_density", "density_from_flatness",
@@ -27,6 +28,20 @@ CURVE_METRICS = (
     "density", "derivative_density", "augmented_flatness_key", "coefficient_key", "input_norm", "norm_weight",
     "loss", "decay", "other_norm_weight",
 )  # fmt: skip
+
+
+def measure(runs: Iterable[tuple[dict[str, Any], Run]], context: Any) -> Iterator[dict[str, Any]]:
+    """Train and measure the runs of a plan, in parallel processes, and yield the table's rows.
+
+    Args:
+        runs: labels and description of each, as `sparsity.study.plan` gives them.
+        context: of the experiment.
+    """
+    labels, runs = zip(*runs, strict=True)
+    with context.stage("train and measure"):
+        results = study.measure_all(runs, context, study.measure_with_curve)
+    for label, (measured, curve) in zip(labels, results, strict=True):
+        yield from run_rows(label, measured, curve)
 
 
 def run_rows(labels: Mapping[str, Any], measured: Sequence[Mapping], curve: Sequence[Mapping]) -> Iterator[dict]:
@@ -52,11 +67,11 @@ def finals(data: pd.DataFrame) -> pd.DataFrame:
 
     Training density is the mean over the logged steps of the whole run, without the very first one.
     """
-    test = data[data.split == "test"].groupby([*RUN, "metric"], sort=False).value.mean().unstack()
+    test = data[data.split == "test"].groupby([*KEYS, "metric"], sort=False).value.mean().unstack()
     train = data[(data.split == "train") & (data.step > 1)]
-    along = train.groupby([*RUN, "metric"], sort=False).value.mean().unstack()
-    last = train[train.step == train.groupby(RUN).step.transform("max")]
-    last = last.groupby([*RUN, "metric"], sort=False).value.mean().unstack()
+    along = train.groupby([*KEYS, "metric"], sort=False).value.mean().unstack()
+    last = train[train.step == train.groupby(KEYS).step.transform("max")]
+    last = last.groupby([*KEYS, "metric"], sort=False).value.mean().unstack()
     table = test.assign(
         training_density=along.density,
         training_derivative_density=along.derivative_density,
@@ -85,7 +100,7 @@ def show(table: pd.DataFrame, columns: Mapping[str, tuple[str, int]]) -> pd.Data
         columns: metric → (heading, digits after the point).
     """
     rows = []
-    for (setting, variant), part in table.groupby(RUN[:2], sort=False):
+    for (setting, variant), part in table.groupby(KEYS[:2], sort=False):
         cells = {heading: spread(part[metric], digits) for metric, (heading, digits) in columns.items()}
         rows.append({"setting": setting, "variant": variant, **cells, "seeds": len(part)})
     return pd.DataFrame(rows)
@@ -98,15 +113,21 @@ NAMES = {"density": "inference density", "training_density": "training density"}
 CONTROL = "vanilla, MLP norms undecayed"
 
 
-def draw(data: pd.DataFrame, score: str) -> dict[str, Figure]:
-    """Return the figures: what density costs, density by layer, along training and against E, relative changes."""
+def draw(data: pd.DataFrame, score: str = "accuracy, %", metric: str = "score") -> dict[str, Figure]:
+    """Return the figures: what density costs, density by layer, along training and against E, relative changes.
+
+    Args:
+        data: the experiment's table.
+        score: what the cost of density is, with its unit.
+        metric: where it is in the table: "score" or "loss".
+    """
     table = finals(data)
     table = table.assign(percent=100 * table.density)
     layers = data[(data.split == "test") & (data.metric == "density") & data.variant.isin(CONTROLS)]
     names = {name: place for place, name in enumerate(layers.layer.unique(), 1)}
     layers = layers.assign(number=layers.layer.map(names), percent=100 * layers.value)
     curves = data[(data.split == "train") & data.variant.isin(CONTROLS)]
-    keys = [*RUN, "step"]
+    keys = [*KEYS, "step"]
     curves = curves.pivot(index=keys, columns="metric", values="value").reset_index()
     curves = curves.assign(percent=100 * curves.density, E=curves.decay.round(3))
     curves = curves.sort_values("variant", key=lambda column: column.map(CONTROLS.index), kind="stable")
@@ -114,7 +135,7 @@ def draw(data: pd.DataFrame, score: str) -> dict[str, Figure]:
     options = dict(y="percent", by="variant", panel=panel)
     return {
         "frontier": figures.frontier(
-            table, x="percent", y="score", panel=panel, xlabel="density on test data, %", ylabel=score
+            table, x="percent", y=metric, panel=panel, xlabel="density on test data, %", ylabel=score
         ),
         "density_by_layer": figures.lines(layers, x="number", xlabel="MLP", ylabel="density, test data, %", **options),
         "density_along_training": figures.lines(
@@ -137,7 +158,7 @@ def draw(data: pd.DataFrame, score: str) -> dict[str, Figure]:
 def _changes(table: pd.DataFrame) -> pd.DataFrame:
     """Return the changes against vanilla as rows of intervals; those of one seed are points."""
     rows = []
-    for (setting, variant), _ in table.groupby(RUN[:2], sort=False):
+    for (setting, variant), _ in table.groupby(KEYS[:2], sort=False):
         for metric in PAPER:
             found = change(table, setting, metric, variant, "vanilla") if variant != "vanilla" else None
             if found:
@@ -147,7 +168,7 @@ def _changes(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def compare(data: pd.DataFrame, published: pd.DataFrame, setting_text: str) -> pd.DataFrame:
+def compare(data: pd.DataFrame, published: pd.DataFrame, same_setting: str) -> pd.DataFrame:
     """Return the relative changes of density beside the paper's, then absolute densities beside what is known."""
     table, lines = finals(data), []
     for setting, part in table.groupby("setting", sort=False):
@@ -164,13 +185,13 @@ def compare(data: pd.DataFrame, published: pd.DataFrame, setting_text: str) -> p
     return pd.DataFrame(
         [
             dict(quantity=quantity, paper=paper, ours=values.mean(), sd=values.std(), n=len(values))
-            | dict(same_setting=setting_text)
+            | dict(same_setting=same_setting)
             for quantity, paper, values in lines
         ]
     )
 
 
-def tables(data: pd.DataFrame, score: str, scale: float = 1.0) -> dict[str, pd.DataFrame]:
+def tables(data: pd.DataFrame, score: str) -> dict[str, pd.DataFrame]:
     """Return the tables: densities and what they cost; the factors of the identity; changes against vanilla."""
     table = finals(data)
     shares = ["density", "training_density", "live_density", "dead_units", "derivative_density", "union_density"]
@@ -203,7 +224,7 @@ def tables(data: pd.DataFrame, score: str, scale: float = 1.0) -> dict[str, pd.D
     }
     seen = _changes(table)
     texts = seen.apply(lambda row: _interval_text(Interval(row["mean"], row.low, row.high)), axis=1)
-    changes = seen.assign(text=texts).pivot(index=RUN[:2], columns="metric", values="text").rename(columns=NAMES)
+    changes = seen.assign(text=texts).pivot(index=KEYS[:2], columns="metric", values="text").rename(columns=NAMES)
     order = list(dict.fromkeys(zip(seen.setting, seen.variant, strict=True)))
     return {
         "Densities and what they cost (means over layers ± sd over seeds)": show(table, main),
