@@ -5,6 +5,7 @@ decay, and the rivals. Everything is cached: a killed run goes on where it was, 
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -155,6 +156,8 @@ def train(run: Run, device: torch.device, description: str | None = None) -> Art
     inputs = {name: getattr(run, name) for name in ("recipe", "variant", "seed", "exempt", "log_every", "snapshots")}
     sources = (training, *ACTIVATION_CODE, blocks, plugins, plugged, probes, sums, flatness, Recorder, build, _train)
     inputs |= {"task": task.key, "device": device.type}
+    # checkpoints of networks with tied weights hold them once, which accelerate says on every save
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     return artefact(
         "sparsity_run", inputs, sources, build=partial(_train, run, task, device, description), resumable=True
     )

@@ -5,6 +5,7 @@ the authors' figures.
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -132,24 +133,25 @@ def draw(data: pd.DataFrame, score: str = "accuracy, %", metric: str = "score") 
     curves = curves.assign(percent=100 * curves.density, E=curves.decay.round(3))
     curves = curves.sort_values("variant", key=lambda column: column.map(CONTROLS.index), kind="stable")
     panel = "setting" if table.setting.nunique() > 1 else None
-    options = dict(y="percent", by="variant", panel=panel)
+    titles = {name: textwrap.fill(name, 24) for name in table.setting.unique()}
+    options = dict(y="percent", by="variant", panel=panel, names=titles)
     return {
         "frontier": figures.frontier(
-            table, x="percent", y=metric, panel=panel, xlabel="density on test data, %", ylabel=score
+            table, x="percent", y=metric, panel=panel, names=titles, xlabel="density on test data, %", ylabel=score
         ),
         "density_by_layer": figures.lines(layers, x="number", xlabel="MLP", ylabel="density, test data, %", **options),
         "density_along_training": figures.lines(
             curves, x="step", xlabel="training step", ylabel="density, training batches, %", **options
         ),
         "density_against_decay": figures.lines(
-            curves, x="E", xlabel="E = Σ learning rate × weight decay", ylabel="density, training batches, %", **options
+            curves, x="E", xlabel="E = Σ rate × weight decay", ylabel="density, training batches, %", **options
         ),
         "norm_weights": figures.lines(
-            curves, x="E", xlabel="E = Σ learning rate × weight decay", ylabel="mean |weight| of the MLPs' norms",
+            curves, x="E", xlabel="E = Σ rate × weight decay", ylabel="mean |weight| of the MLPs' norms",
             **options | dict(y="norm_weight"),
         ),
         "relative_change": figures.forest(
-            _changes(table), item="variant", condition="metric", panel=panel, names=NAMES,
+            _changes(table), item="variant", condition="metric", panel=panel, names=NAMES | titles,
             xlabel="change against vanilla, % (95 %)",
         ),
     }  # fmt: skip

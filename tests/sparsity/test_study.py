@@ -52,9 +52,13 @@ def test_all_variants_start_from_the_same_weights():
         assert all(other[key].equal(tensor) for key, tensor in start.items())
 
 
-def test_a_killed_run_ends_as_one_that_was_not(monkeypatch):
+TEXT = TextTask(width=16, depth=1, heads=2, d_ff=32, megabytes=0.3, evaluation_rows=16)  # a T5: its weights are tied
+
+
+@pytest.mark.parametrize("task", [DIGITS, TEXT], ids=["vit", "t5"])
+def test_a_killed_run_ends_as_one_that_was_not(monkeypatch, task):
     monkeypatch.setattr(training, "CHECKPOINT_STEPS", 5)
-    run = digits_run("modified", log_every=3)
+    run = Run(task, RECIPE, VARIANTS["modified"], log_every=3, snapshots=3)
     monkeypatch.setattr(cache, "CACHE", cache.CACHE / "whole")
     whole = train(run, CPU)
     monkeypatch.setattr(cache, "CACHE", cache.CACHE.parent / "killed")
@@ -126,12 +130,11 @@ def test_exemptions_keep_the_norms_where_they_are():
 
 
 def test_text_runs_leave_padding_out():
-    task = TextTask(width=16, depth=1, heads=2, d_ff=32, megabytes=0.3, evaluation_rows=16)
-    run = Run(task, Recipe(4, 4, 3e-3), VARIANTS["modified"], exempt=("biases",), log_every=2, snapshots=2)
+    run = Run(TEXT, Recipe(4, 4, 3e-3), VARIANTS["modified"], exempt=("biases",), log_every=2, snapshots=2)
     rows = pd.DataFrame(measure(run, train(run, CPU), CPU))
     layers = [name for name in rows.layer.unique() if name != "all"]
     assert [name.split(".")[0] for name in layers] == ["encoder", "decoder"]
-    real = sum(batch["labels"].ne(-100).sum().item() for batch in make_task(task, CPU).batches("test"))
+    real = sum(batch["labels"].ne(-100).sum().item() for batch in make_task(TEXT, CPU).batches("test"))
     decoder = rows[rows.layer == layers[1]].set_index("metric").value
     assert decoder.tokens * decoder.samples == pytest.approx(real)
 
