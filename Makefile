@@ -16,7 +16,7 @@ FIND_PYTHON = for python in python3 python3.13 python3.12 python3.11; do \
 .PHONY: help install reproduce results test verify render lint
 
 help:
-	@echo 'make reproduce            experiments 21 and 22 at laptop scale, beside the committed numbers'
+	@echo 'make reproduce            experiments 03, 21 and 22 at laptop scale, beside the committed numbers'
 	@echo 'make results SCALE=…      every experiment at a scale: smoke, laptop, workstation or paper'
 	@echo 'make test                 the tests'
 	@echo 'make verify               derive every committed table, verdict and index again and compare'
@@ -32,8 +32,10 @@ install: $(READY)
 	@touch $@
 
 reproduce: $(READY)
+	$(PYTHON) experiments/03_vit_from_scratch.py --scale laptop
 	$(PYTHON) experiments/21_over_accumulation.py --scale laptop
 	$(PYTHON) experiments/22_vision_merging.py --scale laptop
+	$(PYTHON) -m common.results headline 03_vit_from_scratch laptop
 	$(PYTHON) -m common.results headline 21_over_accumulation laptop
 	$(PYTHON) -m common.results headline 22_vision_merging laptop
 

@@ -11,7 +11,7 @@ Verdict  on every setting with at least 3 seeds (none: "not run at this scale"),
          change of density, modified against vanilla, paired by seed: "reproduced" if inference density falls by at
          least 36 % and training density by at least 50 % (the whole intervals); "direction reproduced" if both
          intervals lie below 0; else "not reproduced". Then inference density against vanilla with undecayed MLP norms:
-         "the plug-ins add to the control" where that whole interval lies below 0, else "the control explains it".
+         "beyond the control" where that whole interval lies below 0, else "not certainly beyond the control".
 Cost     smoke 10 s; laptop 4 min (digits); workstation 50 min (glyphs); paper: 300 epochs of ImageNet a run.
 Run      python experiments/03_vit_from_scratch.py --scale laptop
 """

@@ -10,7 +10,7 @@ Verdict  on every setting with at least 3 seeds (none: "not run at this scale"),
          change of density, modified against vanilla, paired by seed: "reproduced" if inference density falls by at
          least 36 % and training density by at least 50 % (the whole intervals); "direction reproduced" if both
          intervals lie below 0; else "not reproduced". Then inference density against vanilla with undecayed MLP norms:
-         "the plug-ins add to the control" where that whole interval lies below 0, else "the control explains it".
+         "beyond the control" where that whole interval lies below 0, else "not certainly beyond the control".
 Cost     smoke 20 s; laptop 10 min; workstation 50 min; paper: 1e5 steps of 256 × 512 tokens a run.
 Run      python experiments/05_t5_from_scratch.py --scale laptop
 """

@@ -256,9 +256,10 @@ def verdict(data: pd.DataFrame) -> str:
     texts = []
     for index, name in enumerate(settings):
         beyond = change(table, name, "density", "modified", CONTROL)
-        answer = "the plug-ins add to the control" if beyond.high < 0 else "the control explains it"
+        answer = "beyond the control" if beyond.high < 0 else "not certainly beyond the control"
         inference, training = found["density"][index], found["training_density"][index]
-        texts.append(f"{name}: inference {inference} %, training {training} %; against control {beyond} %: {answer}")
+        against = f"against vanilla with undecayed MLP norms {beyond} %: {answer}"
+        texts.append(f"{name}: inference {inference} %, training {training} %; {against}")
     return f"{head}. {'. '.join(texts)}"
 
 

@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "22_vision_mergin
 
 
 # what `accelerate launch --multi_gpu` does, on CPUs; `accelerate launch --cpu` starts one process
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def run(hub: Path, scratch: Path, *more: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess:

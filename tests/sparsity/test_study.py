@@ -186,15 +186,15 @@ def densities(modified, control):
 @pytest.mark.parametrize(
     "inference, training, head, tail",
     [
-        (densities(0.05, 0.1), None, "reproduced", "the plug-ins add to the control"),
-        (densities(0.15, 0.1), None, "direction reproduced", "the control explains it"),
-        (densities(0.05, 0.04), densities(0.15, 0.1), "direction reproduced", "the control explains it"),
-        (densities(0.25, 0.1), None, "not reproduced", "the control explains it"),
+        (densities(0.05, 0.1), None, "reproduced", "beyond the control"),
+        (densities(0.15, 0.1), None, "direction reproduced", "not certainly beyond the control"),
+        (densities(0.05, 0.04), densities(0.15, 0.1), "direction reproduced", "not certainly beyond the control"),
+        (densities(0.25, 0.1), None, "not reproduced", "not certainly beyond the control"),
     ],
 )
 def test_the_verdict_follows_the_rule(inference, training, head, tail):
     text = summary.verdict(table(inference, training))
-    assert text.startswith(f"{head}.") and text.endswith(tail)
+    assert text.startswith(f"{head}.") and text.endswith(f": {tail}")
     assert summary.verdict(table(inference, training, seeds=2)) == "not run at this scale"
 
 
