@@ -52,6 +52,7 @@ SCALES = {
         recipe=Recipe(5500, 32, 3e-3, warmup=0.036, betas=ADAMW),
         sizes=((64, 4), (96, 6)),
         weight_decays=(0.48, 0.96),
+        l1=(0.3, 2.0),
         log_every=110,
     ),
     "paper": Settings(

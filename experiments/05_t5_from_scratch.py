@@ -36,7 +36,7 @@ class Settings:
         Recipe(1200, 16, 3e-3, warmup=0.07, weight_decay=1.4, betas=ADAMW),
         Recipe(1200, 16, 1e-2, warmup=0.1, weight_decay=0.5, betas=ADAMW, schedule="inverse_sqrt"),
     )
-    l1: tuple[float, ...] = (0.3, 1.0)  # weights of the penalty
+    l1: tuple[float, ...] = (0.003, 0.01)  # weights of the penalty
     log_every: int = 50
 
 

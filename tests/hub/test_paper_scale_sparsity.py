@@ -46,7 +46,7 @@ def table(experiment, folder):
 
 
 def check(data):
-    assert set(data.variant) >= {*VARIANTS, "ReLU + L1, 0.3"}
+    assert {name.split(",")[0] if "L1" in name else name for name in data.variant} == {*VARIANTS, "ReLU + L1"}
     test = data[(data.split == "test") & (data.metric == "density")]
     assert test.value.between(0, 1).all() and len(test) == len(data.variant.unique()) * test.layer.nunique()
     norms = data[(data.metric == "norm_weight") & (data.variant == "modified")]
