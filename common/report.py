@@ -161,11 +161,18 @@ def _run_line(experiment: "Experiment", provenance: Mapping[str, Any]) -> str:
     seeds = ", ".join(str(seed) for seed in provenance["seeds"])
     return (
         f"Scale {provenance['scale']}; seed{'s' * (len(provenance['seeds']) != 1)} {seeds}; "
-        f"{_duration(provenance['seconds']['total'])} on {provenance['device']}, up to {provenance['jobs']} processes; "
+        f"{_duration(provenance['seconds']['total'])}{_earlier(provenance)} on {provenance['device']}, up to "
+        f"{provenance['jobs']} processes; "
         f"commit {provenance['commit'][:10]}{' with uncommitted changes' * provenance['dirty']}, "
         f"{provenance['date'][:10]}. Again: `python experiments/{experiment.name}.py --scale {provenance['scale']}`. "
         "Rows: [data.csv](data.csv). Settings, versions, times: [provenance.json](provenance.json)."
     )
+
+
+def _earlier(provenance: Mapping[str, Any]) -> str:
+    """Say of how much of a run the time was not spent anew."""
+    hits, built = (len(provenance.get(name, ())) for name in ("cache_hits", "cache_built"))
+    return f" (beside {hits} of {hits + built} artefacts that earlier runs had left in the cache)" if hits else ""
 
 
 def _duration(seconds: float) -> str:
