@@ -21,6 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsity.activations import Mixture
 
+CACHE_ARGUMENTS = {"past_key_values", "cache"}  # what the forward of a stack of layers calls it, by version
+
 
 @dataclass(eq=False)
 class Plugins:
@@ -41,7 +43,6 @@ class Past:
     """How many tokens a stack of layers has in its KV cache; the stack and its zeroth biases share it."""
 
     length: int = 0
-    position: int = 0  # of `past_key_values` among the arguments of the stack's forward
 
 
 # What they compute ---------------------------------------------------------------------------------------------------
@@ -126,19 +127,18 @@ def _restore(mixin: type, base: type) -> nn.Module:
 
 
 def follow_past(stack: nn.Module) -> Past:
-    """Return the past of a stack of layers, kept up to date if its forward takes `past_key_values`."""
-    arguments = list(inspect.signature(stack.forward).parameters)
-    if "past_key_values" not in arguments:
+    """Return the past of a stack of layers, kept up to date if its forward takes a KV cache."""
+    if not CACHE_ARGUMENTS & set(inspect.signature(stack.forward).parameters):
         return Past()
-    stack._zeroth_past = Past(position=arguments.index("past_key_values"))
+    stack._zeroth_past = Past()
     stack.register_forward_pre_hook(_read_past, with_kwargs=True)
     return stack._zeroth_past
 
 
 def _read_past(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    past: Past = stack._zeroth_past
-    cache = kwargs.get("past_key_values", args[past.position] if len(args) > past.position else None)
-    past.length = 0 if cache is None else int(cache.get_seq_length())  # of a decoder's two caches: self-attention's
+    caches = (value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length"))
+    cache = next(caches, None)  # of a decoder's two caches it is self-attention's that answers
+    stack._zeroth_past.length = 0 if cache is None else int(cache.get_seq_length())
 
 
 # Constraints and schedules -------------------------------------------------------------------------------------------
