@@ -6,11 +6,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from joblib.externals.loky import ProcessPoolExecutor
+
+from common.memory import peak_allocated_mib
 
 
 def interleaved_seconds(
@@ -47,21 +50,9 @@ def peak_mib(prepare: Callable[[], Any], function: Callable[[Any], Any], device:
         threads: torch threads of the fresh process.
     """
     if device.type == "cuda":
-        return _peak_cuda(prepare, function, device)
+        return peak_allocated_mib(partial(function, prepare()), device)
     with ProcessPoolExecutor(1) as fresh:
         return fresh.submit(_peak_resident, prepare, function, threads).result()
-
-
-def _peak_cuda(prepare: Callable[[], Any], function: Callable[[Any], Any], device: torch.device) -> float:
-    inputs = prepare()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    result = function(inputs)
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del result
-    return peak / 2**20
 
 
 def _peak_resident(prepare: Callable[[], Any], function: Callable[[Any], Any], threads: int) -> float:

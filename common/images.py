@@ -4,7 +4,7 @@ Without a download: scikit-learn's handwritten digits, and the glyph suite as on
 CIFAR-10 and ImageNet-1K (common.data.pictures). IMAGENET is the paper's own setting.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from typing import Literal
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from common.cache import cache_key
-from common.data import digits, glyphs, pictures
+from common.data import digits, glyphs, hub, pictures
 from common.models import vit as vit_module
 from common.models.vit import vit
-from common.tasks import Batch, Task
+from common.tasks import Batch, Task, as_it_is
 from common.training import Recipe, ShuffledBatches
 
 DEFAULTS = {  # channels, pixels, side of a patch
@@ -183,11 +183,7 @@ class FixedImages(Dataset):
 def _fixed_loader(read: Callable[[str], tuple[Tensor, Tensor]], recipe: Recipe, seed: int) -> DataLoader:
     images, labels = read("train")
     sampler = ShuffledBatches(len(labels), recipe, seed)
-    return DataLoader(FixedImages(images, labels), batch_sampler=sampler, collate_fn=_as_it_is)
-
-
-def _as_it_is(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return batch
+    return DataLoader(FixedImages(images, labels), batch_sampler=sampler, collate_fn=as_it_is)
 
 
 def _fixed_batches(read: Callable[[str], tuple[Tensor, Tensor]], device: torch.device, split: str) -> list[Batch]:
@@ -207,7 +203,7 @@ def _hub_task(settings: ImageTask, device: torch.device) -> Task:
     workers = pictures.workers(device)
     inputs = {"task": settings, "commit": pictures.commit(name)}
     return Task(
-        key=cache_key(inputs, (pictures, vit_module, _network, _loss, _score)),
+        key=cache_key(inputs, (hub, pictures, vit_module, _network, _loss, _score)),
         model=partial(_network, settings, pictures.PICTURES[name].classes),
         loss=partial(_loss, settings.label_smoothing),
         loader=partial(pictures.training_loader, name, pixels, augmentation, settings.normalised, workers),

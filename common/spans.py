@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.cache import cache_key
 from common.data import c4, corruption, text
 from common.models import t5 as models
-from common.tasks import Batch, Task
+from common.tasks import Batch, Task, as_it_is
 from common.training import Recipe, ShuffledBatches
 
 OVERLAP = 8  # training windows begin every raw length / 8 tokens
@@ -101,7 +101,7 @@ class Windows(Dataset):
 
 def _python_loader(tokens: Tensor, shape: corruption.Shape, sentinels: int, recipe: Recipe, seed: int) -> DataLoader:
     windows = Windows(tokens, shape, sentinels, max(1, shape.raw // OVERLAP), seed)
-    return DataLoader(windows, batch_sampler=ShuffledBatches(len(windows), recipe, seed), collate_fn=_as_it_is)
+    return DataLoader(windows, batch_sampler=ShuffledBatches(len(windows), recipe, seed), collate_fn=as_it_is)
 
 
 def _c4_task(settings: TextTask, device: torch.device) -> Task:
@@ -156,15 +156,11 @@ def _c4_loader(
 ) -> DataLoader:
     documents = c4.Documents("train", count)
     order = c4.ShardedBatches(documents, recipe, seed)
-    return DataLoader(rows(documents, seed), batch_sampler=order, collate_fn=_as_it_is, num_workers=workers)
+    return DataLoader(rows(documents, seed), batch_sampler=order, collate_fn=as_it_is, num_workers=workers)
 
 
 def _batch(inputs: Tensor, labels: Tensor) -> Batch:
     return {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": labels}
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
 
 
 def _spread(tokens: Tensor, shape: corruption.Shape, sentinels: int, rows: int) -> Batch:

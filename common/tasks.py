@@ -38,3 +38,8 @@ class Task:
     score: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
     metric: str
     masks: Callable[[Batch], Mapping[str, Tensor]] | None = None
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """Return the batch: the `collate_fn` of loaders whose data set hands out whole batches."""
+    return batch

@@ -115,7 +115,7 @@ def load_test_set(task: VisionTask, limit: int | None = None) -> Any:
         HubError: the repository cannot be reached, is gated or does not exist.
         ValueError: split, columns, number or order of the classes, or the number of rows are not the expected ones.
     """
-    rows = _load_split(task, task.test_split)
+    rows = load_split(task, task.test_split)
     if limit is None or limit >= len(rows):
         return rows
     return rows.select(_permutation(len(rows), LIMIT_SEED)[:limit])
@@ -130,7 +130,7 @@ def load_validation_set(task: VisionTask, limit: int | None = None) -> Any:
 
     Args, Raises: as `load_test_set`; `limit` takes the first images of the random order.
     """
-    rows = _load_split(task, task.train_split)
+    rows = load_split(task, task.train_split)
     held_out = _permutation(len(rows), VALIDATION_SEED)[len(rows) - int(len(rows) * VALIDATION_FRACTION):]
     return rows.select(held_out[:limit])
 
@@ -187,37 +187,49 @@ def _one_line_errors(repo: str, kind: str):
         ) from error
 
 
-def _load_split(task: VisionTask, split: str) -> Any:
+def load_split(source: Any, split: str, spelling: Callable[[str], str] | None = None) -> Any:
+    """Return all rows of a split as a `datasets.Dataset` of `image` (PIL) and `label` (int), after all checks.
+
+    Args:
+        source: a `VisionTask`, or whatever else has its repo, config, folder, image, label, classes and class_names.
+        split: as the files name it.
+        spelling: what of a class name is compared with the known one; by default all but case, spaces and underscores.
+
+    Raises:
+        HubError: the repository cannot be had.
+        ValueError: split, columns, number or order of the classes, or the number of rows are not the expected ones.
+    """
     from datasets import load_dataset
 
-    folder = snapshot(task.repo, "dataset", ["README.md", f"{task.folder}/{split}-*.parquet"])
-    files = _data_files(task, split, folder)
+    folder = snapshot(source.repo, "dataset", ["README.md", f"{source.folder}/{split}-*.parquet"])
+    files = _data_files(source, split, folder)
     rows = load_dataset("parquet", data_files={split: files}, split=split)
-    _check_schema(task, split, rows.features)
-    announced = _announced_rows(task, split, folder)
+    _check_schema(source, split, rows.features, spelling or _spelling)
+    announced = _announced_rows(source, split, folder)
     if announced is not None and announced != len(rows):
-        raise ValueError(f"{task.repo}, split {split}: {len(rows)} rows in the files, {announced} on the data card")
-    rows = rows.select_columns([task.image, task.label])
-    renamed = {task.image: "image", task.label: "label"}
+        raise ValueError(f"{source.repo}, split {split}: {len(rows)} rows in the files, {announced} on the data card")
+    rows = rows.select_columns([source.image, source.label])
+    renamed = {source.image: "image", source.label: "label"}
     return rows.rename_columns({old: new for old, new in renamed.items() if old != new})
 
 
-def _data_files(task: VisionTask, split: str, folder: Path) -> list[str]:
+def _data_files(source: Any, split: str, folder: Path) -> list[str]:
     """The split's shards in order, all of them: `test-00003-of-00018.parquet` says how many there must be."""
-    files = sorted((folder / task.folder).glob(f"{split}-*-of-*.parquet"))
+    files = sorted((folder / source.folder).glob(f"{split}-*-of-*.parquet"))
     if not files:
-        there = sorted({path.name.rsplit("-", 3)[0] for path in (folder / task.folder).glob("*.parquet")})
+        there = sorted({path.name.rsplit("-", 3)[0] for path in (folder / source.folder).glob("*.parquet")})
         raise ValueError(
-            f"{task.repo} has no files {task.folder}/{split}-*.parquet for split {split}"
+            f"{source.repo} has no files {source.folder}/{split}-*.parquet for split {split}"
             f" (splits in the local copy: {', '.join(there) or 'none'})"
         )
     expected = int(files[0].stem.rsplit("-", 1)[1])
     if len(files) != expected:
-        raise ValueError(f"{task.repo}, split {split}: {len(files)} of {expected} files; delete {folder} and run again")
+        what = f"{source.repo}, split {split}"
+        raise ValueError(f"{what}: {len(files)} of {expected} files; delete {folder} and run again")
     return [str(path) for path in files]
 
 
-def _announced_rows(task: VisionTask, split: str, folder: Path) -> int | None:
+def _announced_rows(source: Any, split: str, folder: Path) -> int | None:
     """The number of rows which the card's YAML states for the split, or None where it states none."""
     from huggingface_hub import DatasetCard
 
@@ -226,25 +238,25 @@ def _announced_rows(task: VisionTask, split: str, folder: Path) -> int | None:
         return None
     infos = DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict().get("dataset_info") or []
     for info in [infos] if isinstance(infos, dict) else infos:
-        if info.get("config_name", "default") == task.config:
+        if info.get("config_name", "default") == source.config:
             return next((row["num_examples"] for row in info.get("splits", []) if row["name"] == split), None)
     return None
 
 
-def _check_schema(task: VisionTask, split: str, features: Any) -> None:
+def _check_schema(source: Any, split: str, features: Any, spelling: Callable[[str], str]) -> None:
     from datasets import ClassLabel, Image
 
-    where = f"{task.repo}, split {split}"
-    for column, kind in ((task.image, Image), (task.label, ClassLabel)):
+    where = f"{source.repo}, split {split}"
+    for column, kind in ((source.image, Image), (source.label, ClassLabel)):
         if column not in features:
             raise ValueError(f"{where}: no column {column!r}, the columns are {', '.join(features)}")
         if not isinstance(features[column], kind):
             raise ValueError(f"{where}: column {column!r} must be a {kind.__name__}, got {features[column]}")
-    names = features[task.label].names
-    if len(names) != task.classes:
-        raise ValueError(f"{where}: column {task.label!r} has {len(names)} classes, expected {task.classes}")
-    for index, (found, known) in enumerate(zip(names, task.class_names, strict=True)):
-        if _spelling(found) != _spelling(known):
+    names = features[source.label].names
+    if len(names) != source.classes:
+        raise ValueError(f"{where}: column {source.label!r} has {len(names)} classes, expected {source.classes}")
+    for index, (found, known) in enumerate(zip(names, source.class_names, strict=True)):
+        if spelling(found) != spelling(known):
             raise ValueError(f"{where}: label {index} is {found!r}, expected {known!r} (names or their order changed)")
 
 

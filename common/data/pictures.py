@@ -120,8 +120,8 @@ def rows(name: str, split: str) -> Any:
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}; there are train, validation, test")
     if split == "test":
-        return _read(pictures, pictures.test_split)
-    both = _read(pictures, pictures.train_split)
+        return hub.load_split(pictures, pictures.test_split, _first_synonym)
+    both = hub.load_split(pictures, pictures.train_split, _first_synonym)
     order = torch.randperm(len(both), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
     validation = max(1, round(len(both) * pictures.held_out))
     chosen = order[:validation] if split == "validation" else order[validation:]
@@ -288,41 +288,6 @@ def _imagenet_names() -> tuple[str, ...]:
 
     info = ImageNetInfo("imagenet-1k")
     return tuple(info.index_to_description(index) for index in range(1000))
-
-
-def _read(pictures: PictureSet, split: str) -> Any:
-    """Read all rows of a split as `image` and `label`, after the checks that common.data.hub makes as well."""
-    from datasets import load_dataset
-
-    folder = hub.snapshot(pictures.repo, "dataset", ["README.md", f"{pictures.folder}/{split}-*.parquet"])
-    files = hub._data_files(pictures, split, folder)
-    found = load_dataset("parquet", data_files={split: files}, split=split)
-    where = f"{pictures.repo}, split {split}"
-    _check(pictures, where, found.features)
-    announced = hub._announced_rows(pictures, split, folder)
-    if announced is not None and announced != len(found):
-        raise ValueError(
-            f"{pictures.repo}, split {split}: {len(found)} rows in the files, {announced} on the data card"
-        )
-    found = found.select_columns([pictures.image, pictures.label])
-    renamed = {pictures.image: "image", pictures.label: "label"}
-    return found.rename_columns({old: new for old, new in renamed.items() if old != new})
-
-
-def _check(pictures: PictureSet, where: str, features: Any) -> None:
-    from datasets import ClassLabel, Image
-
-    for column, kind in ((pictures.image, Image), (pictures.label, ClassLabel)):
-        if column not in features:
-            raise ValueError(f"{where}: no column {column!r}, the columns are {', '.join(features)}")
-        if not isinstance(features[column], kind):
-            raise ValueError(f"{where}: column {column!r} must be a {kind.__name__}, got {features[column]}")
-    names, known = features[pictures.label].names, pictures.class_names
-    if len(names) != pictures.classes:
-        raise ValueError(f"{where}: column {pictures.label!r} has {len(names)} classes, expected {pictures.classes}")
-    for index, (own, expected) in enumerate(zip(names, known, strict=True)):
-        if _first_synonym(own) != _first_synonym(expected):
-            raise ValueError(f"{where}: label {index} is {own!r}, expected {expected!r} (names or their order changed)")
 
 
 def _first_synonym(name: str) -> str:

@@ -64,7 +64,7 @@ def test_limit_is_a_fixed_random_subset(hub):
 
 def test_validation_is_a_tenth_of_train(hub):
     rows = load_validation_set(EUROSAT)
-    train = data._load_split(EUROSAT, "train")
+    train = data.load_split(EUROSAT, "train")
     split = torch.utils.data.random_split(
         range(TRAIN_ROWS), [TRAIN_ROWS - 16, 16], generator=torch.Generator().manual_seed(0)
     )
