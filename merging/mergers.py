@@ -13,6 +13,7 @@ To add a merger, write one function and add it to `MERGERS` at the end.
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -185,7 +186,9 @@ def _dare_mask(tensor: Tensor, drop: float, seed: int, index: int, name: str) ->
 
 # Spectral mergers ----------------------------------------------------------------------------------------------------
 
-def tsv_m(task_vectors: Sequence[TaskVector], *, matrices: Predicate = TSV_MATRICES) -> dict[str, Tensor]:
+def tsv_m(
+    task_vectors: Sequence[TaskVector], *, matrices: Predicate = TSV_MATRICES, side: int | None = None
+) -> dict[str, Tensor]:
     """Join the top r/K singular triplets of each task and whiten their two bases (TSV-M, Gargiulo et al., 2025).
 
         τ = polar(Û) diag(σ̂) polar(V̂)ᵀ,  Û, σ̂, V̂ the concatenated top ⌊r/K⌋ triplets of every τ_i
@@ -195,12 +198,13 @@ def tsv_m(task_vectors: Sequence[TaskVector], *, matrices: Predicate = TSV_MATRI
     Args:
         task_vectors: the K task vectors.
         matrices: which tensors; the others take the mean.
+        side: r, where the task vectors hold the small cores of larger matrices (`merging.lowrank`).
     """
-    return _merge_each(task_vectors, _tsv_matrix, matrices)
+    return _merge_each(task_vectors, partial(_tsv_matrix, side=side), matrices)
 
 
-def _tsv_matrix(updates: Updates) -> Tensor:
-    count = min(updates[0].shape) // len(updates)
+def _tsv_matrix(updates: Updates, side: int | None = None) -> Tensor:
+    count = (min(updates[0].shape) if side is None else side) // len(updates)
     left, singular, right = _concatenate([_top(*svd(update.double()), count) for update in updates])
     if not len(singular):
         return torch.zeros_like(updates[0])
@@ -238,7 +242,9 @@ def _iso_c_matrix(updates: Updates) -> Tensor:
     return singular.sum() / max(1, len(singular)) * (left @ right)
 
 
-def iso_cts(task_vectors: Sequence[TaskVector], *, matrices: Predicate = ISO_MATRICES) -> dict[str, Tensor]:
+def iso_cts(
+    task_vectors: Sequence[TaskVector], *, matrices: Predicate = ISO_MATRICES, side: int | None = None
+) -> dict[str, Tensor]:
     """Replace the weakest directions of the sum by each task's own, then flatten (Iso-CTS, Marczak et al., 2025).
 
     The top c directions U_c of Σ τ_i are common; every task adds the top q of (1 − U_c U_cᵀ) τ_i. With
@@ -251,19 +257,20 @@ def iso_cts(task_vectors: Sequence[TaskVector], *, matrices: Predicate = ISO_MAT
     Args:
         task_vectors: the K task vectors.
         matrices: which tensors; the others take the mean.
+        side: r, where the task vectors hold the small cores of larger matrices (`merging.lowrank`).
     """
-    return _merge_each(task_vectors, _iso_cts_matrix, matrices)
+    return _merge_each(task_vectors, partial(_iso_cts_matrix, side=side), matrices)
 
 
-def _iso_cts_matrix(updates: Updates) -> Tensor:
-    left, singular, right = _iso_cts_triplets(updates)
+def _iso_cts_matrix(updates: Updates, side: int | None = None) -> Tensor:
+    left, singular, right = _iso_cts_triplets(updates, side)
     if not len(singular):
         return torch.zeros_like(updates[0])
     return singular.mean() * (polar(left) @ polar(right))
 
 
-def _iso_cts_triplets(updates: Updates) -> tuple[Tensor, Tensor, Tensor]:
-    common, own = _iso_cts_counts(min(updates[0].shape), len(updates))
+def _iso_cts_triplets(updates: Updates, side: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    common, own = _iso_cts_counts(min(updates[0].shape) if side is None else side, len(updates))
     updates = [update.double() for update in updates]                           # Û may be ill-conditioned
     triplets = [_top(*svd(sum(updates)), common)]
     shared = triplets[0][0]                                                     # (m, c)
@@ -323,6 +330,7 @@ def iso_basis(
     method: str,
     *,
     matrices: Predicate = ISO_MATRICES,
+    side: int | None = None,
 ) -> dict[str, Tensor]:
     """Return the left basis in which Iso-C or Iso-CTS built each matrix, for `calibrate(..., bases=…)`.
 
@@ -334,6 +342,7 @@ def iso_basis(
         task_vectors: the K task vectors that were merged.
         method: "iso_c" or "iso_cts".
         matrices: which tensors, as for the merger.
+        side: as for the merger.
 
     Returns:
         name → (m, r) with orthonormal columns (fewer columns for Iso-CTS without full rank), for 2-D tensors.
@@ -347,12 +356,12 @@ def iso_basis(
         first = task_vectors[0][name]
         if first.numel() and matrices(name, first):
             updates = [_as_matrix(name, working(task[name])) for task in task_vectors]
-            bases[name] = svd(sum(updates))[0] if method == "iso_c" else _iso_cts_basis(updates)
+            bases[name] = svd(sum(updates))[0] if method == "iso_c" else _iso_cts_basis(updates, side)
     return bases
 
 
-def _iso_cts_basis(updates: Updates) -> Tensor:
-    columns, singular, _ = _iso_cts_triplets(updates)
+def _iso_cts_basis(updates: Updates, side: int | None = None) -> Tensor:
+    columns, singular, _ = _iso_cts_triplets(updates, side)
     left, length, _ = svd(columns)
     rank = int(numerical_rank(length))
     return (polar(columns) if rank == len(singular) else left[:, :rank]).to(updates[0].dtype)

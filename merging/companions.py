@@ -1,0 +1,136 @@
+"""What stands beside the weights of a merged model: the base's other files, the model card, recipe, and diagnostics."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from merging.checkpoints import WEIGHT_ENDINGS
+from merging.plan import Plan
+from merging.recipe import write_recipe
+from merging.shards import write_text
+
+LEFT_OUT = ("README.md", "merging.yaml", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt")
+SMALL_FOLDERS = ("*.json", "*.txt")  # what is taken from subfolders: configurations, no weights
+CARD = """---
+{front}---
+
+# {title}
+
+{sentence}
+
+| | |
+|---|---|
+{table}
+
+Made with `python -m merging`; [merging.yaml](merging.yaml) is the recipe, and `--recipe merging.yaml` runs it again.
+{notes}"""
+
+
+def write_companions(plan: Plan, folder: Path, made_from: str, rows: Sequence[dict[str, Any]] = ()) -> None:
+    """Write everything but the weights into the folder of a merged model; the recipe comes last.
+
+    Args:
+        plan: what was merged.
+        folder: where the weights are.
+        made_from: the hash by which the same merge is known again.
+        rows: one a matrix, for the report (none: no report).
+    """
+    if plan.base.folder:
+        _copy(plan.base.folder, folder)
+        _set_dtype(folder / "config.json", plan)
+    if rows:
+        write_report(rows, folder / "report")
+    write_text(folder / "README.md", card(plan))
+    write_text(folder / "merging.yaml", write_recipe(plan.recipe, made_from))
+
+
+def _copy(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or path.name in LEFT_OUT or path.name.endswith(WEIGHT_ENDINGS):
+            continue
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+        elif path.is_dir() and path.name != "report":
+            for text in (found for pattern in SMALL_FOLDERS for found in sorted(path.glob(pattern))):
+                if not text.name.endswith(WEIGHT_ENDINGS):
+                    (target / path.name).mkdir(exist_ok=True)
+                    shutil.copyfile(text, target / path.name / text.name)
+
+
+def _set_dtype(config: Path, plan: Plan) -> None:
+    """Let the configuration name the dtype of the output, where it names one and another was chosen."""
+    if plan.recipe.dtype is None or not config.is_file():
+        return
+    values = json.loads(config.read_text(encoding="utf-8"))
+    for key in {"dtype", "torch_dtype"} & values.keys():
+        values[key] = plan.recipe.dtype
+    write_text(config, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def card(plan: Plan) -> str:
+    """Return the model card: front matter with the models and the tag "merge", the method, and what was special."""
+    recipe = plan.recipe
+    models = [_public_name(name) for name in (recipe.base, *recipe.experts)]
+    front: dict[str, Any] = {"base_model": list(dict.fromkeys(models)), "base_model_relation": "merge"}
+    front["tags"] = ["merge", "model-merging"] + ["singular-value-calibration"] * recipe.svc
+    if plan.base.config:
+        front["library_name"] = "transformers"
+    kept = {key: value for key, value in recipe.plain().items() if key not in ("base", "experts")}
+    table = [f"| base | {models[0]} |", *(f"| expert | {name} |" for name in models[1:])]
+    table += [f"| {key} | {value} |" for key, value in kept.items()]
+    merged = sum(bool(step.experts) for step in plan.steps)
+    sentence = f"{len(recipe.experts)} models fine-tuned from {models[0]}, merged by {recipe.method}" + (
+        " with singular value calibration (SVC, arXiv 2602.05536)" if recipe.svc else ""
+    )
+    notes = "".join(f"- {note}\n" for note in (*plan.notes, *plan.remarks))
+    for given in sorted((recipe.base, *recipe.experts), key=len, reverse=True):
+        notes = notes.replace(given, _public_name(given))
+    return CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        title=f"A merge of {len(recipe.experts)} models",
+        sentence=f"{sentence}: {merged} of {len(plan.steps)} tensors; the others are the base's.",
+        table="\n".join(table),
+        notes=f"\n{notes}" if notes else "",
+    )
+
+
+def _public_name(given: str) -> str:
+    """Return a Hub id as it is, and of a local path only the last part."""
+    path = Path(given)
+    return path.resolve().name if path.exists() else given
+
+
+def write_report(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write the diagnostics of all matrices as matrices.csv and over_accumulation.png.
+
+    Args:
+        rows: one a matrix, of equal keys: tensor, shape, and numbers.
+        folder: is made.
+    """
+    import pandas as pd
+
+    from common import figures
+
+    folder.mkdir(exist_ok=True)
+    data = pd.DataFrame(rows)
+    data.to_csv(folder / "matrices.csv", index=False, float_format="%.6g")
+    data["matrix"] = range(1, len(data) + 1)
+    measures = {
+        "inflation, largest σ": "largest σ / mean of the experts'",
+        "s, top tenth": "s, top tenth of directions",
+        "s, lower half": "s, lower half of directions",
+    }
+    tidy = data.melt("matrix", list(measures), "measure", "value")
+    options = {"x": "matrix", "by": "measure", "level": 1.0, "names": measures}
+    figure = figures.lines(tidy, **options, xlabel="matrix, in the order of matrices.csv", ylabel="merged / own")
+    figures.save(figure, folder / "over_accumulation.png")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype as the command line spells it."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,295 @@
+"""Adapters in peft's format, read and written: LoRA in factored form, IA³ as vectors, and what was trained beside them.
+
+A LoRA module adds s B A to its weight, s = α/r, or α/√r with rsLoRA; r and α may differ by module (rank_pattern,
+alpha_pattern). A weight that is stored as (in, out), which peft calls fan_in_fan_out, gets s (B A)ᵀ, and so does an
+embedding. Here b and a have the orientation of the STORED weight, as all tensors in this package do: for the layouts
+"conv1d" and "embedding" b = Aᵀ and a = Bᵀ.
+
+An IA³ module multiplies its output by a vector l, or its input if it is a feed-forward module. Biases and whole
+modules (modules_to_save) are held with their full values. Other kinds of adapters are no low-rank updates of the base's
+weights, or not of these weights: they are refused by name.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging.lowrank import LowRank, numerical_rank_of, truncate
+
+PREFIX = "base_model.model."
+FACTORS = {
+    "lora_A.weight": "linear",
+    "lora_B.weight": "linear",
+    "lora_embedding_A": "embedding",
+    "lora_embedding_B": "embedding",
+}
+KINDS = {"LORA": "lora", "IA3": "ia3"}
+VARIANTS = {  # settings of a LoRA configuration that make something else of it
+    "use_dora": "DoRA",
+    "lora_bias": "a bias of lora_B",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "layer_replication": "layer_replication",
+    "target_parameters": "target_parameters",
+    "trainable_token_indices": "trainable_token_indices",
+}
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # all others may change the base's weights
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter changes, by the name of the base's tensor."""
+
+    kind: str  # "lora" or "ia3"
+    modules: dict[str, LowRank] = field(default_factory=dict)  # LoRA: updates
+    vectors: dict[str, Tensor] = field(default_factory=dict)  # IA³: l, (out, 1), or (1, in) for feed-forward
+    values: dict[str, Tensor] = field(default_factory=dict)  # biases, modules_to_save: full values
+    config: dict[str, Any] = field(default_factory=dict)  # adapter_config.json as it is
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """Return the adapter in a folder of peft's format: adapter_config.json and adapter_model.safetensors (or .bin).
+
+    Args:
+        folder: a local folder.
+
+    Returns:
+        factors, vectors and values in the dtype of the file, under the names of the base's tensors.
+
+    Raises:
+        ValueError: in one line: a file is missing or broken, it is another kind of adapter, a tensor is unknown, not
+            finite, or does not fit the configuration.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    file, tensors = _read_tensors(folder)
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{file}, {key!r}: dtype {tensor.dtype}, expected floating point: dequantise the adapter")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}, {key!r}: {int((~tensor.isfinite()).sum())} entries are NaN or infinite")
+    if KINDS[config["peft_type"]] == "ia3":
+        vectors = {key: tensor for key, tensor in tensors.items() if key.endswith(".ia3_l")}
+        return Adapter("ia3", {}, _vectors(vectors, file), _values(tensors, vectors, file), config)
+    factors = {key: tensor for key, tensor in tensors.items() if _split_factor(key)}
+    return Adapter("lora", _modules(factors, config, file), {}, _values(tensors, factors, file), config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no adapter: adapter_config.json is missing")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): copy it again") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in KINDS:
+        raise ValueError(f"{file}: adapters of kind {kind} cannot be merged, only LORA and IA3")
+    if kind == "LORA":
+        _check_plain_lora(config, file)
+    return config
+
+
+def _check_plain_lora(config: Mapping[str, Any], file: Path) -> None:
+    for setting, name in VARIANTS.items():
+        if config.get(setting):
+            raise ValueError(
+                f"{file}: LoRA with {name} ({setting}) is no plain low-rank update: fold it with peft first"
+            )
+    start = config.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        raise ValueError(f"{file}: init_lora_weights={start!r} may change the base's weights: convert it to plain LoRA")
+
+
+def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    if file.is_file():
+        try:
+            return file, load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or no safetensors file ({error}): copy it again") from error
+    file = folder / "adapter_model.bin"
+    if not file.is_file():
+        raise ValueError(f"{folder} has an adapter_config.json, but no adapter_model.safetensors")
+    try:
+        return file, dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever a broken or hostile pickle raises
+        raise ValueError(f"{file} holds more than tensors, or is broken: save it as safetensors") from error
+
+
+def _split_factor(key: str) -> tuple[str, str] | None:
+    """Split "MODULE.lora_A.weight" into module and factor; None for anything else."""
+    return next(((key.removesuffix(f".{end}"), end) for end in FACTORS if key.endswith(f".{end}")), None)
+
+
+def _base_module(name: str) -> str:
+    """Return a module's name in the base model, without what peft wraps around it."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", name.removeprefix(PREFIX))
+
+
+def _modules(factors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) -> dict[str, LowRank]:
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in factors.items():
+        module, end = _split_factor(key)
+        if tensor.ndim != 2:
+            raise ValueError(f"{file}, {key!r}: shape {tuple(tensor.shape)}, but LoRA on convolutions cannot be merged")
+        pairs.setdefault(module, {})[end] = tensor
+    modules = {}
+    for module, pair in pairs.items():
+        if len(pair) != 2:
+            raise ValueError(f"{file}, {module!r} has {', '.join(pair)} only: the other factor is missing")
+        (down_name, down), (up_name, up) = sorted(pair.items())  # A (r, in), B (out, r)
+        name = _base_module(module)
+        rank, scale = _rank_and_scale(name, config)
+        if (len(down), up.shape[1]) != (rank, rank):
+            raise ValueError(
+                f"{file}, {module!r}: {down_name} {tuple(down.shape)} and {up_name} {tuple(up.shape)} are not of "
+                f"rank {rank}, which adapter_config.json states"
+            )
+        layout = "conv1d" if FACTORS[down_name] == "linear" and config.get("fan_in_fan_out") else FACTORS[down_name]
+        b, a = (up, down) if layout == "linear" else (down.T, up.T)
+        modules[f"{name}.weight"] = LowRank(b, a, scale, layout)
+    return modules
+
+
+def _rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """Return r and s of a module: the first pattern that matches the end of its name, or the general r and α."""
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)  # peft's defaults
+    rank = _first_match(config.get("rank_pattern"), module, rank)
+    alpha = _first_match(config.get("alpha_pattern"), module, alpha)
+    return rank, alpha / (math.sqrt(max(rank, 1)) if config.get("use_rslora") else max(rank, 1))
+
+
+def _first_match(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _vectors(vectors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    for key, vector in vectors.items():
+        if vector.ndim != 2 or 1 not in vector.shape:
+            raise ValueError(f"{file}, {key!r}: shape {tuple(vector.shape)}, expected (out, 1) or (1, in)")
+    return {f"{_base_module(key.removesuffix('.ia3_l'))}.weight": vector for key, vector in vectors.items()}
+
+
+def _values(tensors: Mapping[str, Tensor], others: Container[str], file: Path) -> dict[str, Tensor]:
+    """Return the tensors that were saved whole. peft saves the untrained original of a module beside it: left out."""
+    values = {}
+    for key, tensor in tensors.items():
+        if key in others or ".original_module." in key:
+            continue
+        if not key.startswith(PREFIX) or re.search(r"\.(lora_|ia3_|token_adapter)", key):
+            raise ValueError(f"{file}, {key!r} is no part of plain LoRA or IA³: fold the adapter with peft first")
+        module, _, tail = key.replace(".modules_to_save.", ".").rpartition(".")
+        values[f"{_base_module(module)}.{tail}"] = tensor
+    return values
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    adapter: Adapter, folder: str | Path, rank: int | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
+    """Write an adapter in peft's format, LoRA at one rank with α = r (s = 1), and return what the rank costs.
+
+    Args:
+        adapter: it is left unchanged.
+        folder: must not exist; it appears when it is complete.
+        rank: of every LoRA module, by truncated SVD in the joint rank. Default: the largest numerical rank of a module,
+            which loses nothing but rounding.
+        dtype: of the tensors in the file.
+
+    Returns:
+        name of the weight → share of ‖ΔW‖_F² that is lost; empty for IA³.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ValueError: rank is below 1, or a tensor cannot be expressed in peft's format.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another folder, or remove it")
+    if adapter.kind == "lora" and rank is None:
+        rank = max([1, *map(numerical_rank_of, adapter.modules.values())])
+    tensors, lost = {}, {}
+    for name, update in adapter.modules.items():
+        truncated, lost[name] = truncate(update, rank)
+        tensors |= _factor_tensors(_module_of(name), truncated)
+    tensors |= {f"{PREFIX}{_module_of(name)}.ia3_l": vector for name, vector in adapter.vectors.items()}
+    tensors |= {_value_key(name, adapter): value for name, value in adapter.values.items()}
+    tensors = {key: tensor.to(dtype).contiguous().clone() for key, tensor in tensors.items()}  # none shares memory
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.dumps(_written_config(adapter, rank), indent=2, sort_keys=True)
+    (unfinished / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+    os.replace(unfinished, folder)
+    return lost
+
+
+def _module_of(name: str) -> str:
+    if not name.endswith(".weight"):
+        raise ValueError(f"{name!r}: peft adapts the weights of modules, and this is none")
+    return name.removesuffix(".weight")
+
+
+def _factor_tensors(module: str, update: LowRank) -> dict[str, Tensor]:
+    down, up = (update.a, update.b) if update.layout == "linear" else (update.b.T, update.a.T)
+    ends = (
+        ("lora_embedding_A", "lora_embedding_B") if update.layout == "embedding" else ("lora_A.weight", "lora_B.weight")
+    )
+    return {f"{PREFIX}{module}.{end}": factor for end, factor in zip(ends, (down, up), strict=True)}
+
+
+def _value_key(name: str, adapter: Adapter) -> str:
+    """Return peft's key of a tensor that is held whole: an adapted module has become the base layer of its adapter."""
+    module, _, tail = name.rpartition(".")
+    adapted = f"{module}.weight" in adapter.modules or f"{module}.weight" in adapter.vectors
+    return f"{PREFIX}{module}.base_layer.{tail}" if adapted else f"{PREFIX}{name}"
+
+
+def _written_config(adapter: Adapter, rank: int | None) -> dict[str, Any]:
+    known = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save")
+    config = {key: adapter.config.get(key) for key in known} | {"inference_mode": True}
+    config["target_modules"] = sorted(map(_module_of, [*adapter.modules, *adapter.vectors]))
+    if adapter.kind == "ia3":
+        inputs = sorted(_module_of(name) for name, vector in adapter.vectors.items() if len(vector) == 1)
+        fan_in_fan_out = bool(adapter.config.get("fan_in_fan_out"))
+        return config | {"peft_type": "IA3", "feedforward_modules": inputs, "fan_in_fan_out": fan_in_fan_out}
+    layouts = {update.layout for update in adapter.modules.values()} - {"embedding"}
+    if len(layouts) > 1:
+        raise ValueError(
+            "one adapter cannot hold both linear and conv1d modules: fan_in_fan_out is one setting for all"
+        )
+    biases = any(name.endswith(".bias") for name in adapter.values)
+    return config | {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": layouts == {"conv1d"},
+        "bias": (adapter.config.get("bias") or "none") if biases else "none",
+    }
