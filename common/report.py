@@ -38,12 +38,12 @@ def published(name: str) -> pd.DataFrame:
     return read_csv(PUBLISHED_FOLDER / f"{name}.csv")
 
 
-def published_accuracy(table: pd.DataFrame, tasks: int, backbone: str, merger: str, svc: str) -> tuple[float, str]:
-    """Return a published mean accuracy (%) on vision tasks, the paper's own first, and its source if another's.
+def published_accuracy(table: pd.DataFrame, suite: str, backbone: str, merger: str, svc: str) -> tuple[float, str]:
+    """Return a published mean score (%) over tasks, the paper's own first, and its source if another's.
 
     Args:
         table: `published("merging")`.
-        tasks: number of tasks of the suite.
+        suite: as the table names it, such as "8 vision tasks".
         backbone: as in the paper, ViT-B/32.
         merger: a merger, "pretrained" or "expert".
         svc: none, output or input.
@@ -52,7 +52,7 @@ def published_accuracy(table: pd.DataFrame, tasks: int, backbone: str, merger: s
         the number (NaN where none is known) and the source in words, empty for the paper itself.
     """
     merger = {"expert": "fine_tuned"}.get(merger, merger)
-    wanted = {"suite": f"{tasks} vision tasks", "backbone": backbone, "merger": merger, "svc": svc}
+    wanted = {"suite": suite, "backbone": backbone, "merger": merger, "svc": svc}
     found = table[(table[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     own = found[found.source.str.contains("2602.05536")]
     if len(own):

@@ -1,11 +1,11 @@
-"""A merging suite: one pretrained image encoder, an expert a task, frozen zero-shot heads, validation and test images.
+"""Merging suites of image encoders with frozen zero-shot heads.
 
 Experiments name a backbone and see only `Suite`. "glyph-WIDTH" is trained on this machine, without a download (see
 common.data.glyphs); "ViT-B/32" is CLIP, with experts and data sets from the hub.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -20,69 +20,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from common import evaluation, training
+from common import training
 from common.cache import Artefact, artefact, cache_key, is_cached
 from common.data import glyphs, hub
 from common.models import hub as clip_models
 from common.models import tiny_clip
-
-State = dict[str, Tensor]
-Rows = Iterator[dict[str, Any]]
+from common.suites import Rows, Suite
 
 
-@dataclass(frozen=True)
-class Suite:
-    """What merging needs: the task names, the encoder (images → features), its states, heads (C, embed) and data."""
+class ZeroShot(nn.Module):
+    """A classifier: `encoder` (images → features) and the frozen head (C, embed) of class embeddings."""
 
-    key: str  # of everything below: what is measured on a suite can be cached under it
-    tasks: tuple[str, ...]
-    encoder: nn.Module
-    pretrained: State
-    experts: tuple[State, ...]
-    heads: tuple[Tensor, ...]
-    batches: Callable[[str, str], Iterable[tuple[Tensor, Tensor]]]  # (task, split) → batches
+    def __init__(self, encoder: nn.Module, head: Tensor):
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("head", head)
 
-    def correct(self, states: Sequence[State], split: str = "test", tasks: Sequence[str] | None = None) -> list[Tensor]:
-        """Return for each task which of its images the S models get right: a list of (S, n) bool."""
-        return [
-            evaluation.correct(self.encoder, states, self.batches(task, split), head)
-            for task, head in zip(self.tasks, self.heads, strict=True)
-            if tasks is None or task in tasks
-        ]
-
-    def scores(self, states: Sequence[State], split: str = "test") -> list[float]:
-        """Return the mean accuracy over the tasks, in %, of each of the S models."""
-        answers = self.correct(states, split)
-        return [
-            100 * sum(right[i].float().mean().item() for right in answers) / len(answers) for i in range(len(states))
-        ]
-
-    def rows(self, labelled: Sequence[tuple[dict[str, Any], State]], pairs: Sequence[dict[str, int]] = ()) -> Rows:
-        """Yield one table row for each task and model: its labels, accuracy (%) and number of test images.
-
-        Args:
-            labelled: labels (columns) and state of each model.
-            pairs: for each model {suffix: index of another model}; gained{suffix} and lost{suffix} then count the
-                images that it alone, or the other alone, gets right (what a paired comparison needs).
-        """
-        answers = self.correct([state for _, state in labelled])
-        for task, right in zip(self.tasks, answers, strict=True):
-            for index, (labels, _) in enumerate(labelled):
-                own, row = right[index], {**labels, "task": task, "metric": "accuracy"}
-                row |= {"value": 100 * own.float().mean().item(), "images": len(own)}
-                for suffix, other in pairs[index].items() if pairs else ():
-                    row["gained" + suffix] = int((own & ~right[other]).sum())
-                    row["lost" + suffix] = int((right[other] & ~own).sum())
-                yield row
-
-    def own_rows(self) -> Rows:
-        """Yield the rows of the two reference models on each task: "pretrained", and the task's own "expert"."""
-        states = {"pretrained": [self.pretrained] * len(self.tasks), "expert": self.experts}
-        for method, models in states.items():
-            for task, state in zip(self.tasks, models, strict=True):
-                right = self.correct([state], tasks=[task])[0]
-                value = 100 * right.float().mean().item()
-                yield {"method": method, "task": task, "metric": "accuracy", "value": value, "images": right.shape[1]}
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the classes (B,) with the highest inner product with the unit features."""
+        return (F.normalize(self.encoder(images), dim=-1) @ self.head.T).argmax(-1)
 
 
 def suite(backbone: str, tasks: int, seed: int, recipe: "GlyphRecipe", device: torch.device) -> Suite:
@@ -287,10 +243,11 @@ def zero_shot_suite(recipe: GlyphRecipe, tasks: int, device: torch.device) -> Su
     names = tuple(glyphs.TASKS)[:tasks]
     base = pretrain(recipe, device)
     model = load_clip(recipe.width, base.path)
-    heads = tuple(tiny_clip.zero_shot_head(model, glyphs.class_names(name)).to(device) for name in names)
+    heads = [tiny_clip.zero_shot_head(model, glyphs.class_names(name)) for name in names]
     pretrained = {name: tensor.detach().clone().to(device) for name, tensor in model.visual.state_dict().items()}
     key = cache_key({"base": base.key, "style": recipe.style, "tasks": names}, _IMAGES)
-    return Suite(key, names, model.visual.to(device), pretrained, (), heads, _GlyphBatches(recipe.style, device))
+    networks = tuple(ZeroShot(model.visual, head).to(device) for head in heads)
+    return Suite(key, names, networks, pretrained, (), _GlyphBatches(recipe.style, device))
 
 
 class _GlyphBatches:
@@ -352,7 +309,7 @@ def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
     base = clip_models.clip_vision(CLIP[backbone])
     tower = base.tower.state_dict()
     experts = [clip_models.clip_expert_state(row.expert_id(CLIP[backbone]), like=tower) for row in rows]
-    heads = tuple(clip_models.zero_shot_head(CLIP[backbone], row.class_names, row.templates, device) for row in rows)
+    heads = [clip_models.zero_shot_head(CLIP[backbone], row.class_names, row.templates, device) for row in rows]
     states = [{f"tower.{name}": tensor.to(device) for name, tensor in state.items()} for state in (tower, *experts)]
     batches = partial(_clip_batches, CLIP[backbone], device)
     for row in rows:  # a data set that is missing should not cost hours first
@@ -361,7 +318,8 @@ def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
     commits = [hub.snapshot(model, "model", ["config.json"]).name for model in models]
     commits += [hub.snapshot(row.repo, "dataset", ["README.md"]).name for row in rows]
     key = cache_key({"models": models, "tasks": [row.name for row in rows], "commits": commits}, (hub, clip_models))
-    return Suite(key, tuple(row.name for row in rows), base.to(device), states[0], tuple(states[1:]), heads, batches)
+    networks = tuple(ZeroShot(base, head).to(device) for head in heads)
+    return Suite(key, tuple(row.name for row in rows), networks, states[0], tuple(states[1:]), batches)
 
 
 @cache

@@ -20,6 +20,7 @@ import pandas as pd
 from common import figures, vision
 from common.data import glyphs
 from common.run import Experiment, run
+from common.suites import Suite
 
 PAPER = {"pretrained": 48.2, "fine_tuned": 90.3}
 
@@ -66,13 +67,11 @@ def measure(settings, context):
             yield row(seed, "fine_tuned", slant, halftone, recipe.expert_learning_rate, task, value)
 
 
-def accuracies(suite: vision.Suite) -> dict[str, float]:
+def accuracies(suite: Suite) -> dict[str, float]:
     """Accuracy of each task's own model (the expert, or the pretrained one where there is none) on validation, in %."""
     models = suite.experts or [suite.pretrained] * len(suite.tasks)
-    return {
-        task: 100 * suite.correct([model], "validation", [task])[0].float().mean().item()
-        for task, model in zip(suite.tasks, models, strict=True)
-    }
+    pairs = zip(suite.tasks, models, strict=True)
+    return {task: suite.scores([model], "validation", [task])[0] for task, model in pairs}
 
 
 def row(seed, method, slant, halftone, learning_rate, task, value):

@@ -26,10 +26,11 @@ from common.cache import cached_rows
 from common.report import published_accuracy
 from common.run import Experiment, run
 from common.statistics import paired_interval, spread, with_bounds
+from common.suites import Suite
 from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector, task_vectors
 
 SPACES = ("none", "output", "input")
-CODE = (calibration, mergers, task_vectors, spectral, evaluation, vision.Suite)
+CODE = (calibration, mergers, task_vectors, spectral, evaluation, Suite)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def measure(settings, context):
 def measure_suite(methods, suite, seed):
     """All rows of one suite and seed; cached merger by merger, so that a killed run goes on where it was."""
     updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
-    yield from cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, vision.Suite))
+    yield from cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, Suite))
     for method in methods:
         inputs = {"suite": suite.key, "method": method, "seed": seed}
         build = partial(merger_rows, suite, updates, method, seed)
@@ -147,7 +148,7 @@ def compare(data, published):
     for (backbone, suite, method), rows in means.groupby(["backbone", "suite", "method"], sort=False):
         ours = rows.pivot(index="seed", columns="svc", values="value")
         stands_for, setting = vision.STANDS_FOR.get(backbone, backbone), vision.setting(backbone)
-        paper = {svc: own_number(published, suite, stands_for, method, svc) for svc in SPACES}
+        paper = {svc: own_number(published, f"{suite} vision tasks", stands_for, method, svc) for svc in SPACES}
         shown = {f"{method}{IN_SPACE[svc]}": (ours[svc], paper[svc]) for svc in SPACES}
         shown = shown if suite == means.suite.min() else {}
         shown[f"{method}: output − input"] = (ours.output - ours.input, paper["output"] - paper["input"])

@@ -30,6 +30,7 @@ from common.cache import cached_rows
 from common.report import published_accuracy
 from common.run import Experiment, run
 from common.statistics import paired_interval, spread, with_bounds
+from common.suites import Suite
 from merging import MERGERS, apply, calibrate, calibration, iso_basis, mergers, reference, task_vector, task_vectors
 from merging.calibration import SVC_MATRICES, published_alpha
 
@@ -40,7 +41,7 @@ MATRIX_SCALES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 OTHER_SCALES = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 APART_METHODS = ("task_arithmetic", "plain_sum")
 BASIS_METHODS = ("task_arithmetic", "iso_c", "iso_cts")  # the first has a basis of its own: the control
-CODE = (calibration, mergers, reference, task_vectors, spectral, evaluation, vision.Suite)
+CODE = (calibration, mergers, reference, task_vectors, spectral, evaluation, Suite)
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,9 @@ def compare(data, published):
 
 
 def own_number(published, suite, backbone, method, svc):
-    value, source = published_accuracy(published, suite, vision.STANDS_FOR.get(backbone, backbone), method, svc)
+    value, source = published_accuracy(
+        published, f"{suite} vision tasks", vision.STANDS_FOR.get(backbone, backbone), method, svc
+    )
     return math.nan if source else value
 
 

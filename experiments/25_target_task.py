@@ -25,9 +25,10 @@ from common.cache import cached_rows
 from common.report import published_accuracy
 from common.run import Experiment, run
 from common.statistics import paired_interval, spread, with_bounds
+from common.suites import Suite
 from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector, task_vectors
 
-CODE = (calibration, mergers, task_vectors, spectral, evaluation, vision.Suite)
+CODE = (calibration, mergers, task_vectors, spectral, evaluation, Suite)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def measure(settings, context):
 def measure_suite(methods, suite, seed):
     """All rows of one suite and seed; cached merger by merger, so that a killed run goes on where it was."""
     updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
-    yield from cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, vision.Suite))
+    yield from cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, Suite))
     for method in methods:
         inputs = {"suite": suite.key, "method": method, "seed": seed}
         build = partial(merger_rows, suite, updates, method, seed)
@@ -174,7 +175,7 @@ def compare(data, published):
             continue
         stands_for, setting = vision.STANDS_FOR.get(backbone, backbone), vision.setting(backbone)
         svc = {BASE: "none", SVC: "output"}.get(row, "")
-        paper, source = published_accuracy(published, suite, stands_for, method, svc)
+        paper, source = published_accuracy(published, f"{suite} vision tasks", stands_for, method, svc)
         setting += f"; not the paper's: {source}" if source else ""
         numbers = dict(paper=paper, ours=rows.value.mean(), sd=rows.value.std(), n=len(rows), same_setting=setting)
         name = "experts" if row == EXPERT else method if row == BASE else f"{method} {row}"

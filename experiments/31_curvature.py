@@ -37,13 +37,14 @@ from common.cache import cached_rows
 from common.images import IMAGENET, ImageTask
 from common.run import Experiment, run
 from common.statistics import Interval, relative_change, spread
+from common.suites import Suite
 from common.training import Recipe
 from merging import MERGERS, apply, calibrate, calibration, mergers, scale, task_vector, task_vectors
 from merging.calibration import SVC_MATRICES, published_alpha
 from sparsity import activations, blocks, find_blocks, flatness, probe, probes, study
 
 ADAMW = (0.9, 0.999)
-CODE = (calibration, mergers, scale, task_vectors, spectral, evaluation, vision.Suite, hessian)
+CODE = (calibration, mergers, scale, task_vectors, spectral, evaluation, Suite, hessian)
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,9 @@ def measure_models(settings, device, unit):
 
 def model_rows(settings, suite, method, seed):
     for labels, states in models_of(suite, method, seed):
-        for task, head, state in zip(suite.tasks, suite.heads, states, strict=True):
-            right = suite.correct([state], tasks=[task])[0]
-            outcome = dict(matrix="all", metric="accuracy", value=100 * right.float().mean().item())
-            for row in (outcome, *head_rows(settings, suite, task, head, state, seed)):
+        for task, network, state in zip(suite.tasks, suite.networks, states, strict=True):
+            outcome = dict(matrix="all", metric="accuracy", value=suite.scores([state], tasks=[task])[0])
+            for row in (outcome, *head_rows(settings, suite, task, network.head, state, seed)):
                 yield dict(method=method, svc="none", scale_rule="fixed", scale=1.0, task=task) | labels | row
 
 

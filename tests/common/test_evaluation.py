@@ -8,23 +8,37 @@ import scipy
 import torch
 from torch import nn
 
-from common.evaluation import correct
+from common.evaluation import errors, metric, predictions, score
 from common.statistics import paired_interval, relative_change, spread
+from common.vision import ZeroShot
 
 
 def test_several_models_in_one_pass_give_what_each_gives_alone():
     torch.manual_seed(0)
     encoder, head = nn.Linear(6, 4), torch.randn(3, 4)
+    network = ZeroShot(encoder, head)
     states = [{name: torch.randn_like(tensor) for name, tensor in encoder.state_dict().items()} for _ in range(3)]
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     images, labels = torch.randn(50, 6), torch.randint(3, (50,))
     batches = list(zip(images.split(16), labels.split(16), strict=True))
-    together = correct(encoder, states, batches, head)
-    assert together.shape == (3, 50) and together.dtype == torch.bool
+    together, right = predictions(network, states, batches)
+    assert together.shape == (3, 50) and right.equal(labels)
     for state, answers in zip(states, together, strict=True):
         features = images @ state["weight"].T + state["bias"]
-        assert answers.equal((features / features.norm(dim=1, keepdim=True) @ head.T).argmax(1) == labels)
+        assert answers.equal((features / features.norm(dim=1, keepdim=True) @ head.T).argmax(1))
     assert all(tensor.equal(before[name]) for name, tensor in encoder.state_dict().items())
+
+
+def test_classes_are_scored_by_accuracy_and_numbers_by_rank():
+    predicted, classes = torch.tensor([2, 0, 1, 1]), torch.tensor([2, 0, 0, 1])
+    assert metric(classes) == "accuracy" and score(predicted, classes) == 75
+    assert errors(predicted, classes).tolist() == [0, 0, 1, 0]
+    numbers = torch.tensor([0.0, 2.0, 3.5, 5.0])
+    assert metric(numbers) == "Spearman" and score(numbers.exp(), numbers) == pytest.approx(100)
+    swapped = torch.tensor([0.0, 3.5, 2.0, 5.0])
+    assert score(swapped, numbers) == pytest.approx(80)  # 1 − 6 Σd² / n(n² − 1)
+    assert errors(swapped, numbers).tolist() == [0, 1.5, 1.5, 0]
+    assert score(torch.zeros(4), numbers) == 0
 
 
 def cells(gained, lost, seeds=3, tasks=8, images=200):

@@ -18,7 +18,7 @@ def by_hand(suite, state, task):
     suite.encoder.load_state_dict(state)
     images, labels = (torch.cat(parts) for parts in zip(*suite.batches(task, "test"), strict=True))
     with torch.no_grad():
-        return (F.normalize(suite.encoder(images), dim=-1) @ suite.heads[position].T).argmax(1) == labels
+        return (F.normalize(suite.encoder(images), dim=-1) @ suite.networks[position].head.T).argmax(1) == labels
 
 
 def test_rows_are_accuracies_and_counts_of_pairs(suite):
