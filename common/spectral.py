@@ -8,11 +8,12 @@ can hold.
 Shapes: m × n matrices, r = min(m, n), K matrices of one shape; `...` stands for batch dimensions.
 """
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+BLOCK = 2**22               # entries of a matrix that are copied to float64 at a time
 RANK_TOLERANCE = 1e-6       # singular values below this share of the largest count as rounding noise
 
 
@@ -25,15 +26,41 @@ def _is_tall(matrix: Tensor) -> bool:
     return matrix.shape[-2] > matrix.shape[-1]
 
 
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """Yield ranges of columns of a wide matrix of about BLOCK entries: float64 copies are made of one at a time."""
+    small, long = matrix.shape[-2:]
+    width = max(256, BLOCK // max(1, small))
+    return (slice(start, min(start + width, long)) for start in range(0, long, width))
+
+
 def _gram(matrix: Tensor) -> Tensor:
     """Return the float64 Gram matrix of the smaller side, (..., r, r): its lower triangle, all that `eigh` reads."""
-    small = (matrix.mT if _is_tall(matrix) else matrix).double()
-    size = small.shape[-2]
-    gram = small.new_zeros(*small.shape[:-1], size)
-    for start in range(0, size, 256):                                           # a third cheaper at r = 768
-        stop = min(start + 256, size)
-        gram[..., start:stop, :stop] = small[..., start:stop, :] @ small[..., :stop, :].mT
+    wide = matrix.mT if _is_tall(matrix) else matrix
+    size = wide.shape[-2]
+    gram = wide.new_zeros(*wide.shape[:-1], size, dtype=torch.float64)
+    for block in _blocks(wide):
+        part = wide[..., block].double()
+        for start in range(0, size, 256):                                       # a third cheaper at r = 768
+            stop = min(start + 256, size)
+            gram[..., start:stop, :stop] += part[..., start:stop, :] @ part[..., :stop, :].mT
     return gram
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return left @ right, computed in float64 without a float64 copy of the result or of the longer factor.
+
+    Args:
+        left: (m, r).
+        right: (r, n).
+        dtype: of the result (m, n).
+    """
+    if len(left) > right.shape[1]:
+        return product(right.T, left.T, dtype).T
+    left = left.double()
+    result = right.new_empty(len(left), right.shape[1], dtype=dtype)
+    for block in _blocks(right):
+        result[:, block] = left @ right[:, block].double()
+    return result
 
 
 # Bases and spectra ---------------------------------------------------------------------------------------------------
@@ -57,7 +84,9 @@ def spectral_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix @ basis, basis.T) if _is_tall(matrix) else (basis, basis.T @ matrix)
 
 
-def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def svd(
+    matrix: Tensor, count: int | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the thin SVD, matrix = U @ diag(σ) @ Vh, with U and Vh orthonormal and σ descending.
 
     Where the matrix has no more directions (σ_r below 1e-7 σ_1) the singular vectors of the longer side are an
@@ -65,24 +94,42 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         matrix: (..., m, n), any floating dtype; computed in float64.
+        count: how many singular vectors are formed, the leading ones (default: all r).
+        dtype: of the result (default: that of the matrix).
 
     Returns:
-        U (..., m, r), σ (..., r), Vh (..., r, n) in the dtype of the matrix.
+        U (..., m, count), all σ (..., r), Vh (..., count, n).
     """
+    dtype = dtype or matrix.dtype
     if _is_tall(matrix):
-        right, singular, left = svd(matrix.mT)
+        right, singular, left = svd(matrix.mT, count, dtype)
         return left.mT, singular, right.mT
-    basis = torch.linalg.eigh(_gram(matrix)).eigenvectors.flip(-1)              # (..., m, m), descending
-    right = basis.mT @ matrix.double()                                          # (..., m, n), rows σ_r v_rᵀ
-    length, order = torch.linalg.vector_norm(right, dim=-1).sort(descending=True, stable=True)
-    basis = basis.gather(-1, order.unsqueeze(-2).expand_as(basis))
-    right = right.gather(-2, order.unsqueeze(-1).expand_as(right))
-    present = length > 1e-7 * length[..., :1]                                   # (..., m)
-    directions = right / length.where(present, 1).unsqueeze(-1)
+    eigenvalues, basis = torch.linalg.eigh(_gram(matrix))
+    singular = eigenvalues.flip(-1).clamp_min(0).sqrt()                         # (..., m), descending
+    basis = basis.flip(-1)[..., :count]                                         # (..., m, count)
+    right, length = _projected(basis, matrix, dtype)                            # rows σ_r v_rᵀ, and their σ_r
+    length, order = length.sort(dim=-1, descending=True, stable=True)
+    if not (order.diff(dim=-1) > 0).all():                                      # rounding turned some around
+        basis = basis.gather(-1, order.unsqueeze(-2).expand_as(basis))
+        right = right.gather(-2, order.unsqueeze(-1).expand_as(right))
+    present = length > 1e-7 * length[..., :1]                                   # (..., count)
+    right /= length.where(present, 1).unsqueeze(-1).to(dtype)                   # float64 would make right float64
     if not present.all():
-        completed = torch.linalg.qr(right.mT).Q.mT                              # the null rows come last, so their
-        directions = directions.where(present.unsqueeze(-1), completed)         # columns of Q complete the others
-    return basis.to(matrix.dtype), length.to(matrix.dtype), directions.to(matrix.dtype)
+        completed = torch.linalg.qr(working(right).mT).Q.mT                     # the null rows come last, so their
+        right = right.where(present.unsqueeze(-1), completed.to(dtype))         # columns of Q complete the others
+    singular = torch.cat([length, singular[..., length.shape[-1] :]], -1)
+    return basis.to(dtype), singular.to(dtype), right
+
+
+def _projected(basis: Tensor, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return basisᵀ @ matrix (..., r, n) for a wide matrix in the given dtype, and the lengths of its rows, float64."""
+    result = matrix.new_empty(*basis.shape[:-2], basis.shape[-1], matrix.shape[-1], dtype=dtype)
+    squares = basis.new_zeros(*basis.shape[:-2], basis.shape[-1])
+    for block in _blocks(matrix):
+        part = basis.mT @ matrix[..., block].double()
+        squares += part.square().sum(-1)
+        result[..., block] = part
+    return result, squares.sqrt()
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -102,9 +149,13 @@ def polar(matrix: Tensor, tolerance: float = RANK_TOLERANCE) -> Tensor:
     Returns:
         (..., m, n) in the dtype of the matrix.
     """
-    left, singular, right = svd(matrix.double())
-    kept = singular > tolerance * singular[..., :1]                             # (..., r)
-    return ((left * kept.unsqueeze(-2)) @ right).to(matrix.dtype)
+    if _is_tall(matrix):
+        return polar(matrix.mT, tolerance).mT
+    left, singular, right = svd(matrix, dtype=torch.float64)
+    left = left * (singular > tolerance * singular[..., :1]).unsqueeze(-2)      # (..., m, m)
+    for block in _blocks(right):
+        right[..., block] = left @ right[..., block]
+    return right.to(matrix.dtype)
 
 
 # Ranks and concentration ---------------------------------------------------------------------------------------------
@@ -209,6 +260,7 @@ def projection_coefficients(left: Tensor, right: Tensor, updates: Iterable[Tenso
         coefficient = inner / energy.maximum(1e-12 * squared_length)
         coefficients.append(coefficient.nan_to_num(0, 0, 0))                    # 0/0 where the column is null
         energies.append((energy / squared_length).nan_to_num(0, 0, 0))
+        del update                                                              # before the next one is read
     return torch.stack(coefficients), torch.stack(energies)
 
 

@@ -5,6 +5,7 @@ Experiments see only `Suite`; common.vision and common.language build them.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class Suite:
     pretrained: State  # of the encoder
     experts: tuple[State, ...]
     batches: Callable[[str, str], Iterable[tuple[Any, Tensor]]]  # (task, split) → batches of inputs, labels (B,)
+    adapters: tuple[Path, ...] = ()  # folders, in peft's format, of experts that are adapters
 
     @property
     def encoder(self) -> nn.Module:

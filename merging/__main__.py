@@ -3,15 +3,19 @@
     python -m merging --base DIR_OR_ID --experts DIR_OR_ID … --method ties --scale 0.3 --svc --out DIR
 
 Models are folders of safetensors (single or sharded), single files of safetensors, state dicts of torch.save (loaded
-with weights_only), or ids of the Hub. A merge that was interrupted continues when the same command is given again.
-Under `accelerate launch` the processes share the tensors. Memory: below 1 GB and, for each of --jobs, K + 4 of the
-largest tensors with SVC (K experts, float32), K + 9 with TSV-M, Iso or STAR, and next to nothing otherwise; --dry-run
-estimates it.
+with weights_only), or ids of the Hub. Experts may instead all be adapters of peft (LoRA, IA³): they are merged in
+factored form and folded into the base. With --output adapter the merge is written as one adapter; from full experts
+that is the best approximation of --rank, and report and card say what it loses.
+
+A merge that was interrupted continues when the same command is given again. Under `accelerate launch` the processes
+share the tensors. Memory: below 1 GB and, for each of --jobs, a few of the largest tensors with SVC, TSV-M, Iso or
+STAR, and next to nothing otherwise; --dry-run estimates it.
 
 Storage: SVC's output space is the layer's, also where weights are stored (in, out), as GPT-2's are; stacks of experts
 are merged matrix by matrix; convolution kernels are (out, rest) for methods that take them, and not calibrated without
 --kernels. Heads that only some models have are the base's, vocabularies of different size share their first rows: both
-are reported, and refused with --strict. `merging/plan.py` says how all that is told from names and shapes.
+are reported, and refused with --strict. How all that is told from names and shapes stands in `merging/plan.py`,
+`merging/steps.py` and `merging/adapter_plan.py`.
 """
 
 import contextlib
@@ -25,20 +29,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
 import yaml
 from tqdm import tqdm
 
-from merging.checkpoints import open_checkpoint
-from merging.companions import dtype_name, write_companions
-from merging.estimate import expected_memory, expected_seconds
-from merging.plan import Plan, Step, make_plan
+from merging.checkpoints import Checkpoint, locate, open_checkpoint
+from merging.companions import write_companions
+from merging.election import Election, global_election
+from merging.estimate import describe
+from merging.outputs import AdapterOutput, ModelOutput, adapter_output
+from merging.peft_format import CONFIG as ADAPTER_CONFIG
+from merging.peft_format import Adapter, open_adapter
+from merging.plan import make_plan
 from merging.recipe import Recipe, identity, read_recipe, shard_bytes
-from merging.shards import Output, Tensors, remove_journal, write_text
-from merging.streaming import Election, Streamer, global_election, takes, treatment
+from merging.shards import Output, remove_journal, write_text
+from merging.steps import Plan, Step
+from merging.streaming import Streamer
 
 
 @dataclass(frozen=True)
@@ -112,35 +120,47 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     if not str(out) and not dry_run:
         raise ValueError("give --out, the folder of the merged model")
-    base, *experts = (open_checkpoint(given) for given in (recipe.base, *recipe.experts))
+    base, *experts = open_checkpoint(recipe.base), *map(_open_expert, recipe.experts)
     plan = make_plan(recipe, base, experts)
+    kind = adapter_output(plan) if recipe.output == "adapter" else ModelOutput(plan)
     made_from = identity(recipe, (base, *experts))
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on = _device(device)
     for note in (*plan.notes, *plan.remarks) if rank == 0 else ():
         print(f"note: {note}", file=sys.stderr)
     if dry_run:
-        print("\n".join(describe(plan, jobs, on)))
+        print("\n".join(describe(kind, jobs, on)))
     elif _is_complete(out := Path(os.path.abspath(out)), made_from):
         remove_journal(out)  # of a merge that was killed after its last step
         print(f"{out}: this recipe has made it already; nothing to do")
     else:
-        _carry_out(plan, out, made_from, jobs, on, rank, ranks)
+        _carry_out(kind, out, made_from, jobs, on, rank, ranks)
 
 
-def _carry_out(plan: Plan, out: Path, made_from: str, jobs: int, device: torch.device, rank: int, ranks: int) -> None:
+def _open_expert(given: str) -> Checkpoint | Adapter:
+    path = locate(given)
+    return open_adapter(path) if (path / ADAPTER_CONFIG).is_file() else open_checkpoint(given, path)
+
+
+def _carry_out(
+    kind: ModelOutput | AdapterOutput, out: Path, made_from: str, jobs: int, device: torch.device, rank: int, ranks: int
+) -> None:
     _hand_back_freed_memory()
-    tensors = [Tensors(step.name, step.dtype, step.base.shape, step.size) for step in plan.steps]
-    output = Output(out, made_from, tensors, shard_bytes(plan.recipe.shard_size), rank)
+    plan, made = kind.plan, {step.name: kind.tensors(step) for step in kind.steps}
+    tensors = [tensor for step in kind.steps for tensor in made[step.name]]
+    if kind.one_file:
+        output = Output(out, made_from, tensors, sum(tensor.size for tensor in tensors), rank, "adapter_model")
+    else:
+        output = Output(out, made_from, tensors, shard_bytes(plan.recipe.shard_size), rank)
     election = _election(plan, output, device, jobs, rank)
     streamer = Streamer(plan, device, election)
-    own = sorted(plan.steps, key=lambda step: -step.size)[rank::ranks] if ranks > 1 else plan.steps
-    done = output.intact(step.name for step in own)
-    left = [step for step in own if step.name not in done]
+    own = sorted(kind.steps, key=lambda step: -step.size)[rank::ranks] if ranks > 1 else kind.steps
+    names = {step.name: {step.name, *(tensor.name for tensor in made[step.name])} for step in kind.steps}
+    done = output.intact(name for step in own for name in names[step.name])
+    left = [step for step in own if not names[step.name] <= done]
 
     def one(step: Step) -> Step:
-        rows: list[dict[str, Any]] = []
-        output.write(step.name, streamer.tensor(step, rows if plan.recipe.report else None), rows)
+        kind.write(step, streamer, output)
         return step
 
     total = sum(step.size for step in own)
@@ -153,12 +173,11 @@ def _carry_out(plan: Plan, out: Path, made_from: str, jobs: int, device: torch.d
             bar.update(step.size)
     output.close()
     if rank == 0:
-        output.wait()
+        output.wait(name for step in kind.steps for name in names[step.name])
         notes = output.finished()
-        rows = [row for step in plan.steps for row in notes[step.name] or ()]
-        write_companions(plan, output.folder, made_from, rows)
+        write_companions(kind, output.folder, made_from, [notes[step.name] for step in kind.steps])
         output.finish()
-        print(f"{out}: {len(plan.steps)} tensors, {sum(step.size for step in plan.steps) / 1e9:.3f} GB")
+        print(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors) / 1e9:.3f} GB")
 
 
 def _hand_back_freed_memory() -> None:
@@ -222,39 +241,6 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
-
-
-def describe(plan: Plan, jobs: int, device: torch.device) -> list[str]:
-    """Return the lines that --dry-run prints: each tensor, what becomes of it, and memory and time to expect."""
-    lines = [f"{'tensor':60} {'shape':20} {'dtype':9} what"]
-    for step in plan.steps:
-        shape = "×".join(map(str, step.base.shape)) or "()"
-        lines.append(f"{step.name:60} {shape:20} {dtype_name(step.dtype):9} {_what(plan, step)}")
-    size = sum(step.size for step in plan.steps) / 1e9
-    seconds = expected_seconds(plan, device) / jobs
-    lines.append(
-        f"{len(plan.steps)} tensors, {size:.3f} GB to write, memory up to about "
-        f"{expected_memory(plan, jobs) / 1e9:.2f} GB, about {max(1, round(seconds))} s"
-    )
-    return lines
-
-
-def _what(plan: Plan, step: Step) -> str:
-    if not step.experts:
-        return "the base's value"
-    piece, method = step.pieces[0], plan.recipe.method
-    parts = [method if takes(method, piece) else f"mean ({method} leaves it)"]
-    if step.options["svc"]:
-        parts.append({"calibrated": "SVC", "vector rule": "SVC, vector rule"}.get(treatment(step, piece), "no SVC"))
-    if step.options["final_scale"] != 1:
-        parts.append(f"× {step.options['final_scale']:g}")
-    if step.layout not in ("matrix", "vector"):
-        parts.append(f"{step.layout} of {len(step.pieces)}" if len(step.pieces) > 1 else step.layout)
-    if piece.name != step.name and len(step.pieces) == 1:
-        parts.append(f"tied to {piece.name}")
-    if sum(each.count for each in step.pieces) < step.base.count:
-        parts.append(f"rows 0 to {piece.rows - 1}")
-    return ", ".join(parts)
 
 
 if __name__ == "__main__":

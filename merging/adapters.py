@@ -1,9 +1,8 @@
 """Whole adapters of peft: merged (LoRA in factored form, IA³ as vectors), folded into a base, made of a full expert.
 
-LoRA stays low-rank all the way (`merging.lowrank`). The "output space" of SVC is that of the weight's rows as they are
-STORED, here as everywhere in this package: for GPT-2's (in, out) weights it is the input. IA³ vectors l are merged as
-updates τ = l − 1, for 1 is what they start from. What an adapter holds whole (biases, modules_to_save) is merged as an
-update of the base's tensor, densely.
+LoRA stays low-rank all the way, and the output space of SVC is that of the layer (`merging.lowrank`). IA³ vectors l are
+merged as updates τ = l − 1, for 1 is what they start from. What an adapter holds whole (biases, modules_to_save) is
+merged as an update of the base's tensor, densely.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -77,7 +76,7 @@ def merge_adapters(
 
     ones = {name: torch.ones_like(vector) for name, vector in _union(adapters, "vectors").items()}
     vectors, values = merge("vectors", ones, True), merge("values", _starts(adapters, base), False)
-    return Adapter(kinds.pop(), modules, vectors, values, _joint_config(adapters))
+    return Adapter(kinds.pop(), modules, vectors, values, joint_config(adapters))
 
 
 def _union(adapters: Sequence[Adapter], held: str) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def _starts(adapters: Sequence[Adapter], base: Mapping[str, Tensor] | None) -> d
     return starts
 
 
-def _joint_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
+def joint_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """Return the first adapter's configuration, with what any of them holds whole."""
     whole = sorted({module for adapter in adapters for module in adapter.config.get("modules_to_save") or ()}) or None
     biases = next((bias for adapter in adapters if (bias := adapter.config.get("bias", "none")) != "none"), "none")

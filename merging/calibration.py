@@ -25,7 +25,7 @@ from common.spectral import (
     svd,
     working,
 )
-from merging.task_vectors import Predicate, TaskVector, check, check_choice, matrices_without
+from merging.task_vectors import OneTensor, Predicate, TaskVector, check, check_choice, matrices_without
 
 SVC_MATRICES = matrices_without("text_projection", "embedding")
 FUSED_QKV = ("in_proj_weight", "qkv.weight")    # how torch and open_clip, and timm, end the names of (3d, d) weights
@@ -89,7 +89,8 @@ def calibrate(
         parts = [
             _directions(block, updates, options).calibrated().to(block.merged.dtype) for block, updates in blocks
         ]
-        calibrated[name] = torch.cat(parts).reshape(merged[name].shape) if parts else merged[name].clone()
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else merged[name].clone()
+        calibrated[name] = whole.reshape(merged[name].shape)
     return calibrated
 
 
@@ -176,7 +177,7 @@ class _Block:
 
 def _walk(
     merged: TaskVector, task_vectors: Sequence[TaskVector], options: _Options
-) -> Iterator[tuple[str, str, list[tuple[_Block, list[Tensor]]]]]:
+) -> Iterator[tuple[str, str, list[tuple[_Block, Sequence[Tensor]]]]]:
     """Yield (name, treatment, matrices to calibrate with the tasks' updates); all are views of the inputs."""
     names = check(task_vectors, merged)
     options.check(len(task_vectors))
@@ -186,15 +187,19 @@ def _walk(
         blocks = []
         if treatment != "merged value":
             parts = _parts(name, merged[name], options)
-            own = [_parts(name, task[name], options) for task in task_vectors]
             blocks = [
-                (_Block(part, matrix, treatment == "vector rule"), [task[part] for task in own])
+                (_Block(part, matrix, treatment == "vector rule"), _own(task_vectors, name, part, options))
                 for part, matrix in parts.items()
             ]
             unused -= parts.keys()
         yield name, treatment, blocks
     if unused:
         raise ValueError(f"bases has entries that are not calibrated: {', '.join(map(repr, sorted(unused)))}")
+
+
+def _own(task_vectors: Sequence[TaskVector], name: str, part: str, options: _Options) -> Sequence[Tensor]:
+    """Return the tasks' own updates of one matrix."""
+    return OneTensor(task_vectors, name, lambda tensor: _parts(name, tensor, options)[part])
 
 
 def _treatment(name: str, tensor: Tensor, options: _Options) -> str:
@@ -236,18 +241,21 @@ class _Directions:
     transposed: bool
 
     def calibrated(self) -> Tensor:
-        matrix = (self.left / self.divisor) @ self.right
+        if len(self.left) > self.right.shape[1]:                                # scale the smaller factor
+            matrix = self.left @ (self.right / self.divisor[:, None])
+        else:
+            matrix = (self.left / self.divisor) @ self.right
         return matrix.T if self.transposed else matrix
 
 
-def _directions(block: _Block, updates: list[Tensor], options: _Options) -> _Directions:
+def _directions(block: _Block, updates: Sequence[Tensor], options: _Options) -> _Directions:
     transposed = options.space == "input" and not block.is_vector
     matrix = working(block.merged.T if transposed else block.merged)
     if options.bases and block.name in options.bases:
         left, right = _factors_in_basis(block.name, matrix, options.bases[block.name])
     else:
         left, right = spectral_factors(matrix)
-    oriented = (update.T if transposed else update for update in updates)       # one task at a time: no (K, m, n)
+    oriented = map(torch.t, updates) if transposed else updates                 # one task at a time: no (K, m, n)
     coefficients, energy = projection_coefficients(left, right, oriented)
     divisor = _vector_divisor(coefficients) if block.is_vector else _divisor(coefficients, options)
     return _Directions(left, right, coefficients, energy, divisor, transposed)
@@ -278,12 +286,12 @@ def _factors_in_basis(name: str, matrix: Tensor, basis: Tensor) -> tuple[Tensor,
     identity = torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
     if not torch.allclose(left.T @ left, identity, atol=1e-2):
         raise ValueError(f"bases[{name!r}]: its columns are not orthonormal")
-    if torch.linalg.matrix_norm(matrix - left @ right) > 1e-2 * torch.linalg.matrix_norm(matrix):
+    if torch.linalg.matrix_norm(torch.addmm(matrix, left, right, alpha=-1)) > 1e-2 * torch.linalg.matrix_norm(matrix):
         raise ValueError(f"bases[{name!r}]: its columns do not span those of the merged update")
     return left, right
 
 
-def _diagnosis(treatment: str, block: _Block, updates: list[Tensor], options: _Options) -> Diagnosis:
+def _diagnosis(treatment: str, block: _Block, updates: Sequence[Tensor], options: _Options) -> Diagnosis:
     found = _directions(block, updates, options)
     singular = torch.linalg.vector_norm(found.left, dim=0) * torch.linalg.vector_norm(found.right, dim=1)
     singular, order = singular.sort(descending=True)

@@ -142,30 +142,34 @@ def dtype_code(dtype: torch.dtype) -> str | None:
     return next((code for code, known in DTYPES.items() if known == dtype), None)
 
 
-def open_checkpoint(given: str | Path) -> Checkpoint:
+def open_checkpoint(given: str | Path, path: Path | None = None) -> Checkpoint:
     """Open a folder, a file or a repository of the Hub; headers are read and checked, weights are not read yet.
 
     Args:
         given: a path, or owner/name on the Hub where no such path exists (safetensors are preferred there).
+        path: where that is, if it has been located.
 
     Raises:
         ValueError: one line that names the file (and the tensor), what is wrong with it, and what to do.
         HubError: a repository cannot be had.
     """
-    path = Path(given)
-    if not path.exists():
-        path = _from_hub(str(given))
+    path = path or locate(given)
     if path.is_file():
         checkpoint = Checkpoint(str(given), None, _entries([path], None))
     elif (path / "adapter_config.json").is_file():
-        # Here experts that are peft adapters come in: `merging.adapters.load_adapter(path)`.
-        raise ValueError(f"{path}: is a peft adapter, and adapters cannot be merged by this command yet")
+        raise ValueError(f"{path}: is a peft adapter, which only an expert can be; name the model that it was made for")
     else:
         checkpoint = Checkpoint(str(given), path, _entries(*_weight_files(path)))
     if method := checkpoint.config.get("quantization_config"):
         kind = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
         raise ValueError(f"{path / 'config.json'}: the weights are quantised ({kind}); dequantise the model first")
     return checkpoint
+
+
+def locate(given: str | Path) -> Path:
+    """Return the file or folder that is meant: the path itself, or the copy of a repository of the Hub."""
+    path = Path(given)
+    return path if path.exists() else _from_hub(str(given))
 
 
 def _from_hub(given: str) -> Path:
@@ -203,13 +207,17 @@ def _indexed(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def file_entries(path: Path) -> dict[str, Entry]:
+    """Return the tensors of one file of weights, safetensors or a state dict of torch.save, by name."""
+    return (_safetensors_entries if path.suffix == ".safetensors" else _pickled_entries)(path)
+
+
 def _entries(files: Iterable[Path], index: Path | None) -> dict[str, Entry]:
     """Return the tensors of all files; where an index says which file a tensor is in, the tensor must be there."""
     promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index else {}
     entries: dict[str, Entry] = {}
     for path in files:
-        read = _safetensors_entries if path.suffix == ".safetensors" else _pickled_entries
-        for name, entry in read(path).items():
+        for name, entry in file_entries(path).items():
             if name in entries and promised.get(name, path.name) == path.name == promised.get(name):
                 entries[name] = entry
             elif name in entries and name not in promised:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common.spectral import numerical_rank, svd, working
-from merging.calibration import SVC_MATRICES, calibrate
+from merging.calibration import SVC_MATRICES, Diagnosis, calibrate, diagnose
 from merging.mergers import iso_basis, merger
 from merging.task_vectors import TaskVector, check_choice
 
@@ -130,10 +130,35 @@ def merge_low_rank(
         ValueError: the merger has no factored form, the updates do not fit together, or an option is out of range.
     """
     check_factored(method)
-    basis = joint_basis(updates, name)
-    side = {"side": min(updates[0].shape)} if method in SIDED else {}
-    core = merge_and_calibrate([{name: core} for core in basis.cores], method, svc, **side, **options)[name]
-    return basis.outside(core, updates[0])
+    basis = joint_basis([oriented(update) for update in updates], name)
+    cores = [{name: core} for core in basis.cores]
+    core = merge_and_calibrate(cores, method, svc, **_side(method, updates), **options)[name]
+    return oriented(basis.outside(core, oriented(updates[0])))
+
+
+def diagnose_low_rank(
+    updates: Sequence[LowRank], method: str, svc: Mapping[str, Any], *, name: str = "weight", **options: Any
+) -> dict[str, Diagnosis]:
+    """Return what `diagnose` says of the merged update, over the Σ r_i directions that are not null by construction.
+
+    Args:
+        updates, method, svc, name, **options: as for `merge_low_rank`.
+    """
+    cores = [{name: core} for core in joint_basis([oriented(update) for update in updates], name).cores]
+    return diagnose(merger(method)(cores, **_side(method, updates), **options), cores, **svc)
+
+
+def _side(method: str, updates: Sequence[LowRank]) -> dict[str, int]:
+    return {"side": min(updates[0].shape)} if method in SIDED else {}
+
+
+def oriented(update: LowRank) -> LowRank:
+    """Return the update in the orientation of its layer, (out, in), or from there as stored: the transpose of a conv1d.
+
+    The output space of SVC is that of the layer everywhere in this package. GPT-2's Conv1D stores (in, out), which is
+    turned for merging; an embedding (vocabulary, width) is taken as it is stored.
+    """
+    return replace(update, b=update.a.T, a=update.b.T) if update.layout == "conv1d" else update
 
 
 def check_factored(method: str) -> None:
@@ -215,7 +240,7 @@ def extract(delta: Tensor, rank: int, layout: str = "linear") -> tuple[LowRank, 
     """
     if delta.ndim != 2:
         raise ValueError(f"only a matrix has a low-rank update, got shape {tuple(delta.shape)}")
-    return _truncated(*svd(delta.double()), rank, layout, working(delta).dtype)
+    return _truncated(*svd(delta, max(1, rank), torch.float64), rank, layout, working(delta).dtype)
 
 
 def _truncated(

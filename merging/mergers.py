@@ -12,16 +12,16 @@ To add a merger, write one function and add it to `MERGERS` at the end.
 """
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from common.spectral import RANK_TOLERANCE, numerical_rank, polar, svd, working
-from merging.task_vectors import Predicate, TaskVector, check, check_choice, check_finite, matrices_without
+from common.spectral import RANK_TOLERANCE, numerical_rank, polar, product, singular_values, svd, working
+from merging.task_vectors import OneTensor, Predicate, TaskVector, check, check_choice, check_finite, matrices_without
 
-Updates = list[Tensor]                                                          # one tensor of each task
+Updates = Sequence[Tensor]                                                      # one tensor of each task
 
 SUM_MATRICES = matrices_without("text_projection", "token_embedding")
 TSV_MATRICES = matrices_without("text_projection", "embedding")
@@ -38,25 +38,32 @@ def _merge_each(
     merged = {}
     for name in check(task_vectors):
         first = task_vectors[0][name]
-        updates = [working(task[name]) for task in task_vectors]
-        if matrices is None:
-            result = rule(updates)
-        elif first.numel() and matrices(name, first):
-            result = rule([_as_matrix(name, update) for update in updates]).reshape(first.shape)
-        else:
-            result = _mean(updates)
-        merged[name] = result.to(first.dtype)
+        shape, dtype = first.shape, first.dtype
+        refused = matrices is not None and not (first.numel() and matrices(name, first))
+        del first                                                               # tasks may be large: one at a time
+        view = working if matrices is None or refused else partial(_as_matrix, name)
+        result = (_mean if refused else rule)(OneTensor(task_vectors, name, view))
+        merged[name] = result.reshape(shape).to(dtype)
     return merged
 
 
 def _as_matrix(name: str, tensor: Tensor) -> Tensor:
     if tensor.ndim < 2:
         raise ValueError(f"{name!r}: `matrices` selects a tensor of shape {tuple(tensor.shape)}, which is no matrix")
-    return tensor.flatten(1)                                                    # (out, rest)
+    return working(tensor).flatten(1)                                           # (out, rest)
+
+
+def _sum(updates: Iterable[Tensor]) -> Tensor:
+    """Return the sum, with no more than one update and the sum in memory."""
+    total = None
+    for update in updates:
+        total = update.clone() if total is None else total.add_(update)
+        del update
+    return total
 
 
 def _mean(updates: Updates) -> Tensor:
-    return sum(updates) / len(updates)
+    return _sum(updates).div_(len(updates))
 
 
 # Linear combinations -------------------------------------------------------------------------------------------------
@@ -73,7 +80,7 @@ def task_arithmetic(task_vectors: Sequence[TaskVector], scale: float = 0.3) -> d
         ValueError: scale is not finite.
     """
     check_finite("scale", scale)
-    return _merge_each(task_vectors, lambda updates: scale * sum(updates))
+    return _merge_each(task_vectors, lambda updates: _sum(updates).mul_(scale))
 
 
 def plain_sum(task_vectors: Sequence[TaskVector], *, matrices: Predicate = SUM_MATRICES) -> dict[str, Tensor]:
@@ -83,7 +90,7 @@ def plain_sum(task_vectors: Sequence[TaskVector], *, matrices: Predicate = SUM_M
         task_vectors: the K task vectors.
         matrices: which tensors are summed.
     """
-    return _merge_each(task_vectors, sum, matrices)
+    return _merge_each(task_vectors, _sum, matrices)
 
 
 # Elections and masks -------------------------------------------------------------------------------------------------
@@ -205,14 +212,16 @@ def tsv_m(
 
 def _tsv_matrix(updates: Updates, side: int | None = None) -> Tensor:
     count = (min(updates[0].shape) if side is None else side) // len(updates)
-    left, singular, right = _concatenate([_top(*svd(update.double()), count) for update in updates])
+    left, singular, right = _concatenate([_top(update, count) for update in updates])
     if not len(singular):
         return torch.zeros_like(updates[0])
-    return polar(left) * singular @ polar(right)
+    left = polar(left)
+    return product(left, singular[:, None] * polar(right), updates[0].dtype)
 
 
-def _top(left: Tensor, singular: Tensor, right: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the first `count` triplets, or as many as the numerical rank allows."""
+def _top(update: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first `count` triplets, or as many as the numerical rank allows, in float64."""
+    left, singular, right = svd(update, count, torch.float64)
     count = min(count, int(numerical_rank(singular)))
     return left[:, :count], singular[:count], right[:count]
 
@@ -237,9 +246,9 @@ def iso_c(task_vectors: Sequence[TaskVector], *, matrices: Predicate = ISO_MATRI
 
 
 def _iso_c_matrix(updates: Updates) -> Tensor:
-    total = sum(updates)
-    left, singular, right = _top(*svd(total), count=min(total.shape))
-    return singular.sum() / max(1, len(singular)) * (left @ right)
+    left, singular, right = svd(_sum(updates))
+    rank = int(numerical_rank(singular))
+    return (left[:, :rank] @ right[:rank]).mul_(singular[:rank].sum() / max(1, rank))
 
 
 def iso_cts(
@@ -266,20 +275,39 @@ def _iso_cts_matrix(updates: Updates, side: int | None = None) -> Tensor:
     left, singular, right = _iso_cts_triplets(updates, side)
     if not len(singular):
         return torch.zeros_like(updates[0])
-    return singular.mean() * (polar(left) @ polar(right))
+    left = polar(left)
+    return product(left, singular.mean() * polar(right), updates[0].dtype)
 
 
 def _iso_cts_triplets(updates: Updates, side: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     common, own = _iso_cts_counts(min(updates[0].shape) if side is None else side, len(updates))
-    updates = [update.double() for update in updates]                           # Û may be ill-conditioned
-    triplets = [_top(*svd(sum(updates)), common)]
+    total = torch.zeros_like(updates[0], dtype=torch.float64)                   # for Û may be ill-conditioned
+    for update in updates:
+        _add(total, update)
+        del update
+    triplets = [_top(total, common)]
     shared = triplets[0][0]                                                     # (m, c)
+    del total
     for update in updates if own else []:
-        left, singular, right = svd(update - shared @ (shared.T @ update))
-        triplets.append((left[:, :own], singular[:own], right[:own]))
+        left, singular, right = svd(_outside(shared, update), own)
+        triplets.append((left, singular[:own], right))
+        del update
     left, singular, right = _concatenate(triplets)
     kept = singular > RANK_TOLERANCE * (singular.amax() if len(singular) else 0)
-    return left[:, kept], singular[kept], right[kept]
+    return (left, singular, right) if kept.all() else (left[:, kept], singular[kept], right[kept])
+
+
+def _outside(shared: Tensor, update: Tensor) -> Tensor:
+    """Return (1 − shared sharedᵀ) update in float64."""
+    residual = product(shared, -product(shared.T, update, torch.float64), torch.float64)
+    _add(residual, update)
+    return residual
+
+
+def _add(total: Tensor, update: Tensor) -> None:
+    """Add an update to a float64 sum; by rows, because a whole one would be copied to float64."""
+    for part, own in zip(total.split(1024), update.split(1024), strict=True):
+        part += own
 
 
 def _iso_cts_counts(rank: int, tasks: int) -> tuple[int, int]:
@@ -310,7 +338,7 @@ def star(
         raise ValueError(f"share must be in (0, 1], got {share}")
 
     def rule(updates: Updates) -> Tensor:
-        return _mean([_star_matrix(update, share) for update in updates])
+        return _sum(_star_matrix(update, share) for update in updates).div_(len(updates))
 
     return _merge_each(task_vectors, rule, matrices)
 
@@ -354,17 +382,19 @@ def iso_basis(
     bases = {}
     for name in check(task_vectors):
         first = task_vectors[0][name]
-        if first.numel() and matrices(name, first):
-            updates = [_as_matrix(name, working(task[name])) for task in task_vectors]
-            bases[name] = svd(sum(updates))[0] if method == "iso_c" else _iso_cts_basis(updates, side)
+        taken = first.numel() and matrices(name, first)
+        del first
+        if taken:
+            updates = OneTensor(task_vectors, name, partial(_as_matrix, name))
+            bases[name] = svd(_sum(updates))[0] if method == "iso_c" else _iso_cts_basis(updates, side)
     return bases
 
 
 def _iso_cts_basis(updates: Updates, side: int | None = None) -> Tensor:
     columns, singular, _ = _iso_cts_triplets(updates, side)
-    left, length, _ = svd(columns)
-    rank = int(numerical_rank(length))
-    return (polar(columns) if rank == len(singular) else left[:, :rank]).to(updates[0].dtype)
+    rank = int(numerical_rank(singular_values(columns)))
+    columns = polar(columns) if rank == len(singular) else svd(columns, rank)[0]
+    return columns.to(updates[0].dtype)
 
 
 MERGERS: dict[str, Callable[..., dict[str, Tensor]]] = {

@@ -15,16 +15,18 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from merging.checkpoints import Entry, File, file_entries
 from merging.lowrank import LowRank, numerical_rank_of, truncate
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTORS = {
     "lora_A.weight": "linear",
@@ -50,14 +52,42 @@ PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # a
 
 
 @dataclass(frozen=True)
+class Factors:
+    """The update of a LoRA module that is still on disk."""
+
+    down: Entry  # A (r, in)
+    up: Entry  # B (out, r)
+    scale: float
+    layout: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the base weight, as stored."""
+        sizes = self.up.shape[0], self.down.shape[1]
+        return sizes if self.layout == "linear" else sizes[::-1]
+
+    def read(self, device: str | torch.device = "cpu") -> LowRank:
+        """Return the update itself, in the dtype of the file."""
+        down, up = read_finite(self.down, device), read_finite(self.up, device)
+        b, a = (up, down) if self.layout == "linear" else (down.T, up.T)
+        return LowRank(b, a, self.scale, self.layout)
+
+    def entries(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Return the entries from `start` to `stop`, whole rows, of the flattened update, in at least float32."""
+        update, width = self.read(device), self.shape[1]
+        return replace(update, b=update.b[start // width : stop // width]).dense().flatten()
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """What an adapter changes, by the name of the base's tensor."""
+    """What an adapter changes, by the name of the base's tensor; as `open_adapter` returns it, all is still on disk."""
 
     kind: str  # "lora" or "ia3"
-    modules: dict[str, LowRank] = field(default_factory=dict)  # LoRA: updates
-    vectors: dict[str, Tensor] = field(default_factory=dict)  # IA³: l, (out, 1), or (1, in) for feed-forward
-    values: dict[str, Tensor] = field(default_factory=dict)  # biases, modules_to_save: full values
+    modules: dict[str, LowRank | Factors] = field(default_factory=dict)  # LoRA: updates
+    vectors: dict[str, Tensor | Entry] = field(default_factory=dict)  # IA³: l, (out, 1), or (1, in) for feed-forward
+    values: dict[str, Tensor | Entry] = field(default_factory=dict)  # biases, modules_to_save: full values
     config: dict[str, Any] = field(default_factory=dict)  # adapter_config.json as it is
+    files: tuple[File, ...] = ()  # what it was read from
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -76,25 +106,45 @@ def load_adapter(folder: str | Path) -> Adapter:
         ValueError: in one line: a file is missing or broken, it is another kind of adapter, a tensor is unknown, not
             finite, or does not fit the configuration.
     """
+    opened = open_adapter(folder)
+    return replace(
+        opened,
+        modules={name: factors.read() for name, factors in opened.modules.items()},
+        vectors={name: read_finite(entry) for name, entry in opened.vectors.items()},
+        values={name: read_finite(entry) for name, entry in opened.values.items()},
+    )
+
+
+def open_adapter(folder: str | Path) -> Adapter:
+    """Return the adapter in a folder like `load_adapter`, with checked names and shapes, but nothing read yet."""
     folder = Path(folder)
     config = _read_config(folder)
-    file, tensors = _read_tensors(folder)
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{file}, {key!r}: dtype {tensor.dtype}, expected floating point: dequantise the adapter")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{file}, {key!r}: {int((~tensor.isfinite()).sum())} entries are NaN or infinite")
-    if KINDS[config["peft_type"]] == "ia3":
-        vectors = {key: tensor for key, tensor in tensors.items() if key.endswith(".ia3_l")}
-        return Adapter("ia3", {}, _vectors(vectors, file), _values(tensors, vectors, file), config)
-    factors = {key: tensor for key, tensor in tensors.items() if _split_factor(key)}
-    return Adapter("lora", _modules(factors, config, file), {}, _values(tensors, factors, file), config)
+    file = _weights(folder)
+    entries = file_entries(file)
+    for key, entry in entries.items():
+        if not entry.dtype.is_floating_point:
+            raise ValueError(f"{file}, {key!r}: dtype {entry.dtype}, expected floating point: dequantise the adapter")
+    parts = {key for key in entries if key.endswith(".ia3_l") or _split_factor(key)}
+    values = _values({key: entry for key, entry in entries.items() if key not in parts}, file)
+    own = {key: entries[key] for key in entries if key in parts}
+    kind, files = KINDS[config["peft_type"]], (File(file), File(folder / CONFIG))
+    if kind == "ia3":
+        return Adapter(kind, {}, _vectors(own, file), values, config, files)
+    return Adapter(kind, _modules(own, config, file), {}, values, config, files)
+
+
+def read_finite(entry: Entry, device: str | torch.device = "cpu") -> Tensor:
+    """Return a whole tensor of an adapter; one that is not finite is refused."""
+    tensor = entry.read(device=device).reshape(entry.shape)
+    if not tensor.isfinite().all():
+        raise ValueError(f"{entry.where}: {int((~tensor.isfinite()).sum())} entries are NaN or infinite")
+    return tensor
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "adapter_config.json"
+    file = folder / CONFIG
     if not file.is_file():
-        raise ValueError(f"{folder} is no adapter: adapter_config.json is missing")
+        raise ValueError(f"{folder} is no adapter: {CONFIG} is missing")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -118,23 +168,11 @@ def _check_plain_lora(config: Mapping[str, Any], file: Path) -> None:
         raise ValueError(f"{file}: init_lora_weights={start!r} may change the base's weights: convert it to plain LoRA")
 
 
-def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = folder / "adapter_model.safetensors"
-    if file.is_file():
-        try:
-            return file, load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is truncated or no safetensors file ({error}): copy it again") from error
-    file = folder / "adapter_model.bin"
-    if not file.is_file():
-        raise ValueError(f"{folder} has an adapter_config.json, but no adapter_model.safetensors")
-    try:
-        return file, dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # whatever a broken or hostile pickle raises
-        raise ValueError(f"{file} holds more than tensors, or is broken: save it as safetensors") from error
+def _weights(folder: Path) -> Path:
+    for name in (WEIGHTS, "adapter_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder} has an {CONFIG}, but no {WEIGHTS}")
 
 
 def _split_factor(key: str) -> tuple[str, str] | None:
@@ -147,13 +185,15 @@ def _base_module(name: str) -> str:
     return re.sub(r"\.base_layer(?=\.|$)", "", name.removeprefix(PREFIX))
 
 
-def _modules(factors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) -> dict[str, LowRank]:
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in factors.items():
-        module, end = _split_factor(key)
-        if tensor.ndim != 2:
-            raise ValueError(f"{file}, {key!r}: shape {tuple(tensor.shape)}, but LoRA on convolutions cannot be merged")
-        pairs.setdefault(module, {})[end] = tensor
+def _modules(factors: Mapping[str, Entry], config: Mapping[str, Any], file: Path) -> dict[str, Factors]:
+    pairs: dict[str, dict[str, Entry]] = {}
+    for key, entry in factors.items():
+        module, end = _split_factor(key) or (key, "")
+        if not end:
+            raise ValueError(f"{file}, {key!r} is no part of plain LoRA: fold the adapter with peft first")
+        if len(entry.shape) != 2:
+            raise ValueError(f"{file}, {key!r}: shape {entry.shape}, but LoRA on convolutions cannot be merged")
+        pairs.setdefault(module, {})[end] = entry
     modules = {}
     for module, pair in pairs.items():
         if len(pair) != 2:
@@ -161,14 +201,13 @@ def _modules(factors: Mapping[str, Tensor], config: Mapping[str, Any], file: Pat
         (down_name, down), (up_name, up) = sorted(pair.items())  # A (r, in), B (out, r)
         name = _base_module(module)
         rank, scale = _rank_and_scale(name, config)
-        if (len(down), up.shape[1]) != (rank, rank):
+        if (down.shape[0], up.shape[1]) != (rank, rank):
             raise ValueError(
-                f"{file}, {module!r}: {down_name} {tuple(down.shape)} and {up_name} {tuple(up.shape)} are not of "
-                f"rank {rank}, which adapter_config.json states"
+                f"{file}, {module!r}: {down_name} {down.shape} and {up_name} {up.shape} are not of rank {rank}, which "
+                f"{CONFIG} states"
             )
         layout = "conv1d" if FACTORS[down_name] == "linear" and config.get("fan_in_fan_out") else FACTORS[down_name]
-        b, a = (up, down) if layout == "linear" else (down.T, up.T)
-        modules[f"{name}.weight"] = LowRank(b, a, scale, layout)
+        modules[f"{name}.weight"] = Factors(down, up, scale, layout)
     return modules
 
 
@@ -184,23 +223,23 @@ def _first_match(patterns: Mapping[str, float] | None, module: str, default: flo
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def _vectors(vectors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+def _vectors(vectors: Mapping[str, Entry], file: Path) -> dict[str, Entry]:
     for key, vector in vectors.items():
-        if vector.ndim != 2 or 1 not in vector.shape:
-            raise ValueError(f"{file}, {key!r}: shape {tuple(vector.shape)}, expected (out, 1) or (1, in)")
+        if len(vector.shape) != 2 or 1 not in vector.shape or not key.endswith(".ia3_l"):
+            raise ValueError(f"{file}, {key!r}: shape {vector.shape}, expected IA³'s (out, 1) or (1, in)")
     return {f"{_base_module(key.removesuffix('.ia3_l'))}.weight": vector for key, vector in vectors.items()}
 
 
-def _values(tensors: Mapping[str, Tensor], others: Container[str], file: Path) -> dict[str, Tensor]:
+def _values(entries: Mapping[str, Entry], file: Path) -> dict[str, Entry]:
     """Return the tensors that were saved whole. peft saves the untrained original of a module beside it: left out."""
     values = {}
-    for key, tensor in tensors.items():
-        if key in others or ".original_module." in key:
+    for key, entry in entries.items():
+        if ".original_module." in key:
             continue
         if not key.startswith(PREFIX) or re.search(r"\.(lora_|ia3_|token_adapter)", key):
             raise ValueError(f"{file}, {key!r} is no part of plain LoRA or IA³: fold the adapter with peft first")
         module, _, tail = key.replace(".modules_to_save.", ".").rpartition(".")
-        values[f"{_base_module(module)}.{tail}"] = tensor
+        values[f"{_base_module(module)}.{tail}"] = entry
     return values
 
 
@@ -233,21 +272,27 @@ def save_adapter(
         raise FileExistsError(f"{folder} exists: choose another folder, or remove it")
     if adapter.kind == "lora" and rank is None:
         rank = max([1, *map(numerical_rank_of, adapter.modules.values())])
-    tensors, lost = {}, {}
+    modules, lost = {}, {}
     for name, update in adapter.modules.items():
-        truncated, lost[name] = truncate(update, rank)
-        tensors |= _factor_tensors(_module_of(name), truncated)
-    tensors |= {f"{PREFIX}{_module_of(name)}.ia3_l": vector for name, vector in adapter.vectors.items()}
-    tensors |= {_value_key(name, adapter): value for name, value in adapter.values.items()}
-    tensors = {key: tensor.to(dtype).contiguous().clone() for key, tensor in tensors.items()}  # none shares memory
+        modules[name], lost[name] = truncate(update, rank)
+    tensors = {}
+    for own in file_tensors(replace(adapter, modules=modules)).values():
+        tensors |= {key: tensor.to(dtype).contiguous().clone() for key, tensor in own.items()}  # none shares memory
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = json.dumps(_written_config(adapter, rank), indent=2, sort_keys=True)
-    (unfinished / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+    save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+    config = json.dumps(written_config(adapter, rank), indent=2, sort_keys=True)
+    (unfinished / CONFIG).write_text(config + "\n", encoding="utf-8")
     os.replace(unfinished, folder)
     return lost
+
+
+def file_tensors(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+    """Return name of the base's tensor → {key in peft's file: tensor}; modules of scale 1, which α = r gives them."""
+    found = {name: _factor_tensors(_module_of(name), update) for name, update in adapter.modules.items()}
+    found |= {name: {f"{PREFIX}{_module_of(name)}.ia3_l": vector} for name, vector in adapter.vectors.items()}
+    return found | {name: {_value_key(name, adapter): value} for name, value in adapter.values.items()}
 
 
 def _module_of(name: str) -> str:
@@ -271,7 +316,12 @@ def _value_key(name: str, adapter: Adapter) -> str:
     return f"{PREFIX}{module}.base_layer.{tail}" if adapted else f"{PREFIX}{name}"
 
 
-def _written_config(adapter: Adapter, rank: int | None) -> dict[str, Any]:
+def written_config(adapter: Adapter, rank: int | None) -> dict[str, Any]:
+    """Return adapter_config.json of an adapter: of one rank, with α = r, naming its modules one by one.
+
+    Raises:
+        ValueError: its modules differ in what peft states once for all.
+    """
     known = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save")
     config = {key: adapter.config.get(key) for key in known} | {"inference_mode": True}
     config["target_modules"] = sorted(map(_module_of, [*adapter.modules, *adapter.vectors]))

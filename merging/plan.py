@@ -10,100 +10,37 @@ Missing     a tensor that no expert has (another head) keeps the base's value; o
 Vocabulary  tensors that differ in their number of rows alone: the rows that all have are merged, the base's other
             rows are kept. With config.json on both sides the rows must be their vocab_size, else it is refused.
 Integers    keep the base's value; where experts differ in more than a single counter, that is refused.
-Storage     a 2-D tensor is a matrix (out, in), or, transposed, (in, out): told by the length of its bias (GPT-2's
-            Conv1D; square ones go by the other tensors of their kind), and by the name of parameters *proj and
-            *projection (OpenCLIP). Output space always means the output of the layer.
-            A 3-D tensor whose first dimension is the smallest, or whose name says "expert", is a stack of matrices,
-            each merged by itself under the name NAME[i]. Every other tensor of more than two dimensions is a kernel:
-            methods for matrices that take kernels see it as (out, rest), the others take the mean, and SVC leaves it
-            alone unless told otherwise.
+Adapters    are the matter of `merging.adapter_plan`, and how tensors are stored that of `merging.steps`.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from merging.adapter_plan import adapter_steps
 from merging.checkpoints import Checkpoint, Entry
-from merging.recipe import OUTPUT_DTYPES, Recipe
+from merging.peft_format import Adapter
+from merging.recipe import Recipe
+from merging.steps import Plan, Step, pieces, some, storage
 
 COMPARED = 2**22  # entries compared at a time
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A consecutive range of a tensor's entries that is merged by itself: all of it, or one matrix of a stack."""
-
-    name: str
-    start: int  # in the flattened tensor
-    shape: tuple[int, ...]  # as stored
-    transposed: bool = False  # stored as (in, out)
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def seen(self) -> tuple[int, ...]:
-        """The shape that methods see."""
-        return self.shape[::-1] if self.transposed else self.shape
-
-
-@dataclass(frozen=True)
-class Step:
-    """One tensor of the output."""
-
-    name: str
-    base: Entry
-    experts: tuple[Entry, ...]  # empty: the base's value is kept
-    pieces: tuple[Piece, ...]
-    dtype: torch.dtype  # of the output
-    layout: str
-    options: Mapping[str, Any]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the output."""
-        return self.base.count * self.dtype.itemsize
-
-
-@dataclass
-class Plan:
-    """All tensors, and what has to be said about them."""
-
-    recipe: Recipe
-    base: Checkpoint
-    experts: tuple[Checkpoint, ...]
-    steps: list[Step] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what differs between the models, and is refused by --strict
-    remarks: list[str] = field(default_factory=list)  # tied tensors
-
-
-def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint]) -> Plan:
-    """Decide what becomes of each tensor of the base.
+def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | Sequence[Adapter]) -> Plan:
+    """Decide what becomes of each tensor of the base; experts are models, or adapters as `open_adapter` returns them.
 
     Raises:
         ValueError: one line that names file and tensor; with `recipe.strict` for everything that would be a note.
     """
     plan = Plan(recipe, base, tuple(experts))
-    names = [_match(base, expert, plan) for expert in experts]
-    storage = _storage(base.entries)
-    for name, entry in base.entries.items():
-        options = recipe.of(name, len(experts))
-        found = _partners(name, entry, base, experts, names, plan.notes) if options["merge"] else ()
-        rows = _common_rows(entry, found, base, experts, plan.notes)
-        layout = options["layout"] or storage[name]
-        pieces = _pieces(entry, layout, rows) if found else ()
-        dtype = OUTPUT_DTYPES.get(recipe.dtype, entry.dtype) if entry.dtype.is_floating_point else entry.dtype
-        plan.steps.append(Step(name, entry, found, pieces, dtype, layout, options))
-    plan.steps = _with_ties(plan.steps, plan.remarks)
+    adapters = [isinstance(expert, Adapter) for expert in experts]
+    if any(adapters) and not all(adapters):
+        odd = recipe.experts[adapters.index(False)]
+        raise ValueError(f"{odd}: is no adapter, and other experts are; fold those into the base first, one by one")
+    plan.steps = adapter_steps(plan) if any(adapters) else _steps(plan)
     if odd := recipe.unmatched(base.entries):
         raise ValueError(f"--set {odd[0]!r}: matches no tensor of {base.given}")
     if not any(step.experts for step in plan.steps):
@@ -111,6 +48,20 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint]) -
     if recipe.strict and plan.notes:
         raise ValueError(f"--strict: {plan.notes[0]}" + _more(len(plan.notes) - 1))
     return plan
+
+
+def _steps(plan: Plan) -> list[Step]:
+    recipe, base, experts = plan.recipe, plan.base, plan.experts
+    names = [_match(base, expert, plan) for expert in experts]
+    layouts, steps = storage(base.entries), []
+    for name, entry in base.entries.items():
+        options = recipe.of(name, len(experts))
+        found = _partners(name, entry, base, experts, names, plan.notes) if options["merge"] else ()
+        rows = _common_rows(entry, found, base, experts, plan.notes)
+        layout = options["layout"] or layouts[name]
+        parts = pieces(entry, layout, rows) if found else ()
+        steps.append(Step(name, entry, found, parts, recipe.output_dtype(entry.dtype), layout, options))
+    return _with_ties(steps, plan.remarks)
 
 
 # Which tensors belong together ---------------------------------------------------------------------------------------
@@ -132,9 +83,9 @@ def _match(base: Checkpoint, expert: Checkpoint, plan: Plan) -> dict[str, str]:
     extra = [name for name in theirs if name not in used]
     copies = [name for name in extra if _copy_of(expert.entries[name], [expert.entries[other] for other in used])]
     if copies:
-        plan.remarks.append(f"{expert.given}: {_some(copies)}: a tied copy, not stored in {base.given}; left out")
+        plan.remarks.append(f"{expert.given}: {some(copies)}: a tied copy, not stored in {base.given}; left out")
     if extra := [name for name in extra if name not in copies]:
-        plan.notes.append(f"{expert.given}: {_some(extra)}: not in {base.given}; left out")
+        plan.notes.append(f"{expert.given}: {some(extra)}: not in {base.given}; left out")
     return best
 
 
@@ -267,77 +218,6 @@ def _vocabulary(checkpoint: Checkpoint) -> int | None:
     config = checkpoint.config
     nested = next((part for part in config.values() if isinstance(part, dict) and "vocab_size" in part), {})
     return config.get("vocab_size", nested.get("vocab_size"))
-
-
-# Storage -------------------------------------------------------------------------------------------------------------
-
-
-def _storage(entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Return how each tensor is stored; square ones with a bias go by the others of their kind, then by all others."""
-    known: dict[str, str | None] = {name: _by_shape(name, entry, entries) for name, entry in entries.items()}
-    votes: dict[str, Counter[str]] = {}
-    for name, layout in known.items():
-        if layout in ("matrix", "transposed") and _bias(name, entries) is not None:
-            for kind in (_kind(name), ""):
-                votes.setdefault(kind, Counter())[layout] += 1
-    for name, layout in known.items():
-        if layout is None:
-            counts = votes.get(_kind(name)) or votes.get("") or Counter()
-            known[name] = "transposed" if counts["transposed"] > counts["matrix"] else "matrix"
-    return {name: str(layout) for name, layout in known.items()}
-
-
-def _by_shape(name: str, entry: Entry, entries: Mapping[str, Entry]) -> str | None:
-    """Return the layout that shape, bias and name show, and None for a square matrix, where they show nothing."""
-    shape, bias = entry.shape, _bias(name, entries)
-    if len(shape) < 2:
-        return "vector"
-    if len(shape) > 3 or (len(shape) == 3 and not _is_stack(name, shape)):
-        return "kernel"
-    stack = " stack" if len(shape) == 3 else ""
-    out, into = shape[-2:]
-    if out != into and bias in (out, into):
-        flipped = bias == into
-    elif bias == out and not stack:
-        return None
-    else:
-        flipped = not stack and name.split(".")[-1].endswith(("proj", "projection"))
-    return f"transposed{stack}" if flipped else stack.strip() or "matrix"
-
-
-def _is_stack(name: str, shape: Sequence[int]) -> bool:
-    return shape[0] > 1 and ("expert" in name or shape[0] < min(shape[1:]))
-
-
-def _bias(name: str, entries: Mapping[str, Entry]) -> int | None:
-    """Return the length of the bias that belongs to a weight, if it has one."""
-    for bias in (name.removesuffix("weight") + "bias" if name.endswith("weight") else "", name + "_bias"):
-        if bias in entries and entries[bias].shape:
-            return entries[bias].shape[-1]
-    return None
-
-
-def _kind(name: str) -> str:
-    return name.removesuffix(".weight").split(".")[-1]
-
-
-def _pieces(entry: Entry, layout: str, rows: int | None) -> tuple[Piece, ...]:
-    shape = entry.shape if rows is None else (rows, *entry.shape[1:])
-    flipped = layout.startswith("transposed")
-    if layout.endswith("stack"):
-        if len(shape) != 3:
-            raise ValueError(f"{entry.where}: layout {layout!r} needs three dimensions, the shape is {list(shape)}")
-        size = shape[1] * shape[2]
-        return tuple(
-            Piece(f"{entry.name}[{index}]", index * size, shape[1:], flipped) for index in range(shape[0])
-        )  # fmt: skip
-    if flipped and len(shape) != 2:
-        raise ValueError(f"{entry.where}: layout {layout!r} needs two dimensions, the shape is {list(shape)}")
-    return (Piece(entry.name, 0, shape, flipped),)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _more(count: int) -> str:

@@ -23,6 +23,7 @@ import yaml
 from merging.calibration import published_alpha
 from merging.checkpoints import Checkpoint
 from merging.mergers import MERGERS, merger
+from merging.peft_format import Adapter
 from merging.task_vectors import check_choice
 
 LAYOUTS = ("matrix", "transposed", "stack", "transposed stack", "kernel")
@@ -75,8 +76,13 @@ class Recipe:
     """Options of single tensors: 'PATTERN:OPTION=VALUE', OPTION being one of the merger's (scale, keep, drop, …), of
     SVC's (svc, alpha, …), final_scale, merge (false keeps the base's tensor) or layout (matrix, transposed, stack,
     transposed stack, kernel)."""
+    output: Literal["model", "adapter"] = "model"
+    """A whole model, into which adapters are folded, or an adapter of peft (LoRA of --rank, or IA³)."""
+    rank: int | None = None
+    """Of all modules of a LoRA adapter; report/energy_lost.csv says what it loses of each tensor."""
     dtype: str | None = None
-    """Of the output: float32, bfloat16, float16 or float64; by default that of the base, tensor by tensor."""
+    """Of the output: float32, bfloat16, float16 or float64; by default that of the base, tensor by tensor, and float32
+    for the factors of an adapter."""
     shard_size: str = "5GB"
     """Largest file of the output (500MB, 5GB, …); a single tensor may be larger."""
     strict: bool = False
@@ -98,6 +104,9 @@ class Recipe:
                 raise ValueError(
                     f"--{option}: {self.method} has no such option (it has: {has}); --final-scale scales any method"
                 )
+        check_choice("output", self.output, ("model", "adapter"))
+        if self.rank is not None and (self.output != "adapter" or self.rank < 1):
+            raise ValueError(f"--rank {self.rank}: at least 1, and with --output adapter only")
         for text in self.set:
             _assignment(text, self.method)
         self.of("", 1)
@@ -116,6 +125,10 @@ class Recipe:
         if not math.isfinite(options["final_scale"]):
             raise ValueError(f"final_scale must be a finite number, got {options['final_scale']}")
         return options
+
+    def output_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """Return the dtype in which a tensor of the base is written."""
+        return OUTPUT_DTYPES.get(self.dtype, stored) if stored.is_floating_point else stored
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
         """Return the patterns of `set` that match none of the names."""
@@ -164,6 +177,11 @@ def shard_bytes(text: str) -> int:
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype as the command line spells it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def read_recipe(path: Path) -> Recipe:
     """Return the recipe of a YAML or JSON file, such as the `merging.yaml` of an earlier output.
 
@@ -186,7 +204,7 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
-def identity(recipe: Recipe, checkpoints: Iterable[Checkpoint]) -> str:
+def identity(recipe: Recipe, checkpoints: Iterable[Checkpoint | Adapter]) -> str:
     """Return the hash of a recipe and of the files it is applied to, known by size and time of change."""
     facts = [recipe.plain()]
     for checkpoint in checkpoints:

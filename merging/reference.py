@@ -1,15 +1,18 @@
-"""Slow exact twins of `calibrate`, outside the library's API: what its results and its time are compared with.
+"""Slow exact twins, outside the library's API: what its results and its time are compared with.
 
-Both published implementations take a full SVD of each matrix and stack the updates of all tasks: the authors' code in
-float32, fusion_bench in float64. `calibration_floor` is the work that no implementation of SVC can leave out.
+Of `calibrate`: both published implementations take a full SVD of each matrix and stack the updates of all tasks, the
+authors' code in float32, fusion_bench in float64. `calibration_floor` is the work that no implementation of SVC can
+leave out. Of `python -m merging`: task arithmetic and TIES on the weights of one tensor, in float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from merging.calibration import SVC_MATRICES
+from merging.lowrank import LowRank, merge_and_calibrate, merge_low_rank, oriented
 from merging.task_vectors import Predicate, TaskVector
 
 
@@ -79,3 +82,56 @@ def left_singular_vectors(
         for name, update in merged.items()
         if matrices(name, update)
     }
+
+
+def task_arithmetic_by_entry(base: Tensor, experts: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """Return θ_0 + scale · Σ_i (θ_i − θ_0) of one tensor in float64, and True for each of its entries."""
+    start = base.double()
+    return start + scale * sum(expert.double() - start for expert in experts), torch.ones_like(start, dtype=torch.bool)
+
+
+def ties_by_entry(base: Tensor, experts: Sequence[Tensor], scale: float, keep: float = 0.2) -> tuple[Tensor, Tensor]:
+    """Return TIES with a threshold for each tensor and the mean, in float64, and on which entries all readings agree.
+
+    Of d entries of τ_i = θ_i − θ_0, ⌊keep · d⌋ survive. Implementations differ on entries whose magnitude is the
+    threshold, the (d − ⌊keep · d⌋)-th smallest, and where the survivors sum to zero: these are not decided.
+
+    Args:
+        base, experts: one tensor of the K + 1 models, of any floating dtype.
+        scale: factor of the result.
+        keep: share of the entries that survive, in (0, 1).
+
+    Returns:
+        merged weights, float64, and a boolean tensor: whether the entry is decided. Both of the shape of `base`.
+    """
+    start = base.double()
+    updates = torch.stack([expert.double() - start for expert in experts])  # (K, …)
+    decided = torch.ones_like(start, dtype=torch.bool)
+    for update in updates:
+        magnitude, size = update.abs(), update.numel()
+        threshold = magnitude.flatten().kthvalue(max(1, size - int(keep * size))).values
+        decided &= magnitude != threshold
+        update[magnitude < threshold] = 0
+    elected = updates.sum(0).sign()
+    decided &= (elected != 0) | (updates == 0).all(0)
+    agrees = updates.sign() == elected  # (K, …)
+    return start + scale * (updates * agrees).sum(0) / agrees.sum(0).clamp_min(1), decided
+
+
+def factored_errors(
+    updates: Sequence[Mapping[str, LowRank]], method: str, svc: Mapping[str, Any] | None = None
+) -> dict[str, float]:
+    """Return by how much merging in factored form differs from merging the matrices: ‖F − D‖ / ‖D‖ for each weight.
+
+    Args:
+        updates: of K adapters, name → update; all have the same names.
+        method: a merger that has a factored form.
+        svc: options of `calibrate`, or None for no calibration.
+    """
+    errors = {}
+    for name in updates[0]:
+        own = [oriented(adapter[name]) for adapter in updates]
+        dense = merge_and_calibrate([{name: update.dense()} for update in own], method, svc)[name]
+        factored = merge_low_rank(own, method, svc, name=name).dense()
+        errors[name] = float((factored - dense).norm() / dense.norm()) if dense.any() else float(factored.norm())
+    return errors

@@ -52,12 +52,15 @@ class Place:
     size: int  # bytes
 
 
-def arrange(tensors: Sequence[Tensors], shard_size: int) -> tuple[dict[str, Place], dict[str, bytes]]:
+def arrange(
+    tensors: Sequence[Tensors], shard_size: int, stem: str = "model"
+) -> tuple[dict[str, Place], dict[str, bytes]]:
     """Return where each tensor goes and the header of each shard; a shard exceeds `shard_size` by one tensor at most.
 
     Args:
         tensors: in the order in which they are written.
         shard_size: bytes of data in one file.
+        stem: of the files' names.
 
     Returns:
         name → place, and file name → header, without padding of the data but padded itself to a multiple of 8 bytes.
@@ -69,7 +72,8 @@ def arrange(tensors: Sequence[Tensors], shard_size: int) -> tuple[dict[str, Plac
         shards[-1].append(tensor)
     places, headers = {}, {}
     for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"{stem}{part}.safetensors"
         facts: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for tensor in sorted(shard, key=lambda each: -each.dtype.itemsize):  # wide dtypes first: all aligned
@@ -88,7 +92,15 @@ def arrange(tensors: Sequence[Tensors], shard_size: int) -> tuple[dict[str, Plac
 class Output:
     """A checkpoint in the making. Several threads, and several processes of different rank, may write to one."""
 
-    def __init__(self, out: Path, identity: str, tensors: Sequence[Tensors], shard_size: int, rank: int = 0):
+    def __init__(
+        self,
+        out: Path,
+        identity: str,
+        tensors: Sequence[Tensors],
+        shard_size: int,
+        rank: int = 0,
+        stem: str = "model",
+    ):
         """Begin a checkpoint, or continue one of the same identity; ranks other than 0 wait until 0 has begun it.
 
         Args:
@@ -97,6 +109,7 @@ class Output:
             tensors: what will be written.
             shard_size: bytes of data in a file.
             rank: of this process; rank 0 makes the files, and calls `finish`.
+            stem: of the files' names.
 
         Raises:
             ValueError: an unfinished merge of another identity is there, or another process is writing it.
@@ -104,7 +117,7 @@ class Output:
         """
         self.out, self.rank = out, rank
         self.folder, self.journal = _partial(out), _journal(out)
-        self.places, self._headers = arrange(tensors, shard_size)
+        self.places, self._headers = arrange(tensors, shard_size, stem)
         self._lock = threading.Lock()
         self._files: dict[str, int] = {}
         if rank == 0:
@@ -162,15 +175,16 @@ class Output:
                     lines[line["name"]] = {"crc": line["crc"], "note": line["note"]}
                 except (ValueError, KeyError, TypeError):  # a torn line: that tensor is written again
                     continue
-        return {name: line for name, line in lines.items() if name in self.places}
+        return lines
 
     def intact(self, names: Iterable[str]) -> set[str]:
-        """Return those of the tensors that an earlier process has written, as their checksums show."""
+        """Return those of the tensors (and notes) that an earlier process has written, as their checksums show."""
         lines = self._journals()
         return {name for name in names if name in lines and self._checksum(name) == lines[name]["crc"]}
 
     def _checksum(self, name: str) -> int:
-        place, checksum = self.places[name], 0
+        checksum = 0
+        place = self.places.get(name, Place("", 0, 0))  # a note by itself
         for start in range(0, place.size, PIECE):
             piece = os.pread(self._file(place.file), min(PIECE, place.size - start), place.offset + start)
             checksum = zlib.crc32(piece, checksum)
@@ -205,6 +219,10 @@ class Output:
                     position, view = position + written, view[written:]
         if position != place.offset + place.size:
             raise RuntimeError(f"{name!r}: {position - place.offset} bytes written of {place.size}")
+        self.note(name, note, checksum)
+
+    def note(self, name: str, note: Any, checksum: int = 0) -> None:
+        """Enter in the journal what is to be kept until all is written; the name may be that of no tensor."""
         line = json.dumps({"name": name, "crc": checksum, "note": note}).encode() + b"\n"
         with self._lock, _on_disk(self.journal):
             self._lines.write(line)
@@ -218,9 +236,10 @@ class Output:
         self._files.clear()
         self._lines.close()
 
-    def wait(self, pause: float = 0.2) -> None:
-        """Wait until the other ranks have written their tensors."""
-        while self.places.keys() - self._journals().keys():
+    def wait(self, names: Iterable[str], pause: float = 0.2) -> None:
+        """Wait until all these tensors (and notes) are written, by whatever rank."""
+        names = set(names)
+        while names - self._journals().keys():
             time.sleep(pause)
 
     def finish(self) -> None:

@@ -16,6 +16,19 @@ TaskVector = Mapping[str, Tensor]
 Predicate = Callable[[str, Tensor], bool]
 
 
+class OneTensor(Sequence[Tensor]):
+    """One tensor of all tasks, taken from each task vector when it is asked for: task vectors may read from a disk."""
+
+    def __init__(self, task_vectors: Sequence[TaskVector], name: str, view: Callable[[Tensor], Tensor] = working):
+        self._task_vectors, self._name, self._view = task_vectors, name, view
+
+    def __len__(self) -> int:
+        return len(self._task_vectors)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._view(self._task_vectors[index][self._name])
+
+
 @torch.no_grad()
 def task_vector(finetuned: TaskVector, pretrained: TaskVector) -> dict[str, Tensor]:
     """Return τ = θ_finetuned − θ_pretrained for every floating-point tensor; both state dicts are left unchanged.

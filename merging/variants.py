@@ -16,18 +16,21 @@ from common import evaluation, spectral, suites
 from common.cache import cached_rows
 from common.statistics import paired_interval, spread, with_bounds
 from common.suites import Rows, Suite
-from merging import calibration, mergers, scale, task_vectors
+from merging import adapters, calibration, lowrank, mergers, scale, task_vectors
+from merging.adapters import Adapter, fold_adapter, merge_adapters
 from merging.calibration import SVC_MATRICES, calibrate, published_alpha
+from merging.lowrank import ON_ENTRIES
 from merging.mergers import MERGERS, weight_average
 from merging.task_vectors import TaskVector, apply, combine, task_vector
 
 Forms = Mapping[float | None, TaskVector]  # α → calibrated update; None → the merged update itself
 
 REFERENCES = ("pretrained", "expert")
-CODE = (calibration, mergers, scale, task_vectors, spectral, evaluation, suites)  # what decides the rows
+# what decides the rows
+CODE = (adapters, lowrank, calibration, mergers, scale, task_vectors, spectral, evaluation, suites)
 
 
-def merge_and_calibrate(
+def dense_forms(
     method: str, updates: Sequence[TaskVector], seed: int, alphas: Sequence[float], **options: Any
 ) -> Forms:
     """Return the merged update under None, and under each α what SVC makes of it.
@@ -43,11 +46,37 @@ def merge_and_calibrate(
     return {None: merged} | {alpha: calibrate(merged, updates, alpha=alpha, **options) for alpha in alphas}
 
 
+def adapter_forms(
+    adapters: Sequence[Adapter],
+    base: TaskVector,
+    method: str,
+    updates: Sequence[TaskVector],
+    seed: int,
+    alphas: Sequence[float],
+) -> Forms:
+    """Return the same forms from adapters, LoRA in factored form and IA³ as vectors, as updates of the base's tensors.
+
+    Args:
+        adapters: the K adapters whose updates of the base are `updates`.
+        base: state of what they change.
+        method, seed, alphas: as for `dense_forms`. TIES and DARE on LoRA, which have no factored form, are left to it.
+    """
+    if adapters[0].kind == "lora" and method in ON_ENTRIES:
+        return dense_forms(method, updates, seed, alphas)
+    options = {"seed": seed} if method == "dare" else {}
+
+    def update(svc: dict[str, float] | None) -> TaskVector:
+        merged = merge_adapters(adapters, method, svc, base=base, **options)
+        return task_vector(fold_adapter(merged, base), base)
+
+    return {None: update(None)} | {alpha: update({"alpha": alpha}) for alpha in alphas}
+
+
 def suite_rows(
     suite: Suite,
     methods: Sequence[str],
     seed: int,
-    merge: Callable[..., Forms] = merge_and_calibrate,
+    merge: Callable[..., Forms] = dense_forms,
     labels: Mapping[str, Any] | None = None,
 ) -> Rows:
     """Yield all rows of a suite: references, then each merger; cached one by one, so that a killed run goes on.
@@ -56,16 +85,17 @@ def suite_rows(
         suite: with experts.
         methods: mergers.
         seed: of the masks.
-        merge: another way from (method, task vectors, seed, αs) to the same forms, such as the factored one.
-        labels: columns to add to the rows of mergers; they must tell one `merge` from another.
+        merge: another way from (method, task vectors, seed, αs) to the same forms, such as `adapter_forms`.
+        labels: columns to add to all rows; they must tell one `merge` from another.
     """
+    labels = dict(labels or {})
     updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
-    yield from cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, suites))
+    rows = cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, suites))
     for method in methods:
-        inputs = {"suite": suite.key, "method": method, "seed": seed, "labels": dict(labels or {})}
+        inputs = {"suite": suite.key, "method": method, "seed": seed, "labels": labels}
         build = partial(merger_rows, suite, updates, method, seed, merge)
-        rows = cached_rows("merger_variants", inputs, build, (*CODE, merger_rows, variants, validation_scores, merge))
-        yield from ({**row, **(labels or {})} for row in rows)
+        rows += cached_rows("merger_variants", inputs, build, (*CODE, merger_rows, variants, validation_scores))
+    yield from ({**row, **labels} for row in rows)
 
 
 def merger_rows(
@@ -88,7 +118,7 @@ def variants(
     updates: Sequence[TaskVector],
     seed: int,
     score: Callable[[TaskVector, Sequence[float]], Sequence[float]],
-    merge: Callable[..., Forms] = merge_and_calibrate,
+    merge: Callable[..., Forms] = dense_forms,
 ) -> list[tuple[dict[str, Any], TaskVector]]:
     """Return the merger's labelled updates: base first, then calibrated; own and tuned scale, other tensors averaged.
 

@@ -118,7 +118,7 @@ def load_test_set(task: VisionTask, limit: int | None = None) -> Any:
     rows = load_split(task, task.test_split)
     if limit is None or limit >= len(rows):
         return rows
-    return rows.select(_permutation(len(rows), LIMIT_SEED)[:limit])
+    return rows.select(permutation(len(rows), LIMIT_SEED)[:limit])
 
 
 def load_validation_set(task: VisionTask, limit: int | None = None) -> Any:
@@ -131,7 +131,7 @@ def load_validation_set(task: VisionTask, limit: int | None = None) -> Any:
     Args, Raises: as `load_test_set`; `limit` takes the first images of the random order.
     """
     rows = load_split(task, task.train_split)
-    held_out = _permutation(len(rows), VALIDATION_SEED)[len(rows) - int(len(rows) * VALIDATION_FRACTION):]
+    held_out = permutation(len(rows), VALIDATION_SEED)[len(rows) - int(len(rows) * VALIDATION_FRACTION):]
     return rows.select(held_out[:limit])
 
 
@@ -205,7 +205,7 @@ def load_split(source: Any, split: str, spelling: Callable[[str], str] | None = 
     files = _data_files(source, split, folder)
     rows = load_dataset("parquet", data_files={split: files}, split=split)
     _check_schema(source, split, rows.features, spelling or _spelling)
-    announced = _announced_rows(source, split, folder)
+    announced = announced_rows(source, split, folder)
     if announced is not None and announced != len(rows):
         raise ValueError(f"{source.repo}, split {split}: {len(rows)} rows in the files, {announced} on the data card")
     rows = rows.select_columns([source.image, source.label])
@@ -229,7 +229,7 @@ def _data_files(source: Any, split: str, folder: Path) -> list[str]:
     return [str(path) for path in files]
 
 
-def _announced_rows(source: Any, split: str, folder: Path) -> int | None:
+def announced_rows(source: Any, split: str, folder: Path) -> int | None:
     """The number of rows which the card's YAML states for the split, or None where it states none."""
     from huggingface_hub import DatasetCard
 
@@ -264,7 +264,7 @@ def _spelling(name: str) -> str:
     return " ".join(name.replace("_", " ").lower().split())
 
 
-def _permutation(length: int, seed: int) -> list[int]:
+def permutation(length: int, seed: int) -> list[int]:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
 
 

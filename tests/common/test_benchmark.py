@@ -1,10 +1,12 @@
-"""Timing takes turns, and peak memory is what a call adds to its inputs."""
+"""Timing takes turns, peak memory is what a call adds to its inputs, and a command's memory is its own."""
 
+import sys
 from functools import partial
 
+import pytest
 import torch
 
-from common.benchmark import interleaved_seconds, peak_mib
+from common.benchmark import interleaved_seconds, peak_mib, run_command
 
 CPU = torch.device("cpu")
 MIB = 2**18  # float32 numbers
@@ -32,3 +34,29 @@ def test_threads_are_those_asked_for():
         assert torch.get_num_threads() == 3
 
     peak_mib(lambda: None, check, CPU, 3)
+
+
+def test_a_command_is_charged_what_it_takes_itself(tmp_path):
+    held = torch.ones(300 * MIB)  # of this process, from which the command descends
+    file = tmp_path / "file"
+    file.write_bytes(bytes(80 * 2**20))
+    script = (
+        "import mmap, sys, time; filled = b'1' * (100 * 2**20); del filled; filled = b'1' * (50 * 2**20);"
+        "file = open(sys.argv[1], 'r+b'); mapped = mmap.mmap(file.fileno(), 0); sum(mapped[::4096]); time.sleep(0.3)"
+    )
+    used = run_command([sys.executable, "-c", script, file], threads=1)
+    assert 135 < used.peak_mib < 180, used  # 50 filled + 80 mapped; what was freed in between is used again
+    assert 95 < used.anonymous_mib < 130, used
+    assert 0.3 < used.seconds < 20
+    assert held.sum() == 300 * MIB
+
+
+def test_a_command_gets_its_threads():
+    script = "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] != '3')"
+    run_command([sys.executable, "-c", script], threads=3)
+
+
+def test_a_failing_command_is_named_with_its_last_line():
+    script = "import sys; print('reading'); print('no such model\\n', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(ChildProcessError, match=r"python.* ended with status 3: no such model$"):
+        run_command([sys.executable, "-c", script], threads=1)

@@ -129,7 +129,7 @@ def test_an_old_bin_file_is_read_as_tensors_only(tmp_path):
     torch.save(lora_tensors(), folder / "adapter_model.bin")
     assert len(load_adapter(folder).modules) == 2
     torch.save({"w": tmp_path}, folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"adapter_model.bin holds more than tensors"):
+    with pytest.raises(ValueError, match=r"adapter_model.bin: .*holds more than tensors"):
         load_adapter(folder)
 
 
@@ -185,7 +185,7 @@ def test_missing_and_truncated_files_are_named(tmp_path):
     folder = write(tmp_path / "a", lora_tensors(), **LORA)
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors is truncated"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: .*truncated"):
         load_adapter(folder)
     weights.unlink()
     with pytest.raises(ValueError, match=r"no adapter_model.safetensors"):

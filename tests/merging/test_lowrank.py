@@ -110,6 +110,16 @@ def test_options_of_the_merger_and_names_reach_it():
     assert error(embedding.dense(), dense_path(updates, "weight_average")) < 1e-12
 
 
+@pytest.mark.parametrize("space", ["output", "input"])
+def test_the_output_space_is_that_of_the_layer_also_where_weights_are_stored_in_by_out(space):
+    updates = random_updates((3, 2, 4), layout="conv1d")
+    turned = [LowRank(update.a.T, update.b.T, update.scale) for update in updates]
+    found = merge_low_rank(updates, "plain_sum", {"space": space})
+    assert found.layout == "conv1d" and found.shape == (17, 23)
+    assert error(found.dense(), dense_path(turned, "plain_sum", {"space": space}).T) < 1e-8
+    assert error(found.dense(), dense_path(updates, "plain_sum", {"space": space})) > 1e-3
+
+
 def test_nothing_of_the_size_of_the_weight_is_formed():
     side, updates = 20_000, random_updates((2, 3, 1), (20_000, 20_000), dtype=torch.float32)
 

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from merging import calibrate, plain_sum
-from merging.reference import calibrate_by_svd, calibration_floor, left_singular_vectors
+from merging import calibrate, plain_sum, task_arithmetic, ties
+from merging.reference import (
+    calibrate_by_svd,
+    calibration_floor,
+    left_singular_vectors,
+    task_arithmetic_by_entry,
+    ties_by_entry,
+)
 
 
 @pytest.fixture
@@ -40,3 +46,28 @@ def test_another_solvers_basis_gives_the_same_calibration(updates):
     assert bases.keys() == {"wide", "tall"} and bases["tall"].shape == (30, 12)
     found, expected = calibrate(merged, updates, bases=bases), calibrate(merged, updates)
     assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in merged)
+
+
+def bfloat16_models():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(300, 40, generator=generator)
+    experts = [base + 0.1 * torch.randn(300, 40, generator=generator) for _ in range(3)]
+    return base.bfloat16(), [expert.bfloat16() for expert in experts]
+
+
+def test_the_twins_by_entry_are_the_mergers_in_float64():
+    base, experts = bfloat16_models()
+    updates = [{"weight": expert.double() - base.double()} for expert in experts]
+    for twin, merger in ((task_arithmetic_by_entry, task_arithmetic), (ties_by_entry, ties)):
+        found, decided = twin(base, experts, 0.3)
+        expected = base.double() + merger(updates, scale=0.3)["weight"]
+        assert found.dtype == torch.float64 and decided.float().mean() > 0.9
+        assert (found - expected)[decided].abs().max() < 1e-14
+
+
+def test_ties_is_undecided_at_its_thresholds_and_where_survivors_cancel():
+    base = torch.zeros(5)
+    experts = [torch.tensor([1.0, 2, 3, 4, 5]), torch.tensor([1.0, 2, 3, 4, -5])]
+    merged, decided = ties_by_entry(base, experts, 1.0, keep=0.4)  # threshold 3: the third smallest of five
+    assert decided.tolist() == [True, True, False, True, False]
+    assert merged[decided].tolist() == [0, 0, 4]
