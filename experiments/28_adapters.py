@@ -42,7 +42,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     suites: tuple[int, ...] = (4,)  # numbers of tasks, or all that a backbone has
     backbones: tuple[str, ...] = ("MiniLM LoRA", "MiniLM IA³", "T5 LoRA", "T5 IA³")
-    methods: tuple[str, ...] = ("task_arithmetic", "ties", "tsv_m", "iso_c")
+    methods: tuple[str, ...] = ("task_arithmetic", "ties", "tsv_m")
     recipe: TextRecipe = TextRecipe()
 
     def __post_init__(self):

@@ -154,20 +154,20 @@ def _uses(source: Source) -> Labelled:
 
 
 READERS = {
-    "section": (_sections_of_sentences, ("parameter", "result", "attribute", "note")),
-    "type": (_types_of_parameters, ("bool", "int", "float", "str", "array")),
-    "word_order": (_word_orders, ("original", "swapped")),
-    "expression": (
-        _expressions,
-        ("Call", "Attribute", "Subscript", "BinOp", "Compare", "BoolOp", "IfExp", "ListComp"),
-    ),
+    "index": (_indices, ("Name", "Constant", "Attribute", "Call", "BinOp", "Slice", "Tuple", "UnaryOp")),
     "first_argument": (
         _first_arguments,
         ("Name", "Constant", "Attribute", "Call", "Subscript", "BinOp", "List", "JoinedStr"),
     ),
+    "expression": (
+        _expressions,
+        ("Call", "Attribute", "Subscript", "BinOp", "Compare", "BoolOp", "IfExp", "ListComp"),
+    ),
+    "type": (_types_of_parameters, ("bool", "int", "float", "str", "array")),
     "arguments": (_numbers_of_arguments, ("0", "1", "2", "3", "4")),
-    "index": (_indices, ("Name", "Constant", "Attribute", "Call", "BinOp", "Slice", "Tuple", "UnaryOp")),
+    "section": (_sections_of_sentences, ("parameter", "result", "attribute", "note")),
     "use": (_uses, ("condition", "loop", "Assign", "Return", "Expr")),
+    "word_order": (_word_orders, ("original", "swapped")),
 }
 TASKS = tuple(READERS)
 
