@@ -6,10 +6,10 @@ tasks from the texts of installed packages; the others come from the hub, with G
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -62,15 +62,28 @@ def _minilm(recipe: TextRecipe) -> Base:
 
 
 def _bert(recipe: TextRecipe) -> Base:
-    return Base("bert", *language.encoder("google-bert/bert-base-uncased"), pooling="cls")
+    repository = "google-bert/bert-base-uncased"
+    return Base(_at_commit(repository), *language.encoder(repository), pooling="cls")
 
 
 def _gpt2(recipe: TextRecipe) -> Base:
-    return Base("gpt2", *language.gpt2("openai-community/gpt2"), pooling="last")
+    repository = "openai-community/gpt2"
+    return Base(_at_commit(repository), *language.gpt2(repository), pooling="last")
 
 
 def _t5(recipe: TextRecipe, repositories: tuple[str, ...]) -> Base:
-    return Base(repositories[0], *language.t5(*repositories), pooling="")
+    return Base(" ".join(map(_at_commit, repositories)), *language.t5(*repositories), pooling="")
+
+
+def _at_commit(repository: str, kind: Literal["model", "dataset"] = "model") -> str:
+    """Name a repository as it is now, so that nothing stale is found in the cache after it has changed."""
+    return f"{repository}@{hub.snapshot(repository, kind, ['README.md', '*config.json']).name}"
+
+
+@cache
+def _hub_task(name: str) -> TextTask:
+    task = hub_texts.task(name)
+    return replace(task, key=f"{task.key}, {_at_commit(hub_texts.HUB_TEXTS[name].repo, 'dataset')}")
 
 
 def _package_t5(recipe: TextRecipe) -> Base:
@@ -78,7 +91,7 @@ def _package_t5(recipe: TextRecipe) -> Base:
 
 
 _package = (package_texts.TASKS, package_texts.task)
-_glue = (hub_texts.GLUE, hub_texts.task)
+_glue = (hub_texts.GLUE, _hub_task)
 
 BACKBONES: dict[str, Backbone] = {
     "MiniLM": Backbone(_minilm, *_package, learning_rate=3e-4),
@@ -87,12 +100,12 @@ BACKBONES: dict[str, Backbone] = {
     "T5": Backbone(_package_t5, *_package, learning_rate=1e-3),
     "T5 LoRA": Backbone(_package_t5, *_package, "lora", 1e-2),
     "T5 IA³": Backbone(_package_t5, *_package, "ia3", 5e-2),
-    "BERT": Backbone(_bert, hub_texts.BERT_SUITE, hub_texts.task, learning_rate=2e-5),
-    "GPT-2": Backbone(_gpt2, GLUE, hub_texts.task, hub="openai-community/gpt2"),
+    "BERT": Backbone(_bert, hub_texts.BERT_SUITE, _hub_task, learning_rate=2e-5),
+    "GPT-2": Backbone(_gpt2, GLUE, _hub_task, hub="openai-community/gpt2"),
     "Flan-T5-base": Backbone(partial(_t5, repositories=FLAN[:1]), *_glue, hub=FLAN[0]),
     "Flan-T5-base LoRA": Backbone(partial(_t5, repositories=FLAN[:1]), *_glue, "lora", hub=FLAN[0]),
     "Flan-T5-large LoRA": Backbone(partial(_t5, repositories=FLAN[1:]), *_glue, "lora", hub=FLAN[1]),
-    "T0-3B IA³": Backbone(partial(_t5, repositories=T0), GLUE, hub_texts.task, "ia3", 3e-3),
+    "T0-3B IA³": Backbone(partial(_t5, repositories=T0), GLUE, _hub_task, "ia3", 3e-3),
 }
 
 
@@ -129,20 +142,20 @@ def suite(name: str, tasks: int, seed: int, recipe: TextRecipe, device: torch.de
     texts = [backbone.task(task) for task in backbone.tasks[:tasks]]
     find = partial(_hub_expert, backbone) if backbone.hub else partial(_own_expert, backbone, seed, recipe, device)
     experts = [find(base, text) for text in texts]
-    states = [expert.state or adapted.folded(base.model, expert.adapter) for expert in experts]
-    pretrained = language.parameters(base.model)
-    changed = [name for name in pretrained if any(not state[name].equal(pretrained[name]) for state in states)]
-    on_device = [{name: state[name].to(device) for name in changed} for state in (pretrained, *states)]
+    pretrained = language.parameters(base.model.to(device))
+    changes = [_changes(base, expert, pretrained) for expert in experts]
+    changed = [name for name in pretrained if any(name in own for own in changes)]
+    states = [{name: own.get(name, pretrained[name]) for name in changed} for own in ({}, *changes)]
     networks = tuple(_network(base, text, expert.head).to(device) for text, expert in zip(texts, experts, strict=True))
     limits = {"test": recipe.test_texts or None, "validation": recipe.validation_texts or None}
-    facts = {"backbone": name, "experts": [expert.key for expert in experts], "tasks": [text.key for text in texts]}
+    facts = {"base": base.name, "experts": [expert.key for expert in experts], "tasks": [text.key for text in texts]}
     key = cache_key(facts | {"limits": limits}, (fine_tuning.Base, fine_tuning.evaluation_batches, language))
     return Suite(
         key,
         tuple(text.name for text in texts),
         networks,
-        on_device[0],
-        tuple(on_device[1:]),
+        states[0],
+        tuple(states[1:]),
         _Batches(base, {text.name: text for text in texts}, limits, device),
         tuple(expert.adapter for expert in experts if expert.adapter),
     )
@@ -165,14 +178,20 @@ def _own_expert(
 
 def _hub_expert(backbone: Backbone, base: Base, task: TextTask) -> _Expert:
     repository = hub_texts.HUB_TEXTS[task.name].expert_id(backbone.hub, lora=backbone.tuned == "lora")
-    commit = hub.snapshot(repository, "model", ["*config.json"]).name
+    key = _at_commit(repository)
     if backbone.tuned != "full":
-        return _Expert(f"{repository}@{commit}", adapter=language.adapter_folder(repository))
+        return _Expert(key, adapter=language.adapter_folder(repository))
     like = language.parameters(base.model)
     if not base.pooling:
-        return _Expert(f"{repository}@{commit}", language.t5_expert_state(repository, like))
+        return _Expert(key, language.t5_expert_state(repository, like))
     state, head = language.gpt2_expert(repository, like)
-    return _Expert(f"{repository}@{commit}", state, head={"weight": head})
+    return _Expert(key, state, head={"weight": head})
+
+
+def _changes(base: Base, expert: _Expert, pretrained: State) -> State:
+    """Return the tensors that fine-tuning changed, on the device of the base; the others are not kept."""
+    state = expert.state or adapted.folded(base.model, expert.adapter)
+    return {name: own for name, start in pretrained.items() if not (own := state[name].to(start.device)).equal(start)}
 
 
 def _network(base: Base, task: TextTask, head: Mapping[str, Tensor] | None) -> nn.Module:

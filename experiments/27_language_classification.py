@@ -15,7 +15,6 @@ Cost     smoke 1 min; laptop 10 min, workstation 2 h (2 cores); paper: three sui
 Run      python experiments/27_language_classification.py --scale laptop
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -137,12 +136,12 @@ def verdict(data):
     result = "reproduced" if first.all() else "reproduced in part" if first.any() else "not reproduced"
     signs = wide["tuned SVC − tuned base"].map(lambda interval: interval.sign)
     table = language.suite_table(data)
-    enough = int((table["expert − probe"] >= GAIN).sum()) if "expert − probe" in table else math.nan
+    probed = table["expert − probe"].dropna() if "expert − probe" in table else pd.Series(dtype=float)
     return (
         f"{result}: +SVC is above base for Task Arithmetic in {first.sum()} of {len(first)} suites, for the other "
         f"published mergers in {others.sum()} of {len(others)} cells. SVC {variants.beats(signs)}: both at tuned "
         f"scales, it is {variants.counted(signs)}. The experts gain at least {GAIN:g} points over the probe on "
-        f"{enough} of {len(table)} tasks."
+        f"{(probed >= GAIN).sum()} of {len(probed)} tasks that have one."
     )
 
 

@@ -10,6 +10,7 @@ one, all matrices NAME.weight are taken whose name does not say "embed".
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,8 +62,12 @@ class AdapterOutput:
 
     def tensors(self, step: Step) -> list[Tensors]:
         """Return the tensors of the adapter's file that a step makes: two factors, a vector, a value, or none."""
-        own = file_tensors(self.sketch).get(self.names.get(step.name, ""), {})
+        own = self._sketched.get(self.names.get(step.name, ""), {})
         return [Tensors(key, meta.dtype, tuple(meta.shape), meta.nbytes) for key, meta in own.items()]
+
+    @cached_property
+    def _sketched(self) -> dict[str, dict[str, torch.Tensor]]:
+        return file_tensors(self.sketch)
 
     def config(self) -> dict[str, Any]:
         """Return adapter_config.json."""
@@ -139,7 +144,9 @@ def adapter_output(plan: Plan) -> AdapterOutput:
     if not (modules or vectors or values):
         raise ValueError(f"{plan.base.given}: no merged tensor has a place in an adapter; write a model instead")
     config = joint_config(plan.experts) if from_adapters else {"base_model_name_or_path": plan.recipe.base}
-    return AdapterOutput(plan, Adapter("ia3" if ia3 else "lora", modules, vectors, values, config), names)
+    output = AdapterOutput(plan, Adapter("ia3" if ia3 else "lora", modules, vectors, values, config), names)
+    output.config()  # refuses what peft cannot state before anything is merged
+    return output
 
 
 def _sketched(shape: tuple[int, int], rank: int, layout: str, dtype: torch.dtype) -> LowRank:

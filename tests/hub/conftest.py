@@ -5,6 +5,7 @@ import datasets
 import huggingface_hub
 import pytest
 from fake_hub import make_fake_hub
+from fake_language import make_fake_language_hub
 
 
 @pytest.fixture(scope="session")
@@ -12,6 +13,14 @@ def true_hub(tmp_path_factory):
     """A complete cache; tests read it, those that change something take `own_hub`."""
     root = tmp_path_factory.mktemp("hub")
     make_fake_hub(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def true_language_hub(tmp_path_factory):
+    """As `true_hub`, with language models and data sets."""
+    root = tmp_path_factory.mktemp("language_hub")
+    make_fake_language_hub(root)
     return root
 
 

@@ -85,8 +85,8 @@ def make_fake_language_hub(root: Path) -> None:
         if text.classes:
             write_gpt2_expert(root, text.expert_id(GPT2), len(text.classes), seed)
         write_t5_expert(root, text.expert_id(T5), seed)
-        for base in (T5, T5_LARGE):
-            write_lora(root, text.expert_id(base, lora=True), base, seed)
+        write_lora(root, text.expert_id(T5, lora=True), T5, seed)
+        write_lora(root, text.expert_id(T5_LARGE, lora=True), T5_LARGE, seed + 100)
 
 
 def write_texts(root: Path, texts: Sequence[HubText], columns: dict[str, str] | None = None) -> Path:

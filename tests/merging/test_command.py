@@ -91,9 +91,7 @@ def _remove_shard(folders):
     (_remove_shard, r"e0/model\.safetensors\.index\.json: names the shard model-00002-of-00002\.safetensors"),
     (lambda folders: (folders[0].parent / "out").write_text("x"), r"out: is there and holds no finished merge"),
 ])  # fmt: skip
-def test_bad_files_are_refused_and_nothing_is_written(
-    models, tmp_path, spoil, message, capsys, monkeypatch
-):
+def test_bad_files_are_refused_and_nothing_is_written(models, tmp_path, spoil, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders, _ = models
     spoil(folders)

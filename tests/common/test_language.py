@@ -1,0 +1,264 @@
+"""Suites of language models, on a random BERT and a random T5 and a task that both can learn."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.func import functional_call
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from common import cache, evaluation, fine_tuning, language
+from common.data.texts import Examples, TextTask
+from common.fine_tuning import Base, TextRecipe, Trainee
+from common.language import Backbone
+from common.models.language import Classifier, Generator, parameters
+from common.models.t5 import t5
+
+CPU = torch.device("cpu")
+RECIPE = TextRecipe(steps=40, t5_steps=120, batch_size=16, rank=2, probe_texts=8, validation_texts=0, test_texts=0)
+KINDS = {"red": ("rose", "brick", "blood", "ruby"), "blue": ("sky", "sea", "jeans", "navy")}
+OTHERS = ("a", "the", "is", "of", "on", "very", "near", "under")
+NUMBERS = ("0.0", "2.0", "4.0")
+WORDS = ("<pad>", "</s>", "<unk>", *KINDS, *KINDS["red"], *KINDS["blue"], *OTHERS, *NUMBERS, "colour", ":")
+FULL, LORA, IA3 = ("full", 5e-3), ("lora", 2e-2), ("ia3", 5e-2)
+ADAPTED = {  # ends of the names of what an adapter changes
+    ("bert", "lora"): ("query.weight", "value.weight"),
+    ("bert", "ia3"): (
+        "key.weight", "key.bias", "value.weight", "value.bias", "0.output.dense.weight", "1.output.dense.weight",
+    ),
+    ("t5", "lora"): ("Attention.q.weight", "Attention.v.weight"),
+    ("t5", "ia3"): ("Attention.k.weight", "Attention.v.weight", "wo.weight"),
+}  # fmt: skip
+
+
+def tokenizer(ending=""):
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if ending:
+        words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", model_max_length=16)
+
+
+def bert():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = BertConfig(len(WORDS), max_position_embeddings=16, type_vocab_size=1, initializer_range=0.2, **sizes)
+    return Base("bert", BertModel(config, add_pooling_layer=False).eval(), tokenizer())
+
+
+def small_t5():
+    torch.manual_seed(0)
+    return Base("t5", t5(len(WORDS), 32, 2, heads=2, d_ff=64).eval(), tokenizer("</s>"), pooling="")
+
+
+BASES = {"bert": bert, "t5": small_t5}
+
+
+def draw(labels, split):
+    """So many texts of each label: one word that tells it, in a random place among others."""
+    generator = torch.Generator().manual_seed(["train", "validation", "test"].index(split))
+    texts, targets = [], []
+    for place in range(160 if split == "train" else 70):
+        label = place % len(labels)
+        length, at, own = torch.randint(4, (3,), generator=generator).tolist()
+        words = [OTHERS[index] for index in torch.randint(len(OTHERS), (length + 1,), generator=generator)]
+        words.insert(min(at, length), labels[label][own])
+        texts.append((" ".join(words),))
+        targets.append(label)
+    return Examples(texts, targets)
+
+
+def colours(name):
+    return TextTask(name, tuple(KINDS), partial(draw, list(KINDS.values())), f"{name}-1", "colour : {0}")
+
+
+def brightness(name):
+    """A regression: 0, 2 and 4."""
+
+    def split(which):
+        examples = draw([KINDS["red"], KINDS["blue"], ("very", "near", "under", "on")], which)
+        return replace(examples, targets=[2.0 * target for target in examples.targets])
+
+    return TextTask(name, (), split, f"{name}-1", "colour : {0}")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    language.suite.cache_clear()
+    language._base.cache_clear()
+
+
+def make_suite(monkeypatch, name, way, task=colours, seed=0, tasks=2):
+    backbone = Backbone(lambda recipe: BASES[name](), ("one", "two"), task, *way)
+    monkeypatch.setitem(language.BACKBONES, name, backbone)
+    return language.suite(name, tasks, seed, RECIPE, CPU)
+
+
+# The probe ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_probe_is_a_logistic_regression_on_means_of_hidden_states():
+    base, task, recipe = bert(), colours("one"), replace(RECIPE, probe_texts=30, test_texts=50)
+
+    def reference(split, count):
+        examples, rows = task.split(split), []
+        for (text,) in examples.texts[:count]:
+            with torch.no_grad():
+                rows.append(base.model(**base.tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0))
+        return torch.stack(rows).numpy(), examples.targets[:count]
+
+    data = {split: reference(split, count) for split, count in dict(train=30, validation=30, test=50).items()}
+    fits = [LogisticRegression(C=penalty, max_iter=2000).fit(*data["train"]) for penalty in fine_tuning.PROBE_STRENGTHS]
+    best = max(fits, key=lambda fit: fit.score(*data["validation"]))
+    found = fine_tuning.probe(base, task, recipe, CPU)
+    head, scores = load_file(found.path / "head.safetensors"), json.loads((found.path / "scores.json").read_text())
+    assert scores == {"chance": 50.0, "probe": pytest.approx(100 * best.score(*data["test"])), "test": 50}
+    logits = torch.tensor(data["test"][0]) @ head["weight"].T + head["bias"]
+    expected = torch.tensor(best.predict_proba(data["test"][0]), dtype=torch.float32)
+    torch.testing.assert_close(logits.softmax(1), expected, atol=1e-3, rtol=0)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def loss_and_accuracy(base, state, task, head):
+    """Of the whole test set."""
+    network = Generator(base.model, base.tokenizer, task.classes)
+    if head:
+        network = Classifier(base.model, base.pooling, head["weight"], head["bias"])
+    rows = task.split("test")
+    inputs, targets = base.inputs(task, rows.texts), base.targets(task, rows.targets)
+    with torch.no_grad():
+        loss = functional_call(
+            Trainee(network), {f"network.encoder.{name}": t for name, t in state.items()}, (inputs, targets)
+        )
+    predicted, right = evaluation.predictions(network, [state], [(inputs, base.labels(task, rows.targets))])
+    return loss.item(), evaluation.score(predicted[0], right)
+
+
+@pytest.mark.parametrize("way", [FULL, LORA, IA3], ids=lambda way: way[0])
+@pytest.mark.parametrize("name", BASES)
+def test_an_expert_learns_its_task_and_changes_what_it_may(name, way, monkeypatch):
+    suite = make_suite(monkeypatch, name, way, tasks=1)
+    base, task = language._base(name, RECIPE), colours("one")
+    start = parameters(BASES[name]().model)
+    if way[0] == "full":
+        assert suite.pretrained.keys() == start.keys() and not suite.adapters
+    else:
+        assert list(suite.pretrained) == [key for key in start if key.endswith(ADAPTED[name, way[0]])]
+        assert (suite.adapters[0] / "adapter_config.json").exists()
+    assert all(suite.pretrained[key].equal(start[key]) for key in suite.pretrained)
+    assert all(not suite.experts[0][key].equal(start[key]) for key in suite.pretrained)
+    head = None
+    if base.pooling:
+        probe = load_file(fine_tuning.probe(base, task, RECIPE, CPU).path / "head.safetensors")
+        head = load_file(fine_tuning.fine_tune(base, task, way, 0, RECIPE, CPU).path / "head.safetensors")
+        assert all(not head[key].equal(probe[key]) for key in probe)
+        first = loss_and_accuracy(base, suite.pretrained, task, probe)
+    else:
+        first = loss_and_accuracy(base, suite.pretrained, task, None)
+    last = loss_and_accuracy(base, suite.experts[0], task, head)
+    assert last[0] < first[0] and last[1] > max(first[1], 50) + 5
+
+
+def test_batches_hold_each_class_equally_often_and_texts_of_like_length():
+    base, task, recipe = bert(), colours("one"), RECIPE.training(bert(), FULL)
+    batches = list(fine_tuning.training_batches(base, task, replace(recipe, steps=16), 0))
+    assert len(batches) == 16
+    counts = [torch.cat([targets for _, targets in batches[at : at + 8]]).bincount() for at in (0, 8)]
+    assert [count.tolist() for count in counts] == [[64, 64], [64, 64]]
+    padding = [1 - inputs["attention_mask"].float().mean().item() for inputs, _ in batches]
+    assert sum(padding) / 16 < 0.1
+    again = fine_tuning.training_batches(base, task, replace(recipe, steps=16), 0)
+    other = fine_tuning.training_batches(base, task, replace(recipe, steps=16), 1)
+    first, same, different = (next(iter(loader))[0]["input_ids"] for loader in (batches, again, other))
+    assert first.equal(same) and not first.equal(different)
+
+
+# Suites ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_what_a_suite_predicts_is_what_a_loaded_state_says_of_one_text_after_the_other(name, monkeypatch):
+    suite = make_suite(monkeypatch, name, FULL)
+    examples = colours("one").split("test")
+    base = language._base(name, RECIPE)
+    states = [suite.pretrained, *suite.experts]
+    for position, (predicted, right) in enumerate(suite.answers(states)):
+        assert predicted.shape == (3, 70) and len(set(predicted[position + 1].tolist())) > 1
+        network = copy.deepcopy(suite.networks[position])
+        order = sorted(range(70), key=lambda index: len(examples.texts[index][0]))
+        assert right.tolist() == [examples.targets[index] for index in order]
+        for state, found in zip(states, predicted, strict=True):
+            network.encoder.load_state_dict(state, strict=False)
+            with torch.no_grad():
+                alone = [network(base.inputs(colours("one"), [examples.texts[index]])).item() for index in order]
+            assert found.tolist() == alone
+    assert all(suite.pretrained[key].equal(start) for key, start in parameters(BASES[name]().model).items())
+
+
+def test_limits_and_the_rows_of_references(monkeypatch):
+    monkeypatch.setitem(language.BACKBONES, "bert", Backbone(lambda recipe: bert(), ("one", "two"), colours, *FULL))
+    recipe = replace(RECIPE, test_texts=20, validation_texts=10)
+    suite = language.suite("bert", 2, 0, recipe, CPU)
+    sizes = {split: sum(len(labels) for _, labels in suite.batches("one", split)) for split in ("test", "validation")}
+    assert sizes == {"test": 20, "validation": 10}
+    rows = list(language.probe_rows("bert", suite, recipe, CPU))
+    assert [(row["method"], row["task"]) for row in rows] == [
+        (m, t) for t in ("one", "two") for m in ("chance", "probe")
+    ]
+    assert {row["images"] for row in rows} == {20}
+    own = list(suite.own_rows())
+    assert {row["images"] for row in own} == {20} and {row["metric"] for row in own} == {"accuracy"}
+
+
+def test_a_regression_is_scored_by_rank(monkeypatch):
+    suite = make_suite(monkeypatch, "t5", FULL, brightness, tasks=1)
+    ((predicted, right),) = suite.answers([suite.experts[0]])
+    assert right.dtype == predicted.dtype == torch.float32 and set(right.tolist()) == {0.0, 2.0, 4.0}
+    rows = {row["method"]: row for row in suite.own_rows()}
+    assert {row["metric"] for row in rows.values()} == {"Spearman"}
+    assert rows["expert"]["value"] == pytest.approx(100 * spearmanr(predicted[0], right).statistic) and not math.isnan(
+        rows["expert"]["value"]
+    )
+    assert rows["expert"]["value"] > max(rows["pretrained"]["value"], 30)
+
+
+def test_nothing_is_trained_twice_and_every_setting_counts(monkeypatch):
+    first = make_suite(monkeypatch, "bert", LORA)
+    records = len(cache.RECORDS)
+    forget()
+    again = make_suite(monkeypatch, "bert", LORA)
+    assert all(record["hit"] for record in cache.RECORDS[records:]) and len(cache.RECORDS) > records
+    assert again.key == first.key
+    assert all(one[key].equal(two[key]) for one, two in zip(first.experts, again.experts, strict=True) for key in one)
+    others = [make_suite(monkeypatch, "bert", LORA, seed=1)]
+    for way, recipe in [
+        (LORA, replace(RECIPE, rank=3)),
+        (("lora", 1e-3), RECIPE),
+        (LORA, replace(RECIPE, test_texts=9)),
+    ]:
+        monkeypatch.setitem(language.BACKBONES, "bert", Backbone(lambda _: bert(), ("one", "two"), colours, *way))
+        forget()
+        others.append(language.suite("bert", 2, 0, recipe, CPU))
+    assert len({suite.key for suite in (first, *others)}) == 5
+
+
+def test_what_there_is_not_is_named():
+    with pytest.raises(ValueError, match=r"unknown backbone 'BERT-huge'; there are MiniLM, MiniLM LoRA, .*T0-3B IA³"):
+        language.check_backbones(["MiniLM", "BERT-huge"])

@@ -1,0 +1,297 @@
+"""The variants of a merger: what they are called, adapters in their own form, and a table whose answers are known."""
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+
+from common.models import adapted, language
+from common.models.t5 import t5
+from common.suites import Suite
+from merging import MERGERS, apply, calibrate, merger, task_vector, variants, weight_average
+from merging.adapters import Adapter, fold_adapter, load_adapter
+from merging.lowrank import FACTORED, ON_ENTRIES, LowRank, merge_and_calibrate
+from merging.variants import BASE, BASE_MEAN, BASE_TUNED, SVC, SVC_1, SVC_MEAN, SVC_TUNED, adapter_forms, dense_forms
+
+ISO = ("iso_c", "iso_cts")
+TASKS, ALPHAS = 3, (1 / 3, 1.0)
+
+
+def noise(*size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+
+def lora(seed):
+    return Adapter(
+        "lora",
+        {
+            "q.weight": LowRank(
+                noise(12, 2, seed=seed) + noise(12, 2, seed=9), noise(2, 20, seed=seed + 20), scale=2.0
+            ),
+            "v.weight": LowRank(noise(15, 3, seed=seed + 40), noise(3, 8, seed=seed + 60)),
+        },
+    )
+
+
+def ia3(seed):
+    """A vector on the outputs of k, with its bias, and one on the inputs of wo."""
+    vectors = {"k.weight": 1 + 0.2 * noise(6, 1, seed=seed), "wo.weight": 1 + 0.2 * noise(1, 9, seed=seed + 20)}
+    return Adapter("ia3", vectors=vectors, config={"target_modules": ["k", "wo"], "feedforward_modules": ["wo"]})
+
+
+LORA_BASE = {"q.weight": noise(12, 20, seed=100), "v.weight": noise(15, 8, seed=101)}
+IA3_BASE = {"k.weight": noise(6, 5, seed=102), "k.bias": noise(6, seed=103), "wo.weight": noise(4, 9, seed=104)}
+
+
+def folded_updates(adapters, base):
+    return [task_vector(fold_adapter(adapter, base), base) for adapter in adapters]
+
+
+def relative(found, expected):
+    return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
+
+
+# Forms of a merger ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", MERGERS)
+def test_lora_merged_in_its_own_form_is_lora_merged_as_matrices(method):
+    adapters = [lora(seed) for seed in range(TASKS)]
+    updates = folded_updates(adapters, LORA_BASE)
+    forms = adapter_forms(adapters, LORA_BASE, method, updates, 1, ALPHAS)
+    dense = dense_forms(method, updates, 1, ALPHAS)
+    if method in ISO:  # their factored form is calibrated in the basis in which they are built
+        dense = {alpha: merge_and_calibrate(updates, method, alpha and {"alpha": alpha}) for alpha in forms}
+    assert list(forms) == [None, *ALPHAS] == list(dense) and method in (*FACTORED, *ON_ENTRIES)
+    for alpha, update in forms.items():
+        assert update.keys() == LORA_BASE.keys() and relative(update, dense[alpha]) < 1e-5
+    assert relative(forms[None], forms[1 / 3]) > 1e-2
+
+
+def test_dense_forms_take_the_seed_and_the_options_of_svc():
+    updates = folded_updates([lora(seed) for seed in range(TASKS)], LORA_BASE)
+    forms = dense_forms("dare", updates, 5, [0.5], space="input")
+    merged = merger("dare")(updates, seed=5)
+    assert (
+        relative(forms[None], merged) == 0 == relative(forms[0.5], calibrate(merged, updates, alpha=0.5, space="input"))
+    )
+    assert relative(dense_forms("dare", updates, 6, [])[None], merged) > 0.1
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "weight_average", "ties", "dare"])
+def test_ia3_is_calibrated_by_the_rule_for_vectors(method):
+    adapters = [ia3(seed) for seed in range(TASKS)]
+    forms = adapter_forms(adapters, IA3_BASE, method, folded_updates(adapters, IA3_BASE), 3, ALPHAS)
+    steps = [{name: (vector - 1).flatten() for name, vector in adapter.vectors.items()} for adapter in adapters]
+    merged = merger(method)(steps, **({"seed": 3} if method == "dare" else {}))
+    for alpha, update in forms.items():
+        for name, total in merged.items():
+            shares = [float(total @ step[name] / step[name].square().sum()) for step in steps]
+            gamma = 1.0 if alpha is None else TASKS / sum(shares)
+            assert alpha is None or abs(gamma - 1) > 0.01
+            change = (gamma * total).view(adapters[0].vectors[name].shape) * IA3_BASE[name]
+            assert relative({name: update[name]}, {name: change}) < 1e-6
+            if name == "k.weight":
+                assert relative({"b": update["k.bias"]}, {"b": gamma * total * IA3_BASE["k.bias"]}) < 1e-6
+
+
+MODELS = {
+    "bert": lambda: BertModel(BertConfig(50, 16, 2, 2, 40, max_position_embeddings=16), add_pooling_layer=False),
+    "gpt2": lambda: GPT2Model(GPT2Config(50, 16, 16, 2, 2, 40, bos_token_id=0, eos_token_id=1)),
+    "t5": lambda: t5(50, 16, 2, heads=2, d_ff=40),
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_adapter_is_folded_as_peft_does_it(name, kind, tmp_path):
+    torch.manual_seed(0)
+    base = MODELS[name]()
+    start = {key: tensor.clone() for key, tensor in language.parameters(base).items()}
+    model = MODELS[name]()
+    model.load_state_dict(base.state_dict())
+    trained = adapted.adapt(model, kind, rank=3)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    adapted.save(trained, tmp_path)
+    ours, theirs = fold_adapter(load_adapter(tmp_path), start), adapted.folded(base, tmp_path)
+    changed = [key for key in start if not theirs[key].equal(start[key])]
+    assert changed == [key for key in start if not ours[key].equal(start[key])] and len(changed) >= 2
+    for key in start:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-5, atol=1e-6)
+        assert language.parameters(base)[key].equal(start[key])  # left unchanged
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+
+def dense_updates():
+    return [
+        {"weight": noise(6, 5, seed=seed), "bias": noise(6, seed=seed + 10), "embedding": noise(4, 5, seed=seed + 20)}
+        for seed in range(TASKS)
+    ]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "tsv_m", "weight_average"])
+def test_the_variants_of_a_merger(method):
+    asked = []
+
+    def score(update, scales):
+        """A quarter of the norm is best."""
+        asked.extend(scales)
+        return [-abs(float(torch.tensor(scale * 4).log2())) for scale in scales]
+
+    updates = dense_updates()
+    found = variants.variants(method, updates, 0, score)
+    published = 1.0 if method == "tsv_m" else 1 / TASKS
+    with_mean = [] if method == "weight_average" else ["mean"]
+    expected = [
+        (svc, alpha, rule, 0.25 if rule == "validation" else 1.0, others)
+        for svc, alpha in [("none", None), ("output", published)]
+        for rule, others in [("fixed", "own"), ("validation", "own"), *(("fixed", own) for own in with_mean)]
+    ]
+    expected += [] if method == "tsv_m" else [("output", 1.0, "fixed", 1.0, "own")]
+    columns = ("svc", "alpha", "scale_rule", "scale", "others")
+    assert [tuple(labels[column] for column in columns) for labels, _ in found] == expected
+    assert len(asked) == 2 * 11  # once for the base, once for the calibrated merger
+    forms, mean = dense_forms(method, updates, 0, [published, 1.0]), weight_average(updates)
+    for labels, update in found:
+        own = forms[labels["alpha"]]
+        others = mean if labels["others"] == "mean" else own
+        assert update["weight"].equal(own["weight"])
+        assert update["bias"].equal(others["bias"]) and update["embedding"].equal(others["embedding"])
+
+
+class Sign(nn.Module):
+    """Two classes, by the sign of a linear function: the smallest network with something to merge."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(5, 6).double()
+
+    def forward(self, inputs):
+        return (self.encoder(inputs).sum(1) > 0).long()
+
+
+def test_rows_are_paired_with_the_base_of_their_rule_and_with_the_tuned_base():
+    network, inputs = Sign(), noise(40, 5, seed=50)
+    data = {
+        split: [(inputs * sign, (inputs.sum(1) > 0).long())] for split, sign in {"validation": -1, "test": 1}.items()
+    }
+    start = {"weight": noise(6, 5, seed=60), "bias": noise(6, seed=61)}
+    updates = [{name: update[name] for name in start} for update in dense_updates()]
+    experts = tuple(apply(start, update) for update in updates)
+    suite = Suite("key", ("one", "two", "three"), (network,) * 3, start, experts, lambda task, split: data[split])
+    rows = list(variants.merger_rows(suite, updates, "task_arithmetic", 0, dense_forms))
+    found = variants.variants("task_arithmetic", updates, 0, lambda *a: variants.validation_scores(suite, *a))
+    assert len(rows) == 3 * len(found) and {row["method"] for row in rows} == {"task_arithmetic"}
+    right = []
+    for labels, update in found:
+        network.encoder.load_state_dict(apply(start, update, labels["scale"]))
+        right.append(network(inputs) == data["test"][0][1])
+    rules = [labels["scale_rule"] for labels, _ in found]
+    for index, (row, (labels, _)) in enumerate(zip(rows, found, strict=False)):
+        assert row.items() >= labels.items() and row["value"] == pytest.approx(
+            100 * right[index].double().mean().item()
+        )
+        for suffix, base in {"": rules.index(labels["scale_rule"]), "_over_tuned": 1}.items():
+            assert row["gained" + suffix] == int((right[index] & ~right[base]).sum())
+            assert row["lost" + suffix] == int((~right[index] & right[base]).sum())
+
+
+# Reading the table ----------------------------------------------------------------------------------------------------
+
+LABELS = {  # name → svc, α, rule, others
+    BASE: ("none", None, "fixed", "own"),
+    BASE_TUNED: ("none", None, "validation", "own"),
+    BASE_MEAN: ("none", None, "fixed", "mean"),
+    SVC: ("output", 0.5, "fixed", "own"),
+    SVC_TUNED: ("output", 0.5, "validation", "own"),
+    SVC_MEAN: ("output", 0.5, "fixed", "mean"),
+    SVC_1: ("output", 1.0, "fixed", "own"),
+}
+VALUES = {BASE: 60.0, BASE_TUNED: 64.0, BASE_MEAN: 58.0, SVC: 70.0, SVC_TUNED: 63.0, SVC_MEAN: 66.0, SVC_1: 68.0}
+
+
+def table():
+    """Two tasks of 100 samples and two seeds; the second seed, and the second task, score 10 points more."""
+    rows = []
+    for seed, task in [(0, "a"), (0, "b"), (1, "a"), (1, "b")]:
+        more = 10 * seed + 10 * (task == "b")
+        cell = {"seed": seed, "task": task, "backbone": "B", "suite": 2, "metric": "accuracy", "images": 100}
+        rows += [cell | {"method": "pretrained", "value": 40 + more}, cell | {"method": "expert", "value": 80.0}]
+        for name, (svc, alpha, rule, others) in LABELS.items():
+            base = BASE_TUNED if rule == "validation" else BASE
+            change, over_tuned = VALUES[name] - VALUES[base], VALUES[name] - VALUES[BASE_TUNED]
+            counts = {"gained": max(change, 0), "lost": max(-change, 0)}
+            counts |= {"gained_over_tuned": max(over_tuned, 0), "lost_over_tuned": max(-over_tuned, 0)}
+            scale = 0.5 + seed if rule == "validation" else 1.0
+            labels = {"svc": svc, "alpha": alpha, "scale_rule": rule, "others": others, "scale": scale}
+            rows.append(cell | {"method": "task_arithmetic", "value": VALUES[name] + more} | labels | counts)
+    return pd.DataFrame(rows)
+
+
+def test_variants_get_their_names():
+    data = table()
+    merged = variants.named(data)[data.method == "task_arithmetic"]
+    assert list(merged.row) == list(LABELS) * 4
+    means = variants.seed_means(data).set_index(["method", "row", "seed"]).value
+    for name, value in VALUES.items():
+        assert [means["task_arithmetic", name, seed] for seed in (0, 1)] == [value + 5, value + 15]
+    assert means["expert", BASE, 0] == 80 and means["pretrained", BASE, 1] == 55
+
+
+def test_at_one_task_and_for_tsv_m_the_published_alpha_is_one():
+    data = table().assign(alpha=table().alpha.replace(0.5, 1.0))
+    merged = data[data.method == "task_arithmetic"]
+    assert set(variants.named(merged.assign(suite=1)[merged.svc == "output"]).row) == {SVC, SVC_TUNED, SVC_MEAN}
+    assert set(variants.named(merged.assign(method="tsv_m")[merged.svc == "output"]).row) == {SVC, SVC_TUNED, SVC_MEAN}
+
+
+def test_intervals_are_paired_differences():
+    (row,) = variants.intervals(table()).to_dict("records")
+    assert (row["backbone"], row["suite"], row["method"]) == ("B", 2, "task_arithmetic")
+    gains = {"SVC − base": 10, "SVC − tuned base": 6, "tuned SVC − tuned base": -1}
+    for column, mean in gains.items():
+        assert row[column].mean == pytest.approx(mean) and row[column].low < mean < row[column].high
+    assert [row[column].sign for column in gains] == [1, 1, -1 if row["tuned SVC − tuned base"].high < 0 else 0]
+    long = variants.long_gains(table()).set_index("condition")
+    assert long["mean"].to_dict() == pytest.approx({"SVC − base": 10, "tuned SVC − tuned base": -1})
+
+
+def test_the_tables_of_a_readme():
+    shown = variants.tables(table())
+    every = shown["Accuracy of every variant, B: mean of the tasks (share of the experts' accuracy), %"]
+    assert list(every.method) == ["pretrained", "expert"] + 7 * ["task_arithmetic"]
+    assert list(every.row) == ["", "", *variants.ORDER]
+    cells = every.set_index(["method", "row"])["2 tasks"]
+    assert cells["task_arithmetic", SVC] == "80.0 ± 7.1 (100.0)"  # seeds: 75 and 85 of 80
+    assert cells["expert", ""] == "80.0 ± 0.0 (100.0)" and cells["pretrained", ""] == "50.0 ± 7.1 (62.5)"
+    (scales,) = shown["Scales chosen on validation (mean over seeds)"].groupby("backbone")
+    assert set(scales[1].task_arithmetic) == {1.0} and list(scales[1].svc) == ["none", "output"]
+    tasks = shown["Task by task, 2 tasks, B, %"].set_index(["method", "row"])
+    assert tasks.loc[("task_arithmetic", SVC), ["a", "b"]].tolist() == [75.0, 85.0]
+    assert len(tasks) == 4  # references and merger, the merger with and without SVC
+
+
+def test_the_comparison_takes_base_and_svc_and_names_another_source():
+    def paper(backbone, suite, method, svc):
+        return (69.0, "") if svc == "output" else (50.0, "fusion_bench")
+
+    lines = variants.compared(table(), paper, lambda backbone: "hub experts").set_index("quantity")
+    assert len(lines) == 4
+    ours = lines.loc["2 tasks, B: task_arithmetic + SVC"]
+    assert (ours.paper, ours.ours, ours.n, ours.same_setting) == (69, 80, 2, "hub experts")
+    assert ours.sd == pytest.approx(50**0.5)
+    assert lines.loc["2 tasks, B: task_arithmetic"].same_setting == "hub experts; not the paper's: fusion_bench"
+
+
+def test_words_for_signs():
+    signs = pd.Series([1, 1, 0, -1])
+    assert variants.counted(signs) == "above in 2 and below in 1 of 4"
+    assert variants.beats(signs) == "does not beat a tuned scale"
+    assert variants.beats(pd.Series([1, 1, 0])) == "beats a tuned scale in part"
+    assert variants.beats(pd.Series([1, 1])) == "beats a tuned scale"
