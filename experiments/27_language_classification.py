@@ -11,7 +11,7 @@ Verdict  on a suite of 8 tasks with MiniLM and at least 3 seeds, or on BERT's 4 
          published mergers, "does not beat" if in at most half, else "in part". Interval: seeds, tasks and texts
          resampled. Beside it the suite itself: a task counts if its experts gain at least 5 points over a probe on the
          frozen encoder, mean over seeds.
-Cost     smoke 1 min; laptop 10 min, workstation 2 h (2 cores); paper: three suites from the hub, not timed.
+Cost     smoke 1 min; laptop 20 min, workstation 4 h (2 cores, estimated); paper: three suites from the hub, not timed.
 Run      python experiments/27_language_classification.py --scale laptop
 """
 
@@ -153,6 +153,7 @@ DEVIATIONS = (
     "expert; the merged encoder is scored under it.",
     "Paper scale: GPT-2 and Flan-T5-base with the hub's GLUE experts, whose published rows are those of another "
     "library, at other scales; BERT is fine-tuned here on the four data sets of a sister project of the paper.",
+    "The eight tasks and the learning rates were chosen on some of the test texts, by what experts of one seed gained.",
     "STS-B is scored by Spearman's ρ; paired comparisons count for it which model is closer to each label.",
     "TIES is layer-wise and DARE drops 0.8, as in the authors' main script; scale 1 after merging. Embeddings are not "
     "calibrated; query, key and value are separate matrices.",

@@ -8,13 +8,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import huggingface_hub
 import pandas as pd
 import pytest
+import torch
 from fake_hub import environment
-from fake_language import GPT2, TEST_ROWS
+from fake_language import BERT, GPT2, TEST_ROWS
 from pandas.testing import assert_frame_equal
 
+from common import cache, language
 from common.data.hub_texts import BERT_SUITE, GLUE, HUB_TEXTS
+from common.fine_tuning import TextRecipe
 from common.results import load
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -97,7 +101,7 @@ def test_two_processes_give_the_same_table(texts, true_language_hub, tmp_path):
 
 
 def test_the_adapter_table(true_language_hub, tmp_path):
-    flags = ["--suites", "2", "--recipe.t5-steps", "2"]
+    flags = ["--suites", "2", "--recipe.t5-steps", "60"]
     data, folder = table(run(ADAPTERS, true_language_hub, tmp_path, *flags), ADAPTERS, tmp_path)
     lora, ia3 = ["Flan-T5-base LoRA", "Flan-T5-large LoRA"], ["T0-3B IA³, vectors", "T0-3B IA³, matrices"]
     scored = data[data.metric == "accuracy"]
@@ -122,3 +126,43 @@ def test_a_missing_expert_ends_in_one_line(true_language_hub, tmp_path):
     assert done.returncode == 2 and not (tmp_path / "results").exists()
     last = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
     assert f"error: model {expert} is not in the local cache" in last and "Traceback" not in done.stderr
+
+
+def move_to_another_commit(hub: Path, kind: str, repository: str) -> None:
+    home = hub / "hub" / f"{kind}s--{repository.replace('/', '--')}"
+    (snapshot,) = (home / "snapshots").iterdir()
+    snapshot.rename(snapshot.with_name("f" * 40))
+    (home / "refs" / "main").write_text("f" * 40)
+
+
+def test_nothing_stale_is_found_after_a_repository_has_changed(true_language_hub, tmp_path, monkeypatch):
+    copy = tmp_path / "hub"
+    shutil.copytree(true_language_hub, copy, symlinks=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(copy / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
+
+    def keys() -> tuple[str, str]:
+        """Of a suite, and of an expert that would be trained here."""
+        for function in (language.suite, language._base, language._hub_task):
+            function.cache_clear()
+        recipe, cpu = TextRecipe(), torch.device("cpu")
+        expert = language._artefact("BERT", "cola", 0, recipe, cpu)
+        return language.suite("GPT-2", 1, 0, recipe, cpu).key, cache.cache_key(*expert[1:])
+
+    before, moved = keys(), {}
+    for kind, repository in {
+        "base": ("model", GPT2),
+        "expert": ("model", HUB_TEXTS["cola"].expert_id(GPT2)),
+        "other base": ("model", BERT),
+        "data": ("dataset", HUB_TEXTS["cola"].repo),
+    }.items():
+        move_to_another_commit(copy, *repository)
+        after = keys()
+        moved[kind] = tuple(new != old for new, old in zip(after, before, strict=True))
+        before = after
+    assert keys() == before
+    only_suite, only_expert = (True, False), (False, True)
+    assert moved == {"base": only_suite, "expert": only_suite, "other base": only_expert, "data": (True, True)}
+    for function in (language.suite, language._base, language._hub_task):
+        function.cache_clear()

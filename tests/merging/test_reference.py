@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from merging import calibrate, plain_sum, task_arithmetic, ties
+from merging.lowrank import FACTORED, LowRank, merge_low_rank
 from merging.reference import (
     calibrate_by_svd,
     calibration_floor,
+    factored_errors,
     left_singular_vectors,
     task_arithmetic_by_entry,
     ties_by_entry,
@@ -71,3 +73,37 @@ def test_ties_is_undecided_at_its_thresholds_and_where_survivors_cancel():
     merged, decided = ties_by_entry(base, experts, 1.0, keep=0.4)  # threshold 3: the third smallest of five
     assert decided.tolist() == [True, True, False, True, False]
     assert merged[decided].tolist() == [0, 0, 4]
+
+
+def low_rank_updates(layout="linear"):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q.weight": (20, 14), "v.weight": (9, 30)}
+
+    def draw(rows, columns):
+        return torch.randn(rows, columns, generator=generator)
+
+    found = [{name: LowRank(draw(m, 3), draw(3, n), 0.5) for name, (m, n) in shapes.items()} for _ in range(3)]
+    if layout == "conv1d":
+        found = [
+            {name: LowRank(own.a.T, own.b.T, own.scale, layout) for name, own in updates.items()} for updates in found
+        ]
+    return found
+
+
+@pytest.mark.parametrize("method", FACTORED)
+@pytest.mark.parametrize("svc", [None, {"alpha": 1 / 3}], ids=str)
+def test_factored_errors_are_those_of_rounding(method, svc):
+    errors = factored_errors(low_rank_updates(), method, svc)
+    assert errors.keys() == {"q.weight", "v.weight"} and 0 < max(errors.values()) < 1e-5
+    turned = factored_errors(low_rank_updates("conv1d"), method, svc)
+    assert turned == pytest.approx(errors, abs=1e-5)
+
+
+def test_factored_errors_are_relative_and_zero_updates_have_none():
+    updates = low_rank_updates()
+    dense = task_arithmetic([{name: own.dense() for name, own in adapter.items()} for adapter in updates])
+    for name, error in factored_errors(updates, "task_arithmetic").items():
+        found = merge_low_rank([adapter[name] for adapter in updates], "task_arithmetic", name=name).dense()
+        assert error == pytest.approx(float((found - dense[name]).norm() / dense[name].norm()), rel=1e-3)
+    nothing = [{"q.weight": LowRank(torch.zeros(5, 2), torch.ones(2, 4))}] * 2
+    assert factored_errors(nothing, "plain_sum", {"alpha": 0.5}) == {"q.weight": 0}
