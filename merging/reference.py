@@ -6,6 +6,7 @@ leave out. Of `python -m merging`: task arithmetic and TIES on the weights of on
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,18 +121,24 @@ def ties_by_entry(base: Tensor, experts: Sequence[Tensor], scale: float, keep: f
 
 def factored_errors(
     updates: Sequence[Mapping[str, LowRank]], method: str, svc: Mapping[str, Any] | None = None
-) -> dict[str, float]:
-    """Return by how much merging in factored form differs from merging the matrices: ‖F − D‖ / ‖D‖ for each weight.
+) -> dict[str, tuple[float, float]]:
+    """Return how far two ways of merging adapters are from the merge of their matrices in float64, for each weight.
 
     Args:
         updates: of K adapters, name → update; all have the same names.
         method: a merger that has a factored form.
         svc: options of `calibrate`, or None for no calibration.
+
+    Returns:
+        name → ‖M − M_64‖ / ‖M_64‖ of the factored form and of the matrices in float32.
     """
     errors = {}
     for name in updates[0]:
         own = [oriented(adapter[name]) for adapter in updates]
+        exact = [replace(update, b=update.b.double(), a=update.a.double()) for update in own]
+        true = merge_and_calibrate([{name: update.dense()} for update in exact], method, svc)[name]
         dense = merge_and_calibrate([{name: update.dense()} for update in own], method, svc)[name]
-        factored = merge_low_rank(own, method, svc, name=name).dense()
-        errors[name] = float((factored - dense).norm() / dense.norm()) if dense.any() else float(factored.norm())
+        factored = oriented(merge_low_rank([adapter[name] for adapter in updates], method, svc, name=name)).dense()
+        size = true.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        errors[name] = float((factored - true).norm() / size), float((dense - true).norm() / size)
     return errors

@@ -75,28 +75,35 @@ def test_ties_is_undecided_at_its_thresholds_and_where_survivors_cancel():
     assert merged[decided].tolist() == [0, 0, 4]
 
 
-def low_rank_updates():
+def low_rank_updates(layout="linear"):
     generator = torch.Generator().manual_seed(0)
     shapes = {"q.weight": (20, 14), "v.weight": (9, 30)}
 
     def draw(rows, columns):
         return torch.randn(rows, columns, generator=generator)
 
-    return [{name: LowRank(draw(m, 3), draw(3, n), 0.5) for name, (m, n) in shapes.items()} for _ in range(3)]
+    return [{name: LowRank(draw(m, 3), draw(3, n), 0.5, layout) for name, (m, n) in shapes.items()} for _ in range(3)]
 
 
 @pytest.mark.parametrize("method", FACTORED)
 @pytest.mark.parametrize("svc", [None, {"alpha": 1 / 3}], ids=str)
-def test_factored_errors_are_those_of_rounding(method, svc):
-    errors = factored_errors(low_rank_updates(), method, svc)
-    assert errors.keys() == {"q.weight", "v.weight"} and 0 < max(errors.values()) < 1e-5
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_factored_errors_are_those_of_rounding(method, svc, layout):
+    errors = factored_errors(low_rank_updates(layout), method, svc)
+    assert errors.keys() == {"q.weight", "v.weight"}
+    assert all(0 < factored < 1e-6 and 0 < dense < 1e-5 for factored, dense in errors.values())
 
 
 def test_factored_errors_are_relative_and_zero_updates_have_none():
     updates = low_rank_updates()
-    dense = task_arithmetic([{name: own.dense() for name, own in adapter.items()} for adapter in updates])
-    for name, error in factored_errors(updates, "task_arithmetic").items():
+    true = {
+        name: 0.3 * sum(own[name].scale * own[name].b.double() @ own[name].a.double() for own in updates)
+        for name in updates[0]
+    }
+    for name, (factored, dense) in factored_errors(updates, "task_arithmetic").items():
         found = merge_low_rank([adapter[name] for adapter in updates], "task_arithmetic", name=name).dense()
-        assert error == pytest.approx(float((found - dense[name]).norm() / dense[name].norm()), rel=1e-3)
+        assert factored == pytest.approx(float((found - true[name]).norm() / true[name].norm()), rel=1e-3)
+        found = task_arithmetic([{"": adapter[name].dense()} for adapter in updates])[""]
+        assert dense == pytest.approx(float((found - true[name]).norm() / true[name].norm()), rel=1e-3)
     nothing = [{"q.weight": LowRank(torch.zeros(5, 2), torch.ones(2, 4))}] * 2
-    assert factored_errors(nothing, "plain_sum", {"alpha": 0.5}) == {"q.weight": 0}
+    assert factored_errors(nothing, "plain_sum", {"alpha": 0.5}) == {"q.weight": (0, 0)}
