@@ -69,15 +69,17 @@ def measure(settings, context):
 
 def measure_suite(settings, device, backbone, suite, seed):
     """LoRA in factored form beside its errors; IA³ as vectors and, as the mergers of matrices do it, densely."""
-    yield from language.probe_rows(backbone, suite, settings.recipe, device)
+    probes = list(language.probe_rows(backbone, suite, settings.recipe, device))
     adapters = [load_adapter(folder) for folder in suite.adapters]
     factored = partial(variants.adapter_forms, adapters, suite.pretrained)
     if adapters[0].kind == "lora":
+        yield from probes
         yield from variants.suite_rows(suite, settings.methods, seed, factored, {"form": "factored"})
         yield from error_rows(adapters, [method for method in settings.methods if method in FACTORED])
         return
     for form, merge in {"vectors": factored, "matrices": variants.dense_forms}.items():
         labels = {"form": form, "backbone": f"{backbone}, {form}"}
+        yield from (row | labels for row in probes)
         yield from variants.suite_rows(suite, settings.methods, seed, merge, labels)
 
 
