@@ -40,7 +40,7 @@ Row = Mapping[str, Any]
 
 PACKAGES = (
     "torch", "torchvision", "timm", "transformers", "datasets", "open_clip_torch", "accelerate",
-    "safetensors", "huggingface-hub", "curvlinops-for-pytorch", "numpy", "pandas", "scipy", "scikit-learn",
+    "peft", "safetensors", "huggingface-hub", "curvlinops-for-pytorch", "numpy", "pandas", "scipy", "scikit-learn",
     "matplotlib",
 )                                                                           # fmt: skip
 

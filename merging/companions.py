@@ -127,9 +127,11 @@ def _from_adapters(plan: Plan) -> bool:
 
 
 def _public_name(given: str) -> str:
-    """Return a Hub id as it is, and of a local path only the last part."""
-    path = Path(given)
-    return path.resolve().name if path.exists() else given
+    """Return a Hub id as it is, of a local folder its name, and of a local file that with the folder's: "a/b.bin"."""
+    path = Path(given).resolve()
+    if path.is_file():
+        return f"{path.parent.name}/{path.name}"
+    return path.name if path.exists() else given
 
 
 def write_report(rows: Sequence[dict[str, Any]], folder: Path) -> None:
