@@ -70,22 +70,11 @@ def measure_suite(settings, device, backbone, suite, seed):
 # From here on only the table is seen --------------------------------------------------------------------------------
 
 
-def models(data):
-    """The rows of models: not chance, nor the probe."""
-    return data[data.method.isin([*variants.REFERENCES, *MERGERS])]
-
-
-def panels(table):
-    """With a column `panel`; names in the order of the library."""
-    table = variants.in_order(table, ["backbone", "suite", "method"])
-    return table.assign(panel=table.backbone + ", " + table.suite.map("{} tasks".format))
-
-
 def draw(data):
-    means = panels(variants.seed_means(data[data.method.isin(MERGERS)]))
+    means = variants.panels(variants.seed_means(data[data.method.isin(MERGERS)]))
     shown = means[means.row.isin([BASE, SVC, SVC_1]) & (means.method != OFF_SCALE)]
     tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
-    gains = panels(variants.long_gains(data))
+    gains = variants.panels(variants.long_gains(data))
     gains = gains[(gains.method != OFF_SCALE) | (gains.condition != "SVC − base")]
     options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
     return {
@@ -109,7 +98,7 @@ def setting(backbone):
 
 def compare(data, published):
     """Every base and +SVC of the backbones, then the paper's BERT row beside MiniLM, which stands for it."""
-    lines = [variants.compared(models(data), partial(paper, published), setting)]
+    lines = [variants.compared(variants.models(data), partial(paper, published), setting)]
     means = variants.seed_means(data[data.backbone == "MiniLM"])
     for row, svc in {BASE: "none", SVC: "output"}.items():
         values = means[(means.method == "task_arithmetic") & (means.row == row)].value
@@ -122,7 +111,7 @@ def compare(data, published):
 
 def tables(data):
     heading = "The suite: accuracy in % (pretrained: the base under the expert's head)"
-    return {heading: language.suite_table(data)} | variants.tables(models(data))
+    return {heading: language.suite_table(data)} | variants.tables(variants.models(data))
 
 
 def verdict(data):

@@ -99,17 +99,12 @@ def error_rows(adapters, methods):
 
 def models(data):
     """The rows of models: not chance or the probe, nor errors."""
-    return data[data.method.isin([*variants.REFERENCES, *MERGERS]) & (data.metric != "relative error")]
-
-
-def panels(table):
-    table = variants.in_order(table, ["backbone", "suite", "method"])
-    return table.assign(panel=table.backbone + ", " + table.suite.map("{} tasks".format))
+    return variants.models(data[data.metric != "relative error"])
 
 
 def draw(data):
     data = models(data)
-    means = panels(variants.seed_means(data[data.method.isin(MERGERS)]))
+    means = variants.panels(variants.seed_means(data[data.method.isin(MERGERS)]))
     shown = means[means.row.isin([BASE, SVC, SVC_1])]
     tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
     options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
@@ -117,7 +112,7 @@ def draw(data):
         "accuracy_by_merger": figures.paired(shown, start=BASE, **options),
         "accuracy_at_tuned_scales": figures.paired(tuned, start=BASE_TUNED, **options),
         "paired_gains": figures.forest(
-            panels(variants.long_gains(data)), item="method", panel="panel", xlabel="difference in points"
+            variants.panels(variants.long_gains(data)), item="method", panel="panel", xlabel="difference in points"
         ),
     }
 

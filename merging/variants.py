@@ -186,6 +186,17 @@ def methods_of(data: pd.DataFrame) -> list[str]:
     return [method for method in MERGERS if method in set(data.method)]
 
 
+def models(data: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of models, merged or not: without chance, probes and the like."""
+    return data[data.method.isin([*REFERENCES, *MERGERS])]
+
+
+def panels(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table in order, with a column `panel` that names backbone and suite."""
+    table = in_order(table, CELL)
+    return table.assign(panel=table.backbone + ", " + table.suite.map("{} tasks".format))
+
+
 def seed_means(data: pd.DataFrame) -> pd.DataFrame:
     """Return the mean accuracy over the tasks, one row for each cell, variant and seed."""
     return named(data).groupby([*CELL, "row", "seed"], sort=False).value.mean().reset_index()
