@@ -21,7 +21,7 @@ help:
 	@echo 'make test                 the tests'
 	@echo 'make verify               derive every committed table, verdict and index again and compare'
 	@echo 'make render               write tables and figures again from the committed data'
-	@echo 'make lint                 ruff'
+	@echo 'make lint                 ruff: rules and format'
 	@echo 'Targets use .venv (made when there is none), or make … PYTHON=… for an interpreter that has everything.'
 
 install: $(READY)
@@ -35,9 +35,9 @@ reproduce: $(READY)
 	$(PYTHON) experiments/03_vit_from_scratch.py --scale laptop
 	$(PYTHON) experiments/21_over_accumulation.py --scale laptop
 	$(PYTHON) experiments/22_vision_merging.py --scale laptop
-	$(PYTHON) -m common.results headline 03_vit_from_scratch laptop
-	$(PYTHON) -m common.results headline 21_over_accumulation laptop
-	$(PYTHON) -m common.results headline 22_vision_merging laptop
+	$(PYTHON) -m common.lab.results headline 03_vit_from_scratch laptop
+	$(PYTHON) -m common.lab.results headline 21_over_accumulation laptop
+	$(PYTHON) -m common.lab.results headline 22_vision_merging laptop
 
 results: $(READY)
 	@failed=; for script in experiments/[0-9]*.py; do \
@@ -49,10 +49,11 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_JOBS) --dist worksteal
 
 verify: $(READY)
-	$(PYTHON) -m common.results verify
+	$(PYTHON) -m common.lab.results verify
 
 render: $(READY)
-	$(PYTHON) -m common.results render
+	$(PYTHON) -m common.lab.results render
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .

@@ -7,14 +7,15 @@ can hold.
 
 Shapes: m × n matrices, r = min(m, n), K matrices of one shape; `...` stands for batch dimensions.
 """
+
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-BLOCK = 2**22               # entries of a matrix that are copied to float64 at a time
-RANK_TOLERANCE = 1e-6       # singular values below this share of the largest count as rounding noise
+BLOCK = 2**22  # entries of a matrix that are copied to float64 at a time
+RANK_TOLERANCE = 1e-6  # singular values below this share of the largest count as rounding noise
 
 
 def working(matrix: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def _gram(matrix: Tensor) -> Tensor:
     gram = wide.new_zeros(*wide.shape[:-1], size, dtype=torch.float64)
     for block in _blocks(wide):
         part = wide[..., block].double()
-        for start in range(0, size, 256):                                       # a third cheaper at r = 768
+        for start in range(0, size, 256):  # a third cheaper at r = 768
             stop = min(start + 256, size)
             gram[..., start:stop, :stop] += part[..., start:stop, :] @ part[..., :stop, :].mT
     return gram
@@ -65,6 +66,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 # Bases and spectra ---------------------------------------------------------------------------------------------------
 
+
 def spectral_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Split a matrix into orthogonal directions, matrix = left @ right, at the price of one eigenproblem.
 
@@ -78,15 +80,13 @@ def spectral_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         left (m, r) and right (r, n), float32 for narrower input and the dtype of the matrix otherwise.
     """
-    basis = torch.linalg.eigh(_gram(matrix)).eigenvectors                       # (r, r)
+    basis = torch.linalg.eigh(_gram(matrix)).eigenvectors  # (r, r)
     matrix = working(matrix)
     basis = basis.to(matrix.dtype)
     return (matrix @ basis, basis.T) if _is_tall(matrix) else (basis, basis.T @ matrix)
 
 
-def svd(
-    matrix: Tensor, count: int | None = None, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def svd(matrix: Tensor, count: int | None = None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the thin SVD, matrix = U @ diag(σ) @ Vh, with U and Vh orthonormal and σ descending.
 
     Where the matrix has no more directions (σ_r below 1e-7 σ_1) the singular vectors of the longer side are an
@@ -105,18 +105,18 @@ def svd(
         right, singular, left = svd(matrix.mT, count, dtype)
         return left.mT, singular, right.mT
     eigenvalues, basis = torch.linalg.eigh(_gram(matrix))
-    singular = eigenvalues.flip(-1).clamp_min(0).sqrt()                         # (..., m), descending
-    basis = basis.flip(-1)[..., :count]                                         # (..., m, count)
-    right, length = _projected(basis, matrix, dtype)                            # rows σ_r v_rᵀ, and their σ_r
+    singular = eigenvalues.flip(-1).clamp_min(0).sqrt()  # (..., m), descending
+    basis = basis.flip(-1)[..., :count]  # (..., m, count)
+    right, length = _projected(basis, matrix, dtype)  # rows σ_r v_rᵀ, and their σ_r
     length, order = length.sort(dim=-1, descending=True, stable=True)
-    if not (order.diff(dim=-1) > 0).all():                                      # rounding turned some around
+    if not (order.diff(dim=-1) > 0).all():  # rounding turned some around
         basis = basis.gather(-1, order.unsqueeze(-2).expand_as(basis))
         right = right.gather(-2, order.unsqueeze(-1).expand_as(right))
-    present = length > 1e-7 * length[..., :1]                                   # (..., count)
-    right /= length.where(present, 1).unsqueeze(-1).to(dtype)                   # float64 would make right float64
+    present = length > 1e-7 * length[..., :1]  # (..., count)
+    right /= length.where(present, 1).unsqueeze(-1).to(dtype)  # float64 would make right float64
     if not present.all():
-        completed = torch.linalg.qr(working(right).mT).Q.mT                     # the null rows come last, so their
-        right = right.where(present.unsqueeze(-1), completed.to(dtype))         # columns of Q complete the others
+        completed = torch.linalg.qr(working(right).mT).Q.mT  # the null rows come last, so their
+        right = right.where(present.unsqueeze(-1), completed.to(dtype))  # columns of Q complete the others
     singular = torch.cat([length, singular[..., length.shape[-1] :]], -1)
     return basis.to(dtype), singular.to(dtype), right
 
@@ -152,13 +152,14 @@ def polar(matrix: Tensor, tolerance: float = RANK_TOLERANCE) -> Tensor:
     if _is_tall(matrix):
         return polar(matrix.mT, tolerance).mT
     left, singular, right = svd(matrix, dtype=torch.float64)
-    left = left * (singular > tolerance * singular[..., :1]).unsqueeze(-2)      # (..., m, m)
+    left = left * (singular > tolerance * singular[..., :1]).unsqueeze(-2)  # (..., m, m)
     for block in _blocks(right):
         right[..., block] = left @ right[..., block]
     return right.to(matrix.dtype)
 
 
 # Ranks and concentration ---------------------------------------------------------------------------------------------
+
 
 def numerical_rank(singular_values: Tensor, tolerance: float = RANK_TOLERANCE) -> Tensor:
     """Return how many singular values (..., r) exceed `tolerance` times the largest, as integers (...)."""
@@ -195,6 +196,7 @@ def energy_shares(singular_values: Tensor) -> Tensor:
 
 # Subspaces -----------------------------------------------------------------------------------------------------------
 
+
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """Return the angles between two column spaces, ascending, in radians.
 
@@ -211,8 +213,8 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     if first.shape[-1] < second.shape[-1]:
         first, second = second, first
     first, second = working(first), working(second)
-    inner = first.mT @ second                                                   # (..., p, q)
-    cosines = torch.linalg.svdvals(inner)                                       # descending, so angles ascend
+    inner = first.mT @ second  # (..., p, q)
+    cosines = torch.linalg.svdvals(inner)  # descending, so angles ascend
     sines = torch.linalg.svdvals(second - first @ inner)[..., : second.shape[-1]].flip(-1)
     return torch.atan2(sines, cosines)
 
@@ -227,9 +229,9 @@ def subspace_overlap(bases: Tensor) -> Tensor:
         (K, K), the mean squared cosine of the principal angles.
     """
     count, _, width = bases.shape
-    stacked = working(bases).transpose(0, 1).flatten(1)                         # (m, K·k)
+    stacked = working(bases).transpose(0, 1).flatten(1)  # (m, K·k)
     inner = (stacked.T @ stacked).unflatten(0, (count, width)).unflatten(2, (count, width))
-    return inner.square().sum((1, 3)) / width                                   # from (K, k, K, k)
+    return inner.square().sum((1, 3)) / width  # from (K, k, K, k)
 
 
 def projection_coefficients(left: Tensor, right: Tensor, updates: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -251,16 +253,16 @@ def projection_coefficients(left: Tensor, right: Tensor, updates: Iterable[Tenso
     Returns:
         s (K, r), and the response energies ‖a_ir‖² (K, r).
     """
-    squared_length = left.square().sum(0)                                       # (r,)
+    squared_length = left.square().sum(0)  # (r,)
     coefficients, energies = [], []
     for update in updates:
-        response = left.T @ update.to(left)                                     # (r, n): length of column r × a_ir
+        response = left.T @ update.to(left)  # (r, n): length of column r × a_ir
         inner = squared_length * torch.linalg.vecdot(right, response)
         energy = torch.linalg.vector_norm(response, dim=1).square()
         coefficient = inner / energy.maximum(1e-12 * squared_length)
-        coefficients.append(coefficient.nan_to_num(0, 0, 0))                    # 0/0 where the column is null
+        coefficients.append(coefficient.nan_to_num(0, 0, 0))  # 0/0 where the column is null
         energies.append((energy / squared_length).nan_to_num(0, 0, 0))
-        del update                                                              # before the next one is read
+        del update  # before the next one is read
     return torch.stack(coefficients), torch.stack(energies)
 
 
@@ -277,13 +279,13 @@ def inflation(merged: Tensor, updates: Sequence[Tensor]) -> Tensor:
     Returns:
         (r,), 1 where the merged matrix is as strong as the updates are on average.
     """
-    spectra = torch.stack([singular_values(update) for update in updates])      # (K, r)
+    spectra = torch.stack([singular_values(update) for update in updates])  # (K, r)
     return inflation_of_spectra(singular_values(merged), spectra)
 
 
 def inflation_of_spectra(merged: Tensor, spectra: Tensor) -> Tensor:
     """Return `inflation` from singular values that are known: merged (r,) and spectra (K, r), descending."""
-    typical = working(spectra).mean(0)                                          # (r,)
+    typical = working(spectra).mean(0)  # (r,)
     typical = typical.clamp_min(RANK_TOLERANCE * typical.amax())
     return torch.where(typical > 0, merged / typical.where(typical > 0, 1), 0)
 
@@ -292,6 +294,7 @@ def inflation_of_spectra(merged: Tensor, spectra: Tensor) -> Tensor:
 # Convention: X (p, n) with independent entries of mean 0 and the given variance, ratio = p / n, and the p eigenvalues
 # of (1/n) X Xᵀ, as p and n grow together. For ratio > 1 a share 1 − 1/ratio of them is exactly 0; the density below
 # is that of the others and integrates to 1/ratio.
+
 
 def _check_law(ratio: float, variance: float = 1.0) -> None:
     if not (ratio > 0 and math.isfinite(ratio)):
@@ -358,7 +361,7 @@ def fit_noise_level(eigenvalues: Tensor, ratio: float) -> Tensor:
     angle = torch.linspace(0, math.pi, 20001, dtype=torch.float64)
     grid = (low + high) / 2 - (high - low) / 2 * angle.cos()
     mass = torch.cumulative_trapezoid(marchenko_pastur_density(grid, ratio) * (high - low) / 2 * angle.sin(), angle)
-    median = grid[1:][torch.searchsorted(mass, mass[-1:] / 2)]                  # (1,)
+    median = grid[1:][torch.searchsorted(mass, mass[-1:] / 2)]  # (1,)
     count = eigenvalues.shape[-1]
     kept = max(1, round(count / max(1.0, ratio)))
     bulk = eigenvalues.double().sort(-1, descending=True).values[..., :kept]

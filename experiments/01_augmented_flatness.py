@@ -27,16 +27,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from common import figures
-from common.images import IMAGENET, ImageTask
-from common.results import published as published_table
-from common.run import Experiment, run
-from common.statistics import relative_change, spread
+from common.lab import figures
+from common.lab.results import published as published_table
+from common.lab.run import Experiment, run
+from common.lab.statistics import relative_change, spread
 from common.training import Recipe
-from sparsity import along, study
-from sparsity.along import RUN
 from sparsity.flatness import ratio
-from sparsity.study import VARIANTS, Run
+from sparsity.studies import along_training, study
+from sparsity.studies.along_training import RUN
+from sparsity.studies.images import IMAGENET, ImageTask
+from sparsity.studies.study import VARIANTS, Run
 
 ADAMW = (0.9, 0.999)
 DIGITS = ImageTask("digits", depth=2)
@@ -145,14 +145,16 @@ def plan(settings):
 
 
 def measure_along(run, trained, device):
-    return along.measure_saved("train", run, trained, device), study.curve(trained)
+    return along_training.measure_saved("train", run, trained, device), study.curve(trained)
 
 
 def snapshot_rows(labels, step, measured):
-    layers = along.by_layer(measured)
+    layers = along_training.by_layer(measured)
     whole = {"all": layers.pop("all")}
     layers = {name: values | errors(values) for name, values in layers.items()}
-    yield from along.saved_rows(labels, step, whole | layers, (*METRICS, *(f"error: {name}" for name in ERRORS)))
+    yield from along_training.saved_rows(
+        labels, step, whole | layers, (*METRICS, *(f"error: {name}" for name in ERRORS))
+    )
 
 
 def errors(values):
@@ -187,18 +189,18 @@ def main_setting(data):
 
 
 def by_layer(data):
-    return along.layer_table(data, needed=KEY[0])
+    return along_training.layer_table(data, needed=KEY[0])
 
 
 def layer_means(data):
-    means = along.layer_means(data, needed=KEY[0])
+    means = along_training.layer_means(data, needed=KEY[0])
     return means.assign(ratio=means.density_from_flatness)
 
 
 def batch_means(data):
     rows = data[data.split == "training batches"]
     table = rows.pivot(index=[*RUN, "step"], columns="metric", values="value").reset_index()
-    return along.in_order(table[table.augmented_flatness_key > 0], data)
+    return along_training.in_order(table[table.augmented_flatness_key > 0], data)
 
 
 def moved(data):
@@ -215,7 +217,7 @@ def moved(data):
         logs = np.log(last / first)
     logs = logs[np.isfinite(logs).all(axis=1)]
     means = logs.groupby(RUN, sort=False).mean().assign(layers=logs.groupby(RUN).size())
-    return along.in_order(means.reset_index(), data)
+    return along_training.in_order(means.reset_index(), data)
 
 
 def change(logs, variant, metric):
@@ -225,7 +227,7 @@ def change(logs, variant, metric):
 
 
 def relative(table, metrics, by=()):
-    return in_thousands(along.relative(table, metrics, by))
+    return in_thousands(along_training.relative(table, metrics, by))
 
 
 def in_thousands(table):
@@ -385,7 +387,7 @@ def study_table(data):
     logs, rows = moved(data[data.setting != data.setting.iloc[0]]), []
     for _, row in logs.iterrows():
         own = data[(data.setting == row.setting) & (data.seed == row.seed)]
-        saved = own[own.split == along.SAVED]
+        saved = own[own.split == along_training.SAVED]
         last = saved[saved.step == saved.step.max()].groupby("metric").value.mean()
         decay = own[own.metric == "decay"].value.max()
         shown = {"setting": row.setting, "E": f"{decay:.2f}", "training accuracy, %": f"{last.score:.1f}"}

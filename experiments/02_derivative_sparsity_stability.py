@@ -25,13 +25,13 @@ import torch
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from common import figures
-from common.images import ImageTask
-from common.run import Experiment, run
-from common.statistics import relative_change
+from common.lab import figures
+from common.lab.run import Experiment, run
+from common.lab.statistics import relative_change
 from common.training import Recipe
-from sparsity import study, summary
 from sparsity.activations import Mixture, derivative, make, shifted_name
+from sparsity.studies import density_tables, study
+from sparsity.studies.images import ImageTask
 
 ADAM = (0.9, 0.999)
 FAMILIES = {"squared_relu": "σ₀ = squared ReLU", "jsrelu": "σ₀ = JSReLU"}
@@ -202,7 +202,9 @@ def tables(data):
         "loss": ("test loss", 3),
     }
     names = {"family": "setting", "shift": "variant"}
-    main = summary.show(table.rename(columns=names), columns).rename(columns={new: old for old, new in names.items()})
+    main = density_tables.show(table.rename(columns=names), columns).rename(
+        columns={new: old for old, new in names.items()}
+    )
     changes = pd.DataFrame([{"family": f, "shift": s, "change": text(x)} for (f, s), x in learned(table).items()])
     spread = pd.DataFrame([{"family": family, "change": text(change)} for family, change in stability(table).items()])
     return {

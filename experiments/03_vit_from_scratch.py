@@ -19,10 +19,10 @@ Run      python experiments/03_vit_from_scratch.py --scale laptop
 from dataclasses import dataclass, replace
 from functools import partial
 
-from common.images import IMAGENET, ImageTask
-from common.run import Experiment, run
+from common.lab.run import Experiment, run
 from common.training import Recipe
-from sparsity import study, summary
+from sparsity.studies import density_tables, study
+from sparsity.studies.images import IMAGENET, ImageTask
 
 ADAMW = (0.9, 0.999)
 
@@ -68,7 +68,9 @@ SCALES = {
 
 def measure(settings, context):
     seeds = (settings.seeds, settings.single_seeds)
-    yield from summary.measure(study.plan(cells(settings), *seeds, settings.l1, log_every=settings.log_every), context)
+    yield from density_tables.measure(
+        study.plan(cells(settings), *seeds, settings.l1, log_every=settings.log_every), context
+    )
 
 
 def cells(settings):
@@ -97,11 +99,11 @@ EXPERIMENT = Experiment(
     __doc__,
     SCALES,
     measure,
-    draw=partial(summary.draw, score="accuracy, %"),
-    compare=partial(summary.compare, same_setting="no: small ViT on embedded images"),
-    tables=partial(summary.tables, score="accuracy, %"),
-    remarks=summary.remarks,
-    verdict=summary.verdict,
+    draw=partial(density_tables.draw, score="accuracy, %"),
+    compare=partial(density_tables.compare, same_setting="no: small ViT on embedded images"),
+    tables=partial(density_tables.tables, score="accuracy, %"),
+    remarks=density_tables.remarks,
+    verdict=density_tables.verdict,
     published="sparsity",
     deviations=DEVIATIONS,
 )

@@ -18,11 +18,11 @@ Run      python experiments/05_t5_from_scratch.py --scale laptop
 from dataclasses import dataclass
 from functools import partial
 
-from common.run import Experiment, run
-from common.spans import TextTask
+from common.lab.run import Experiment, run
 from common.training import Recipe
-from sparsity import study, summary
 from sparsity.plugins import PROTOCOLS
+from sparsity.studies import density_tables, study
+from sparsity.studies.span_corruption import TextTask
 
 ADAMW = (0.9, 0.999)
 
@@ -70,7 +70,7 @@ SCALES = {
 def measure(settings, context):
     options = dict(exempt=PROTOCOLS["t5"], log_every=settings.log_every)
     plan = study.plan(cells(settings), settings.seeds, settings.single_seeds, settings.l1, **options)
-    yield from summary.measure(plan, context)
+    yield from density_tables.measure(plan, context)
 
 
 def cells(settings):
@@ -94,11 +94,11 @@ EXPERIMENT = Experiment(
     __doc__,
     SCALES,
     measure,
-    draw=partial(summary.draw, score="test loss, nats a token", metric="loss"),
-    compare=partial(summary.compare, same_setting="no: small T5 on Python sources"),
-    tables=partial(summary.tables, score="token accuracy, %"),
-    remarks=summary.remarks,
-    verdict=summary.verdict,
+    draw=partial(density_tables.draw, score="test loss, nats a token", metric="loss"),
+    compare=partial(density_tables.compare, same_setting="no: small T5 on Python sources"),
+    tables=partial(density_tables.tables, score="token accuracy, %"),
+    remarks=density_tables.remarks,
+    verdict=density_tables.verdict,
     published="sparsity",
     deviations=DEVIATIONS,
 )

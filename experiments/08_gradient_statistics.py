@@ -25,15 +25,16 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from common import figures
 from common.cache import cached_rows
-from common.images import IMAGENET, ImageTask
-from common.run import Experiment, run
-from common.statistics import relative_change, spread
+from common.lab import figures
+from common.lab.run import Experiment, run
+from common.lab.statistics import relative_change, spread
 from common.training import Recipe
-from sparsity import activations, along, blocks, flatness, probe, probes, study, sums, weights
-from sparsity.along import RUN
-from sparsity.study import VARIANTS, Run
+from sparsity import activations, blocks, flatness, probe, probes, sums
+from sparsity.studies import along_training, study, weights
+from sparsity.studies.along_training import RUN
+from sparsity.studies.images import IMAGENET, ImageTask
+from sparsity.studies.study import VARIANTS, Run
 
 ADAMW = (0.9, 0.999)
 DIGITS = ImageTask("digits", depth=2)
@@ -121,7 +122,7 @@ def measure_run(run, trained, device):
         inputs = {"run": trained.key, "step": step, "device": device.type}
         sources = (activations, blocks, probes, sums, flatness, weights, extra_rows)
         more[step] = cached_rows("gradients", inputs, partial(extra_rows, run, trained, device, step), sources)
-    return along.measure_saved("train", run, trained, device), more
+    return along_training.measure_saved("train", run, trained, device), more
 
 
 def extra_rows(run, trained, device, step):
@@ -140,8 +141,8 @@ def extra_rows(run, trained, device, step):
 
 
 def step_rows(labels, step, measured, more, is_whole):
-    layers = along.by_layer([*measured, *(row for row in more if "metric" in row)])
-    yield from along.saved_rows(labels, step, layers, METRICS)
+    layers = along_training.by_layer([*measured, *(row for row in more if "metric" in row)])
+    yield from along_training.saved_rows(labels, step, layers, METRICS)
     bins = pd.DataFrame([row for row in more if "left" in row])
     names = [name for name in layers if name != "all"]
     entries = sum(layers[name]["samples"] * layers[name]["tokens"] * layers[name]["units"] for name in names)
@@ -149,7 +150,7 @@ def step_rows(labels, step, measured, more, is_whole):
         layers[name]["density"] * layers[name]["samples"] * layers[name]["tokens"] * layers[name]["units"]
         for name in names
     )
-    labels = {**labels, "split": along.SAVED, "step": step, "layer": "all"}
+    labels = {**labels, "split": along_training.SAVED, "step": step, "layer": "all"}
     yield from histogram_rows(labels, bins, {"all": entries, "active": active}, is_whole)
 
 
@@ -175,7 +176,7 @@ def histogram_rows(labels, bins, totals, is_whole):
 
 
 def layer_means(data):
-    means = along.layer_means(data, needed=NEEDED)
+    means = along_training.layer_means(data, needed=NEEDED)
     return means.assign(
         **{name: 100 * means[name] for name in (*DENSITIES, *BELOW)},
         beneficial=100 * means.beneficial_units / means.units,
@@ -276,7 +277,7 @@ def final_table(data):
 
 def vanished(data):
     """Largest share of the entries with σ' ≠ 0 that have η = 0, at the last saved step, over layers and seeds."""
-    table = along.layer_table(data, needed=NEEDED)
+    table = along_training.layer_table(data, needed=NEEDED)
     final = table[table.step == table.groupby(RUN).step.transform("max")]
     shares = 1 - final.gradient_density / final.derivative_density
     return shares.clip(lower=0).groupby(final.variant, sort=False).max()  # below 0: rounding
@@ -284,7 +285,7 @@ def vanished(data):
 
 def ratios(data):
     """E[g² | active] / E[g²] at the last saved step against 1: changes in %, by variant."""
-    table = along.layer_table(data, needed=NEEDED)
+    table = along_training.layer_table(data, needed=NEEDED)
     final = table[table.step == table.groupby(RUN).step.transform("max")]
     final = final[final.activation_gradient_ratio > 0]  # dead layers have none
     logs = np.log(final.activation_gradient_ratio).groupby([final.variant, final.seed], sort=False).mean()

@@ -32,12 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import benchmark, figures
-from common.memory import peak_allocated_mib
+from common.lab import benchmark, figures
+from common.lab.memory import peak_allocated_mib
+from common.lab.run import Experiment, run
 from common.models.t5 import t5
-from common.models.vit import vit
-from common.run import Experiment, run
 from sparsity import JSReLU, find_blocks, probe, sparsify
+from sparsity.studies.models.vit import vit
 
 CYCLE = 10  # turns
 ALONE = "activation alone"

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from common import figures, vision
 from common.data import glyphs
-from common.run import Experiment, run
-from common.suites import Suite
+from common.lab import figures
+from common.lab.run import Experiment, run
+from merging.suites import vision
+from merging.suites.suite import Suite
 
 PAPER = {"pretrained": 48.2, "fine_tuned": 90.3}
 

@@ -25,11 +25,13 @@ from functools import partial
 
 import pandas as pd
 
-from common import figures, spectral, vision
+from common import spectral
 from common.cache import cached_rows
-from common.run import Experiment, run
-from common.statistics import spread
-from merging import MERGERS, calibrate, calibration, chance, diagnose, mergers, summary, task_vector, task_vectors
+from common.lab import figures
+from common.lab.run import Experiment, run
+from common.lab.statistics import spread
+from merging import MERGERS, calibrate, calibration, diagnose, diagnosis, mergers, task_vector, task_vectors
+from merging.suites import unrelated, vision
 
 SUM, CHANCE = "plain_sum", "unrelated"  # the latter: the plain sum of unrelated updates
 RELATION = "Spearman of overlap and inflation"  # over the matrices
@@ -77,7 +79,7 @@ def measure_unit(settings, device, unit):
     methods = list(dict.fromkeys((*LINEAR, *(settings.methods if is_detailed else ()), CHANCE)))
     inputs = {"suite": suite.key, "methods": methods, "seed": seed, "depth": depth}
     build = partial(unit_rows, suite, methods, seed, depth)
-    code = (spectral, calibration, chance, mergers, summary, task_vectors)
+    code = (spectral, calibration, unrelated, mergers, diagnosis, task_vectors)
     code += (unit_rows, method_rows, layer_rows, pair_rows, expert_rows)
     rows = cached_rows("over_accumulation", inputs, build, code)
     return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]
@@ -86,11 +88,11 @@ def measure_unit(settings, device, unit):
 def unit_rows(suite, methods, seed, depth):
     updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
     for method in methods:
-        own = chance.unrelated(updates, seed) if method == CHANCE else updates
+        own = unrelated.unrelated(updates, seed) if method == CHANCE else updates
         merged = mergers.merge(SUM if method == CHANCE else method, own, seed)
         alpha = calibration.published_alpha(method, len(updates))
         for svc, update in {"none": merged, "output": calibrate(merged, own, alpha=alpha)}.items():
-            found = summary.calibrated_matrices(diagnose(update, own, alpha=alpha))
+            found = diagnosis.calibrated_matrices(diagnose(update, own, alpha=alpha))
             labels = dict(method=method, svc=svc, alpha=alpha if svc == "output" else None)
             for row in method_rows(found, method, svc, suite.tasks, depth):
                 yield labels | row
@@ -99,35 +101,35 @@ def unit_rows(suite, methods, seed, depth):
 
 def method_rows(found, method, svc, tasks, depth):
     layers, is_sum = list(found.values()), method in (SUM, CHANCE)
-    yield from rows_of(summary.totals(layers))
+    yield from rows_of(diagnosis.totals(layers))
     if is_sum and svc == "none":
-        overlap = pd.Series([float(summary.overlap_between_tasks(seen)) for seen in layers])
-        inflation = pd.Series([float(summary.tenths(seen.inflation)[0]) for seen in layers])
+        overlap = pd.Series([float(diagnosis.overlap_between_tasks(seen)) for seen in layers])
+        inflation = pd.Series([float(diagnosis.tenths(seen.inflation)[0]) for seen in layers])
         yield from rows_of({"overlap": overlap.mean(), RELATION: overlap.corr(inflation, method="spearman")})
     if method == SUM and svc == "none":
-        yield from rows_of(summary.privacy(layers))
+        yield from rows_of(diagnosis.privacy(layers))
     if depth > 1 or (depth and is_sum):
-        yield from tenth_rows("inflation", summary.mean(lambda seen: summary.tenths(seen.inflation), layers))
+        yield from tenth_rows("inflation", diagnosis.mean(lambda seen: diagnosis.tenths(seen.inflation), layers))
     if depth and is_sum:
-        energy = summary.mean(lambda seen: summary.energy_by_tenth(seen.singular_values), layers)
+        energy = diagnosis.mean(lambda seen: diagnosis.energy_by_tenth(seen.singular_values), layers)
         yield from tenth_rows("energy, %", energy)
     if depth and method == SUM:
         yield from layer_rows(found, depth)
         if svc == "none":
             yield from pair_rows(layers, tasks)
-            for octave, shares in summary.by_peak(layers).items():
+            for octave, shares in diagnosis.by_peak(layers).items():
                 yield from rows_of(shares, octave=octave)
 
 
 def layer_rows(found, depth):
     for layer, seen in found.items():
-        yield dict(layer=layer, metric="interference", value=summary.relative_interference([seen]))
+        yield dict(layer=layer, metric="interference", value=diagnosis.relative_interference([seen]))
         if depth > 1:
-            yield from tenth_rows("s", summary.tenths(seen.coefficients.mean(0)), layer=layer)
+            yield from tenth_rows("s", diagnosis.tenths(seen.coefficients.mean(0)), layer=layer)
 
 
 def pair_rows(layers, tasks):
-    overlap = summary.mean(lambda seen: seen.overlap, layers)  # (K, K)
+    overlap = diagnosis.mean(lambda seen: seen.overlap, layers)  # (K, K)
     for (i, task), (j, other) in itertools.combinations(enumerate(tasks), 2):
         yield dict(task=task, other=other, metric="overlap", value=float(overlap[i, j]))
 
@@ -136,9 +138,9 @@ def expert_rows(updates, depth):
     """Ranks and energies of the tasks' own updates: means over tasks and matrices."""
     matrices = [update[name] for update in updates for name in update if calibration.SVC_MATRICES(name, update[name])]
     spectra = [spectral.singular_values(matrix) for matrix in matrices]
-    yield from rows_of(summary.ranks(spectra))
+    yield from rows_of(diagnosis.ranks(spectra))
     if depth:
-        yield from tenth_rows("energy, %", summary.mean(summary.energy_by_tenth, spectra))
+        yield from tenth_rows("energy, %", diagnosis.mean(diagnosis.energy_by_tenth, spectra))
 
 
 def rows_of(values, **labels):

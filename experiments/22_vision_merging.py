@@ -17,11 +17,12 @@ Run      python experiments/22_vision_merging.py --scale laptop
 from dataclasses import dataclass
 from functools import partial
 
-from common import figures, vision
-from common.report import published_accuracy
-from common.run import Experiment, run
-from merging import MERGERS, mergers, variants
-from merging.variants import BASE, BASE_TUNED, SVC, SVC_1, SVC_TUNED
+from common.lab import figures
+from common.lab.report import published_accuracy
+from common.lab.run import Experiment, run
+from merging import MERGERS, mergers
+from merging.suites import comparison, vision
+from merging.suites.comparison import BASE, BASE_TUNED, SVC, SVC_1, SVC_TUNED
 
 OFF_SCALE = "plain_sum"  # without SVC so far below the others that it would flatten a figure
 
@@ -52,24 +53,24 @@ def measure(settings, context):
 
 
 def measure_suite(methods, suite, seed):
-    return variants.suite_rows(suite, methods, seed)
+    return comparison.suite_rows(suite, methods, seed)
 
 
 # From here on only the table is seen --------------------------------------------------------------------------------
 
 
 def smallest_backbone(table):
-    return table[table.backbone == variants.by_size(table.backbone)[0]].assign(
+    return table[table.backbone == comparison.by_size(table.backbone)[0]].assign(
         panel=lambda rows: rows.suite.map("{} tasks".format)
     )
 
 
 def draw(data):
-    means = smallest_backbone(variants.seed_means(data[data.method.isin(MERGERS)]))
-    means = variants.in_order(means, ["suite", "method"])
+    means = smallest_backbone(comparison.seed_means(data[data.method.isin(MERGERS)]))
+    means = comparison.in_order(means, ["suite", "method"])
     shown = means[means.row.isin([BASE, SVC, SVC_1]) & (means.method != OFF_SCALE)]
     tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
-    gains = smallest_backbone(variants.long_gains(data))
+    gains = smallest_backbone(comparison.long_gains(data))
     gains = gains[(gains.method != OFF_SCALE) | (gains.condition != "SVC − base")]
     options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
     difference = "difference in mean accuracy, points"
@@ -85,11 +86,11 @@ def compare(data, published):
         stands_for = vision.STANDS_FOR.get(backbone, backbone)
         return published_accuracy(published, f"{suite} vision tasks", stands_for, method, svc)
 
-    return variants.compared(data, paper, vision.setting)
+    return comparison.compared(data, paper, vision.setting)
 
 
 def verdict(data):
-    wide = variants.intervals(data)
+    wide = comparison.intervals(data)
     wide = wide[wide.method.isin(mergers.PUBLISHED)]
     if not vision.is_evidence(data, vision.STANDS_FOR) or set(wide.method) != set(mergers.PUBLISHED):
         return "not run at this scale"
@@ -98,8 +99,8 @@ def verdict(data):
     first = "reproduced" if above.all() else "direction reproduced" if linear.all() else "not reproduced"
     signs = wide["tuned SVC − tuned base"].map(lambda interval: interval.sign)
     return (
-        f"{first}: +SVC is above base in {above.sum()} of {len(wide)} cells. SVC {variants.beats(signs)}: both at "
-        f"tuned scales, it is {variants.counted(signs)}."
+        f"{first}: +SVC is above base in {above.sum()} of {len(wide)} cells. SVC {comparison.beats(signs)}: both at "
+        f"tuned scales, it is {comparison.counted(signs)}."
     )
 
 
@@ -116,7 +117,15 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, published="merging", tables=variants.tables, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    published="merging",
+    tables=comparison.tables,
+    deviations=DEVIATIONS,
 )
 
 if __name__ == "__main__":

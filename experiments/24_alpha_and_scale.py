@@ -25,14 +25,16 @@ from functools import partial
 import pandas as pd
 import torch
 
-from common import evaluation, figures, spectral, vision
+from common import evaluation, spectral
 from common.cache import cached_rows
-from common.report import published_accuracy
-from common.run import Experiment, run
-from common.statistics import paired_interval, spread, with_bounds
-from common.suites import Suite
-from merging import MERGERS, apply, calibrate, calibration, iso_basis, mergers, reference, task_vector, task_vectors
+from common.lab import figures
+from common.lab.report import published_accuracy
+from common.lab.run import Experiment, run
+from common.lab.statistics import paired_interval, spread, with_bounds
+from merging import MERGERS, apply, calibrate, calibration, iso_basis, mergers, task_vector, task_vectors
 from merging.calibration import SVC_MATRICES, published_alpha
+from merging.suites import reference, vision
+from merging.suites.suite import Suite
 
 SHARES_OF_1 = (1 / 4, 1 / 2, 1.0, 2.0)  # α = share / K, and
 ALPHAS = (0.5, 1.0, 2.0, 4.0)

@@ -20,13 +20,15 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from common import evaluation, figures, spectral, vision
+from common import evaluation, spectral
 from common.cache import cached_rows
-from common.report import published_accuracy
-from common.run import Experiment, run
-from common.statistics import paired_interval, spread, with_bounds
-from common.suites import Suite
+from common.lab import figures
+from common.lab.report import published_accuracy
+from common.lab.run import Experiment, run
+from common.lab.statistics import paired_interval, spread, with_bounds
 from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector, task_vectors
+from merging.suites import vision
+from merging.suites.suite import Suite
 
 CODE = (calibration, mergers, task_vectors, spectral, evaluation, Suite)
 

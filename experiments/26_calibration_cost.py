@@ -26,11 +26,11 @@ import pandas as pd
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from common import benchmark, figures
-from common.run import Experiment, run
+from common.lab import benchmark, figures
+from common.lab.run import Experiment, run
 from merging import calibrate, plain_sum
 from merging.calibration import SVC_MATRICES
-from merging.reference import calibrate_by_svd, calibration_floor
+from merging.suites.reference import calibrate_by_svd, calibration_floor
 
 CONTENDERS = {
     "calibrate": calibrate,

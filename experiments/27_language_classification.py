@@ -20,12 +20,13 @@ from functools import partial
 
 import pandas as pd
 
-from common import figures, language
-from common.fine_tuning import TextRecipe
-from common.report import published_accuracy
-from common.run import Experiment, run
-from merging import MERGERS, mergers, variants
-from merging.variants import BASE, BASE_TUNED, SVC, SVC_1, SVC_TUNED
+from common.lab import figures
+from common.lab.report import published_accuracy
+from common.lab.run import Experiment, run
+from merging import MERGERS, mergers
+from merging.suites import comparison, language
+from merging.suites.comparison import BASE, BASE_TUNED, SVC, SVC_1, SVC_TUNED
+from merging.suites.text_experts import TextRecipe
 
 GAIN = 5.0  # points over the probe
 OFF_SCALE = "plain_sum"  # without SVC so far below the others that it would flatten a figure
@@ -64,17 +65,17 @@ def measure(settings, context):
 
 def measure_suite(settings, device, backbone, suite, seed):
     yield from language.probe_rows(backbone, suite, settings.recipe, device)
-    yield from variants.suite_rows(suite, settings.methods, seed)
+    yield from comparison.suite_rows(suite, settings.methods, seed)
 
 
 # From here on only the table is seen --------------------------------------------------------------------------------
 
 
 def draw(data):
-    means = variants.panels(variants.seed_means(data[data.method.isin(MERGERS)]))
+    means = comparison.panels(comparison.seed_means(data[data.method.isin(MERGERS)]))
     shown = means[means.row.isin([BASE, SVC, SVC_1]) & (means.method != OFF_SCALE)]
     tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
-    gains = variants.panels(variants.long_gains(data))
+    gains = comparison.panels(comparison.long_gains(data))
     gains = gains[(gains.method != OFF_SCALE) | (gains.condition != "SVC − base")]
     options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
     return {
@@ -98,8 +99,8 @@ def setting(backbone):
 
 def compare(data, published):
     """Every base and +SVC of the backbones, then the paper's BERT row beside MiniLM, which stands for it."""
-    lines = [variants.compared(variants.models(data), partial(paper, published), setting)]
-    means = variants.seed_means(data[data.backbone == "MiniLM"])
+    lines = [comparison.compared(comparison.models(data), partial(paper, published), setting)]
+    means = comparison.seed_means(data[data.backbone == "MiniLM"])
     for row, svc in {BASE: "none", SVC: "output"}.items():
         values = means[(means.method == "task_arithmetic") & (means.row == row)].value
         number, _ = published_accuracy(published, SUITES["BERT"], "BERT", "task_arithmetic", svc)
@@ -111,14 +112,14 @@ def compare(data, published):
 
 def tables(data):
     heading = "The suite: accuracy in % (pretrained: the base under the expert's head)"
-    return {heading: language.suite_table(data)} | variants.tables(variants.models(data))
+    return {heading: language.suite_table(data)} | comparison.tables(comparison.models(data))
 
 
 def verdict(data):
     cells = set(zip(data.backbone, data.suite, strict=True)) & EVIDENCE
     if not cells or (cells == {("MiniLM", 8)} and data.seed.nunique() < 3):
         return "not run at this scale"
-    wide = variants.intervals(data)
+    wide = comparison.intervals(data)
     wide = wide[wide.method.isin(mergers.PUBLISHED)]
     above = wide["SVC − base"].map(lambda interval: interval.sign == 1)
     first, others = above[wide.method == "task_arithmetic"], above[wide.method != "task_arithmetic"]
@@ -128,8 +129,8 @@ def verdict(data):
     probed = table["expert − probe"].dropna() if "expert − probe" in table else pd.Series(dtype=float)
     return (
         f"{result}: +SVC is above base for Task Arithmetic in {first.sum()} of {len(first)} suites, for the other "
-        f"published mergers in {others.sum()} of {len(others)} cells. SVC {variants.beats(signs)}: both at tuned "
-        f"scales, it is {variants.counted(signs)}. The experts gain at least {GAIN:g} points over the probe on "
+        f"published mergers in {others.sum()} of {len(others)} cells. SVC {comparison.beats(signs)}: both at tuned "
+        f"scales, it is {comparison.counted(signs)}. The experts gain at least {GAIN:g} points over the probe on "
         f"{(probed >= GAIN).sum()} of {len(probed)} tasks that have one."
     )
 

@@ -21,16 +21,17 @@ from functools import partial
 
 import pandas as pd
 
-from common import figures, language
-from common.fine_tuning import TextRecipe
-from common.report import published_accuracy
-from common.run import Experiment, run
-from merging import MERGERS, mergers, variants
+from common.lab import figures
+from common.lab.report import published_accuracy
+from common.lab.run import Experiment, run
+from merging import MERGERS, mergers
 from merging.adapters import load_adapter
 from merging.calibration import published_alpha
 from merging.lowrank import FACTORED
-from merging.reference import factored_errors
-from merging.variants import BASE, BASE_TUNED, SVC, SVC_1, SVC_TUNED
+from merging.suites import comparison, language
+from merging.suites.comparison import BASE, BASE_TUNED, SVC, SVC_1, SVC_TUNED
+from merging.suites.reference import factored_errors
+from merging.suites.text_experts import TextRecipe
 
 EXACT = 1e-5
 SUITES = {"Flan-T5-base LoRA": "Flan-T5-base", "Flan-T5-large LoRA": "Flan-T5-large"}  # rows "GLUE 8 tasks LoRA-16"
@@ -71,16 +72,16 @@ def measure_suite(settings, device, backbone, suite, seed):
     """LoRA in factored form beside its errors; IA³ as vectors and, as the mergers of matrices do it, densely."""
     probes = list(language.probe_rows(backbone, suite, settings.recipe, device))
     adapters = [load_adapter(folder) for folder in suite.adapters]
-    factored = partial(variants.adapter_forms, adapters, suite.pretrained)
+    factored = partial(comparison.adapter_forms, adapters, suite.pretrained)
     if adapters[0].kind == "lora":
         yield from probes
-        yield from variants.suite_rows(suite, settings.methods, seed, factored, {"form": "factored"})
+        yield from comparison.suite_rows(suite, settings.methods, seed, factored, {"form": "factored"})
         yield from error_rows(adapters, [method for method in settings.methods if method in FACTORED])
         return
-    for form, merge in {"vectors": factored, "matrices": variants.dense_forms}.items():
+    for form, merge in {"vectors": factored, "matrices": comparison.dense_forms}.items():
         labels = {"form": form, "backbone": f"{backbone}, {form}"}
         yield from (row | labels for row in probes)
-        yield from variants.suite_rows(suite, settings.methods, seed, merge, labels)
+        yield from comparison.suite_rows(suite, settings.methods, seed, merge, labels)
 
 
 def error_rows(adapters, methods):
@@ -99,12 +100,12 @@ def error_rows(adapters, methods):
 
 def models(data):
     """The rows of models: not chance or the probe, nor errors."""
-    return variants.models(data[data.metric != "relative error"])
+    return comparison.models(data[data.metric != "relative error"])
 
 
 def draw(data):
     data = models(data)
-    means = variants.panels(variants.seed_means(data[data.method.isin(MERGERS)]))
+    means = comparison.panels(comparison.seed_means(data[data.method.isin(MERGERS)]))
     shown = means[means.row.isin([BASE, SVC, SVC_1])]
     tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
     options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
@@ -112,7 +113,7 @@ def draw(data):
         "accuracy_by_merger": figures.paired(shown, start=BASE, **options),
         "accuracy_at_tuned_scales": figures.paired(tuned, start=BASE_TUNED, **options),
         "paired_gains": figures.forest(
-            variants.panels(variants.long_gains(data)), item="method", panel="panel", xlabel="difference in points"
+            comparison.panels(comparison.long_gains(data)), item="method", panel="panel", xlabel="difference in points"
         ),
     }
 
@@ -128,7 +129,7 @@ def setting(backbone):
 
 
 def compare(data, published):
-    lines = variants.compared(models(data), partial(paper, published), setting)
+    lines = comparison.compared(models(data), partial(paper, published), setting)
     errors = data[(data.metric == "relative error") & (data.form == "factored")]
     errors = errors.groupby("backbone", sort=False).value.max()
     none = dict.fromkeys(("paper", "sd", "n"), math.nan)
@@ -143,7 +144,7 @@ def tables(data):
     errors = data[data.metric == "relative error"]
     keys = ["backbone", "suite", "form", "method"]
     errors = errors.pivot_table(index=keys, columns="svc", values="value", aggfunc="max")
-    shown = variants.tables(models(data)) | {"The suites": language.suite_table(data)}
+    shown = comparison.tables(models(data)) | {"The suites": language.suite_table(data)}
     if len(errors):
         names = {"none": "merged", "output": "merged and calibrated"}
         heading = "Largest relative error against matrices in float64 (matrices: those in float32)"
@@ -159,12 +160,12 @@ def verdict(data):
         return "not run at this scale"
     error = data[(data.metric == "relative error") & (data.form == "factored")].value.max()
     exact = f"factored form: {'exact' if error <= EXACT else 'not exact'} (largest error {error:.1e})"
-    wide = variants.intervals(scored)
+    wide = comparison.intervals(scored)
     signs = wide["tuned SVC − tuned base"].map(lambda interval: interval.sign)
     kinds = {"LoRA": "LoRA", "IA³ by the vector rule": "IA³, vectors"}
     first = wide[wide.method == "task_arithmetic"]
     parts = [outcome(name, first[first.backbone.str.endswith(ending)]) for name, ending in kinds.items()]
-    return f"{exact}; {'; '.join(parts)}; both at tuned scales, SVC is {variants.counted(signs)}."
+    return f"{exact}; {'; '.join(parts)}; both at tuned scales, SVC is {comparison.counted(signs)}."
 
 
 def outcome(name, rows):

@@ -43,11 +43,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common import benchmark, figures
-from common.run import Experiment, run
+from common.lab import benchmark, figures
+from common.lab.run import Experiment, run
+from merging.command.recipe import shard_bytes
 from merging.lowrank import LowRank, merge_and_calibrate, merge_low_rank
-from merging.recipe import shard_bytes
-from merging.reference import task_arithmetic_by_entry, ties_by_entry
+from merging.suites.reference import task_arithmetic_by_entry, ties_by_entry
 
 SCALE = 0.3
 TWINS = {"task_arithmetic": task_arithmetic_by_entry, "ties": ties_by_entry}

@@ -32,19 +32,22 @@ import torch.nn.functional as F
 from matplotlib.lines import Line2D
 from scipy.stats import spearmanr
 
-from common import evaluation, figures, hessian, spectral, vision
+from common import evaluation, hessian, spectral
 from common.cache import cached_rows
-from common.images import IMAGENET, ImageTask
-from common.run import Experiment, run
-from common.statistics import Interval, relative_change, spread
-from common.suites import Suite
+from common.lab import figures
+from common.lab.run import Experiment, run
+from common.lab.statistics import Interval, relative_change, spread
 from common.training import Recipe
-from merging import MERGERS, apply, calibrate, calibration, mergers, scale, task_vector, task_vectors
+from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector, task_vectors, tuning
 from merging.calibration import SVC_MATRICES, published_alpha
-from sparsity import activations, blocks, find_blocks, flatness, probe, probes, study
+from merging.suites import vision
+from merging.suites.suite import Suite
+from sparsity import activations, blocks, find_blocks, flatness, probe, probes
+from sparsity.studies import study
+from sparsity.studies.images import IMAGENET, ImageTask
 
 ADAMW = (0.9, 0.999)
-CODE = (calibration, mergers, scale, task_vectors, spectral, evaluation, Suite, hessian)
+CODE = (calibration, mergers, tuning, task_vectors, spectral, evaluation, Suite, hessian)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Settings:
     recipe: vision.GlyphRecipe = vision.GlyphRecipe()
     images: int = 24  # of each task and model
     training_seeds: tuple[int, ...] = (0, 1, 2)
-    variants: tuple[str, ...] = ("vanilla", "modified", "vanilla, MLP norms undecayed")  # of sparsity.study
+    variants: tuple[str, ...] = ("vanilla", "modified", "vanilla, MLP norms undecayed")  # of sparsity.studies.study
     task: ImageTask = ImageTask("digits", depth=2)  # task and recipe are those of experiment 03
     training: Recipe = Recipe(2400, 16, 3e-3, warmup=0.07, weight_decay=1.25, betas=ADAMW)
     training_images: int = 64  # of each snapshot
@@ -209,7 +212,7 @@ def models_of(suite, method, seed):
     calibrated = calibrate(merged, updates, alpha=published_alpha(method, len(updates)))
     for svc, update in {"none": merged, "output": calibrated}.items():
         scores = partial(validation_scores, suite, update)
-        for rule, factor in {"fixed": 1.0, "validation": scale.tune_scale(scores)}.items():
+        for rule, factor in {"fixed": 1.0, "validation": tuning.tune_scale(scores)}.items():
             labels = dict(svc=svc, scale_rule=rule, scale=factor)
             yield labels, [apply(suite.pretrained, update, factor)] * len(suite.tasks)
 

@@ -1,4 +1,5 @@
 """Merging fine-tuned models by their task vectors, and singular value calibration (SVC, arXiv 2602.05536)."""
+
 from merging.calibration import calibrate, diagnose
 from merging.mergers import (
     MERGERS,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.spectral import working
 from merging.lowrank import extract, fold, merge_and_calibrate, merge_low_rank, zero_like
-from merging.peft_format import Adapter, load_adapter, save_adapter
+from merging.peft_files import Adapter, load_adapter, save_adapter
 from merging.task_vectors import Predicate, TaskVector, check_finite, matrices_without
 
 __all__ = [

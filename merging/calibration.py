@@ -9,6 +9,7 @@ of the merged update with left singular vectors u_r, and the tasks' own updates 
     γ_r = K / Σ_i max(s_ir, α)                          calibration factor
     ΔW̃ = U diag(γ) Uᵀ ΔW                                so V is never needed, and U is an eigenbasis of ΔW ΔWᵀ
 """
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,8 @@ from common.spectral import (
 from merging.task_vectors import OneTensor, Predicate, TaskVector, check, check_choice, matrices_without
 
 SVC_MATRICES = matrices_without("text_projection", "embedding")
-FUSED_QKV = ("in_proj_weight", "qkv.weight")    # how torch and open_clip, and timm, end the names of (3d, d) weights
-OVERLAP_RANK = 8                                # leading directions that `Diagnosis.overlap` compares
+FUSED_QKV = ("in_proj_weight", "qkv.weight")  # how torch and open_clip, and timm, end the names of (3d, d) weights
+OVERLAP_RANK = 8  # leading directions that `Diagnosis.overlap` compares
 
 
 def calibrate(
@@ -86,9 +87,7 @@ def calibrate(
     options = _Options(alpha, space, target, rule, matrices, vectors, split_qkv, flatten, bases)
     calibrated = {}
     for name, _, blocks in _walk(merged, task_vectors, options):
-        parts = [
-            _directions(block, updates, options).calibrated().to(block.merged.dtype) for block, updates in blocks
-        ]
+        parts = [_directions(block, updates, options).calibrated().to(block.merged.dtype) for block, updates in blocks]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else merged[name].clone()
         calibrated[name] = whole.reshape(merged[name].shape)
     return calibrated
@@ -107,16 +106,16 @@ class Diagnosis:
     Directions from `rank` on are null: their coefficients are rounding noise, and their γ has no effect.
     """
 
-    treatment: str                              # "calibrated", "vector rule" or "merged value"
-    singular_values: Tensor | None = None       # (r,) σ of the merged update
-    rank: int | None = None                     # how many of them are above 1e-6 of the largest
-    coefficients: Tensor | None = None          # (K, r) s
-    max_coefficient: Tensor | None = None       # (r,) max_i s: far above K where a direction is nearly private
-    gamma: Tensor | None = None                 # (r,) γ: the calibrated singular value is γ σ
-    energy: Tensor | None = None                # (K, r) ‖a‖², the tasks' own response
-    interference: Tensor | None = None          # (K, r) (s − 1)² ‖a‖²
-    inflation: Tensor | None = None             # (r,) σ over the mean of the tasks' own j-th singular values
-    overlap: Tensor | None = None               # (K, K) of the leading min(8, r) directions of each task, see below
+    treatment: str  # "calibrated", "vector rule" or "merged value"
+    singular_values: Tensor | None = None  # (r,) σ of the merged update
+    rank: int | None = None  # how many of them are above 1e-6 of the largest
+    coefficients: Tensor | None = None  # (K, r) s
+    max_coefficient: Tensor | None = None  # (r,) max_i s: far above K where a direction is nearly private
+    gamma: Tensor | None = None  # (r,) γ: the calibrated singular value is γ σ
+    energy: Tensor | None = None  # (K, r) ‖a‖², the tasks' own response
+    interference: Tensor | None = None  # (K, r) (s − 1)² ‖a‖²
+    inflation: Tensor | None = None  # (r,) σ over the mean of the tasks' own j-th singular values
+    overlap: Tensor | None = None  # (K, K) of the leading min(8, r) directions of each task, see below
 
 
 def diagnose(merged: TaskVector, task_vectors: Sequence[TaskVector], **options: Any) -> dict[str, Diagnosis]:
@@ -145,6 +144,7 @@ def diagnose(merged: TaskVector, task_vectors: Sequence[TaskVector], **options: 
 
 # What is calibrated --------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class _Options:
     alpha: float | None
@@ -171,7 +171,7 @@ class _Block:
     """One matrix to calibrate: a tensor, or a third of a fused weight."""
 
     name: str
-    merged: Tensor                                                              # (m, n)
+    merged: Tensor  # (m, n)
     is_vector: bool
 
 
@@ -211,14 +211,16 @@ def _treatment(name: str, tensor: Tensor, options: _Options) -> str:
     if not options.matrices(name, tensor):
         return "merged value"
     if tensor.ndim != 2:
-        raise ValueError(f"{name!r}: `matrices` selects a tensor of shape {tuple(tensor.shape)}, which is no matrix"
-                         + (" (flatten=True makes it one)" if tensor.ndim > 2 else ""))
+        raise ValueError(
+            f"{name!r}: `matrices` selects a tensor of shape {tuple(tensor.shape)}, which is no matrix"
+            + (" (flatten=True makes it one)" if tensor.ndim > 2 else "")
+        )
     return "calibrated"
 
 
 def _parts(name: str, tensor: Tensor, options: _Options) -> dict[str, Tensor]:
     if tensor.ndim == 1:
-        return {name: tensor[None]}         # a vector as (1, n): u = 1, and s is that of the vector rule
+        return {name: tensor[None]}  # a vector as (1, n): u = 1, and s is that of the vector rule
     matrix = tensor.flatten(1)
     if not (options.split_qkv and name.endswith(FUSED_QKV)):
         return {name: matrix}
@@ -229,19 +231,20 @@ def _parts(name: str, tensor: Tensor, options: _Options) -> dict[str, Tensor]:
 
 # The computation -----------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class _Directions:
     """A matrix in its spectral directions, ΔW = left @ right, transposed where the space is that of the input."""
 
-    left: Tensor                                                                # (m, r)
-    right: Tensor                                                               # (r, n)
-    coefficients: Tensor                                                        # (K, r)
-    energy: Tensor                                                              # (K, r)
-    divisor: Tensor                                                             # (r,) 1 / γ
+    left: Tensor  # (m, r)
+    right: Tensor  # (r, n)
+    coefficients: Tensor  # (K, r)
+    energy: Tensor  # (K, r)
+    divisor: Tensor  # (r,) 1 / γ
     transposed: bool
 
     def calibrated(self) -> Tensor:
-        if len(self.left) > self.right.shape[1]:                                # scale the smaller factor
+        if len(self.left) > self.right.shape[1]:  # scale the smaller factor
             matrix = self.left @ (self.right / self.divisor[:, None])
         else:
             matrix = (self.left / self.divisor) @ self.right
@@ -255,7 +258,7 @@ def _directions(block: _Block, updates: Sequence[Tensor], options: _Options) -> 
         left, right = _factors_in_basis(block.name, matrix, options.bases[block.name])
     else:
         left, right = spectral_factors(matrix)
-    oriented = map(torch.t, updates) if transposed else updates                 # one task at a time: no (K, m, n)
+    oriented = map(torch.t, updates) if transposed else updates  # one task at a time: no (K, m, n)
     coefficients, energy = projection_coefficients(left, right, oriented)
     divisor = _vector_divisor(coefficients) if block.is_vector else _divisor(coefficients, options)
     return _Directions(left, right, coefficients, energy, divisor, transposed)
@@ -273,7 +276,7 @@ def _divisor(coefficients: Tensor, options: _Options) -> Tensor:
 
 
 def _vector_divisor(coefficients: Tensor) -> Tensor:
-    mean = coefficients.mean(0)                                                 # (1,)
+    mean = coefficients.mean(0)  # (1,)
     return mean.where(mean > 0, 1)
 
 

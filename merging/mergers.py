@@ -10,6 +10,7 @@ remaining directions only. Updates of full rank are not affected.
 
 To add a merger, write one function and add it to `MERGERS` at the end.
 """
+
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 from common.spectral import RANK_TOLERANCE, numerical_rank, polar, product, singular_values, svd, working
 from merging.task_vectors import OneTensor, Predicate, TaskVector, check, check_choice, check_finite, matrices_without
 
-Updates = Sequence[Tensor]                                                      # one tensor of each task
+Updates = Sequence[Tensor]  # one tensor of each task
 
 SUM_MATRICES = matrices_without("text_projection", "token_embedding")
 TSV_MATRICES = matrices_without("text_projection", "embedding")
@@ -40,7 +41,7 @@ def _merge_each(
         first = task_vectors[0][name]
         shape, dtype = first.shape, first.dtype
         refused = matrices is not None and not (first.numel() and matrices(name, first))
-        del first                                                               # tasks may be large: one at a time
+        del first  # tasks may be large: one at a time
         view = working if matrices is None or refused else partial(_as_matrix, name)
         result = (_mean if refused else rule)(OneTensor(task_vectors, name, view))
         merged[name] = result.reshape(shape).to(dtype)
@@ -50,7 +51,7 @@ def _merge_each(
 def _as_matrix(name: str, tensor: Tensor) -> Tensor:
     if tensor.ndim < 2:
         raise ValueError(f"{name!r}: `matrices` selects a tensor of shape {tuple(tensor.shape)}, which is no matrix")
-    return working(tensor).flatten(1)                                           # (out, rest)
+    return working(tensor).flatten(1)  # (out, rest)
 
 
 def _sum(updates: Iterable[Tensor]) -> Tensor:
@@ -67,6 +68,7 @@ def _mean(updates: Updates) -> Tensor:
 
 
 # Linear combinations -------------------------------------------------------------------------------------------------
+
 
 def weight_average(task_vectors: Sequence[TaskVector]) -> dict[str, Tensor]:
     """Return the mean of the task vectors, τ = (1/K) Σ τ_i."""
@@ -94,6 +96,7 @@ def plain_sum(task_vectors: Sequence[TaskVector], *, matrices: Predicate = SUM_M
 
 
 # Elections and masks -------------------------------------------------------------------------------------------------
+
 
 def ties(
     task_vectors: Sequence[TaskVector],
@@ -149,14 +152,14 @@ def _trimmed(task_vectors: Sequence[TaskVector], name: str, thresholds: list[Ten
 
 
 def _ties_signs(trimmed: Tensor) -> Tensor:
-    return trimmed.sum(0).sign()                                                # (K, …) → (…)
+    return trimmed.sum(0).sign()  # (K, …) → (…)
 
 
 def _ties_combine(trimmed: Tensor, majority: int, combine: str) -> Tensor:
     """Combine the entries (K, …) of the elected sign; an undecided entry follows the majority, else it is negative."""
     signs = _ties_signs(trimmed)
     positive = (signs > 0) | ((signs == 0) & (majority > 0))
-    agrees = torch.where(positive, trimmed > 0, trimmed < 0)                    # (K, …)
+    agrees = torch.where(positive, trimmed > 0, trimmed < 0)  # (K, …)
     total = trimmed.where(agrees, 0).sum(0)
     return total if combine == "sum" else total / agrees.sum(0).clamp_min(1)
 
@@ -188,10 +191,11 @@ def dare(task_vectors: Sequence[TaskVector], drop: float = 0.8, seed: int = 0) -
 def _dare_mask(tensor: Tensor, drop: float, seed: int, index: int, name: str) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return (torch.rand(tensor.shape, generator=generator) >= drop).to(tensor)   # drawn on the CPU for every device
+    return (torch.rand(tensor.shape, generator=generator) >= drop).to(tensor)  # drawn on the CPU for every device
 
 
 # Spectral mergers ----------------------------------------------------------------------------------------------------
+
 
 def tsv_m(
     task_vectors: Sequence[TaskVector], *, matrices: Predicate = TSV_MATRICES, side: int | None = None
@@ -281,12 +285,12 @@ def _iso_cts_matrix(updates: Updates, side: int | None = None) -> Tensor:
 
 def _iso_cts_triplets(updates: Updates, side: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     common, own = _iso_cts_counts(min(updates[0].shape) if side is None else side, len(updates))
-    total = torch.zeros_like(updates[0], dtype=torch.float64)                   # for Û may be ill-conditioned
+    total = torch.zeros_like(updates[0], dtype=torch.float64)  # for Û may be ill-conditioned
     for update in updates:
         _add(total, update)
         del update
     triplets = [_top(total, common)]
-    shared = triplets[0][0]                                                     # (m, c)
+    shared = triplets[0][0]  # (m, c)
     del total
     for update in updates if own else []:
         left, singular, right = svd(_outside(shared, update), own)
@@ -349,7 +353,7 @@ def _star_matrix(update: Tensor, share: float) -> Tensor:
     total = cumulative[-1]
     if total <= 1e-12:
         return torch.zeros_like(update)
-    kept = int((cumulative < share * total).sum()) + 1                          # p
+    kept = int((cumulative < share * total).sum()) + 1  # p
     return (left[:, :kept] * (singular[:kept] * total / cumulative[kept - 1])) @ right[:kept]
 
 
@@ -410,7 +414,7 @@ MERGERS: dict[str, Callable[..., dict[str, Tensor]]] = {
 }
 
 
-PUBLISHED = ("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "iso_cts")    # the mergers of the paper's main table
+PUBLISHED = ("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "iso_cts")  # the mergers of the paper's main table
 
 
 def check_methods(names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 Only floating-point tensors take part. Integer and boolean ones (counters, position ids, masks) keep the pretrained
 value: `task_vector` leaves them out, and everything that reads task vectors passes over them.
 """
+
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,8 +100,10 @@ def matrices_without(*words: str, conv: bool = False) -> Predicate:
         words: parts of names that are left out.
         conv: accept tensors of more dimensions as well, to be treated as (out, rest).
     """
+
     def is_treated(name: str, tensor: Tensor) -> bool:
         return (tensor.ndim == 2 or (conv and tensor.ndim > 2)) and not any(word in name for word in words)
+
     return is_treated
 
 

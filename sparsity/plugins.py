@@ -7,7 +7,7 @@ K, values V and activation σ on the token x_t at position t (after its norm, wh
     w ≥ 1, no bias              restricted norm; in fine-tuning |w| ≥ min(step / uplift, 1), and the bias stays as it is
     σ = JSReLU                  in fine-tuning (1 − k) σ_old + k JSReLU, k = min(step / mixing, 1)
 
-The modules themselves, and what keeps b and w within their bounds, are in sparsity/plugged.py.
+The modules themselves, and what keeps b and w within their bounds, are in sparsity/plugin_modules.py.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsity.activations import Mixture, make
 from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks
-from sparsity.plugged import (
+from sparsity.plugin_modules import (
     Past,
     PluggedBlock,
     PluggedInput,

@@ -1,4 +1,5 @@
 """The Python snippets of the README run, one after the other, as a reader would paste them."""
+
 from pathlib import Path
 
 from sybil import Sybil

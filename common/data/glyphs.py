@@ -8,6 +8,7 @@ A `Style` says how glyphs are photographed. `MILD` is what the base model sees i
 of all downstream tasks, in training and test alike: slanted and half-toned. Every expert learns that same domain and
 its own task's confusions, and so the experts share directions, which is the situation the merging paper is about.
 """
+
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -138,10 +139,10 @@ def photographs(data: Glyphs, style: Style, copies: int, seed: int) -> tuple[Ten
 
 def photograph(images: Tensor, style: Style, generator: Generator) -> Tensor:
     """Turn drawings (B, 64, 64) uint8 into photographs (B, 3, 24, 24), about in [−1, 1], one random view each."""
-    ink = images[:, None].float() / 255                                             # (B, 1, 64, 64)
+    ink = images[:, None].float() / 255  # (B, 1, 64, 64)
     uniform = _Uniform(len(images), generator, images.device)
     ink = _stroke(ink, uniform(0, 1), style.stroke)
-    ink = _warp(ink, style, uniform)                                                # (B, 1, 24, 24)
+    ink = _warp(ink, style, uniform)  # (B, 1, 24, 24)
     ink = torch.where(uniform(0, 1) < style.blur, F.avg_pool2d(ink, 3, 1, 1), ink)
     ink = ink * (1 - style.halftone * _checker(ink.device)) * uniform(1 - style.contrast, 1)
     if style.clutter:

@@ -17,6 +17,7 @@ Names and templates are in clip_prompts.json. They agree with CLIP's prompts.md 
 EuroSAT, where CLIP's page differs from the data set. The order of the data set's own labels is the one that counts, and
 every load compares the two. What no source showed is listed in each task's `unverified`.
 """
+
 import json
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -42,11 +43,11 @@ class VisionTask:
     """One task: where its images are, which expert belongs to it, how many classes it has, what is not confirmed."""
 
     name: str
-    expert: str                                 # the expert of base B is tanganke/B_{expert}
+    expert: str  # the expert of base B is tanganke/B_{expert}
     repo: str
     classes: int
     config: str = "default"
-    folder: str = "data"                        # files: {folder}/{split}-00000-of-00001.parquet
+    folder: str = "data"  # files: {folder}/{split}-00000-of-00001.parquet
     test_split: str = "test"
     train_split: str = "train"
     image: str = "image"
@@ -71,28 +72,61 @@ class VisionTask:
 VISION_TASKS: dict[str, VisionTask] = {
     task.name: task
     for task in (
-        VisionTask("SUN397", "sun397", "tanganke/sun397", 397, unverified=(
-            "label names after the 41st on the data card (the order is fusion_bench's; the public viewer counts 287 "
-            "classes in the part it reads, every load here checks for 397)",
-        )),
-        VisionTask("Cars", "stanford-cars", "tanganke/stanford_cars", 196, unverified=(
-            "label names after the 44th on the data card (the order is fusion_bench's)",
-        )),
-        VisionTask("RESISC45", "resisc45", "tanganke/resisc45", 45, unverified=(
-            "columns image and label (no card seen)",
-            "label names on the data card (the order is fusion_bench's)",
-        )),
-        VisionTask("EuroSAT", "eurosat", "tanganke/eurosat", 10, unverified=(
-            "label names after the first on the data card (the order is fusion_bench's, not that of CLIP's page)",
-        )),
-        VisionTask("SVHN", "svhn", "ufldl-stanford/svhn", 10, config="cropped_digits", folder="cropped_digits",
-                   unverified=(
-                       "columns image and label of config cropped_digits (only the label names of full_numbers seen)",
-                       "OpenAI publishes no template for SVHN (this one: task_vectors and fusion_bench)",
-                   )),
-        VisionTask("GTSRB", "gtsrb", "tanganke/gtsrb", 43, unverified=(
-            "label names after the first on the data card (the order is fusion_bench's)",
-        )),
+        VisionTask(
+            "SUN397",
+            "sun397",
+            "tanganke/sun397",
+            397,
+            unverified=(
+                "label names after the 41st on the data card (the order is fusion_bench's; the public viewer counts 287"
+                " classes in the part it reads, every load here checks for 397)",
+            ),
+        ),
+        VisionTask(
+            "Cars",
+            "stanford-cars",
+            "tanganke/stanford_cars",
+            196,
+            unverified=("label names after the 44th on the data card (the order is fusion_bench's)",),
+        ),
+        VisionTask(
+            "RESISC45",
+            "resisc45",
+            "tanganke/resisc45",
+            45,
+            unverified=(
+                "columns image and label (no card seen)",
+                "label names on the data card (the order is fusion_bench's)",
+            ),
+        ),
+        VisionTask(
+            "EuroSAT",
+            "eurosat",
+            "tanganke/eurosat",
+            10,
+            unverified=(
+                "label names after the first on the data card (the order is fusion_bench's, not that of CLIP's page)",
+            ),
+        ),
+        VisionTask(
+            "SVHN",
+            "svhn",
+            "ufldl-stanford/svhn",
+            10,
+            config="cropped_digits",
+            folder="cropped_digits",
+            unverified=(
+                "columns image and label of config cropped_digits (only the label names of full_numbers seen)",
+                "OpenAI publishes no template for SVHN (this one: task_vectors and fusion_bench)",
+            ),
+        ),
+        VisionTask(
+            "GTSRB",
+            "gtsrb",
+            "tanganke/gtsrb",
+            43,
+            unverified=("label names after the first on the data card (the order is fusion_bench's)",),
+        ),
         VisionTask("MNIST", "mnist", "ylecun/mnist", 10, config="mnist", folder="mnist"),
         VisionTask("DTD", "dtd", "tanganke/dtd", 47, unverified=("number of data files (the card shows data/test-*)",)),
     )
@@ -131,20 +165,18 @@ def load_validation_set(task: VisionTask, limit: int | None = None) -> Any:
     Args, Raises: as `load_test_set`; `limit` takes the first images of the random order.
     """
     rows = load_split(task, task.train_split)
-    held_out = permutation(len(rows), VALIDATION_SEED)[len(rows) - int(len(rows) * VALIDATION_FRACTION):]
+    held_out = permutation(len(rows), VALIDATION_SEED)[len(rows) - int(len(rows) * VALIDATION_FRACTION) :]
     return rows.select(held_out[:limit])
 
 
-def image_loader(
-    rows: Any, preprocess: Callable[[Any], Tensor], batch_size: int = 128, workers: int = 0
-) -> DataLoader:
+def image_loader(rows: Any, preprocess: Callable[[Any], Tensor], batch_size: int = 128, workers: int = 0) -> DataLoader:
     """Iterate over rows as pairs: images (B, 3, H, W), labels (B,); `preprocess` makes (3, H, W) of a PIL image."""
     return DataLoader(rows, batch_size=batch_size, num_workers=workers, collate_fn=partial(_collate, preprocess))
 
 
 def _collate(preprocess: Callable[[Any], Tensor], batch: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    images = torch.stack([preprocess(row["image"]) for row in batch])           # (B, 3, H, W)
-    return images, torch.tensor([row["label"] for row in batch])                # (B,)
+    images = torch.stack([preprocess(row["image"]) for row in batch])  # (B, 3, H, W)
+    return images, torch.tensor([row["label"] for row in batch])  # (B,)
 
 
 def snapshot(repo: str, kind: Literal["model", "dataset"], patterns: Sequence[str]) -> Path:

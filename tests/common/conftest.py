@@ -1,9 +1,10 @@
 """A small experiment, written as a script of its own, and a git clone-like folder around it."""
+
 from pathlib import Path
 
 import pytest
 
-from common.results import load_experiment
+from common.lab.results import load_experiment
 
 SCRIPT = '''\
 """Squares of small numbers (no figure of any paper).
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from common import figures
-from common.run import Experiment, run
+from common.lab import figures
+from common.lab.run import Experiment, run
 
 
 @dataclass(frozen=True)
@@ -99,4 +100,4 @@ def experiment(script):
 @pytest.fixture
 def clean(monkeypatch):
     """Runs believe that they come from a clean commit."""
-    monkeypatch.setattr("common.run.git_state", lambda: {"commit": "0123456789abcdef", "dirty": False})
+    monkeypatch.setattr("common.lab.run.git_state", lambda: {"commit": "0123456789abcdef", "dirty": False})

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.models.adapted import adapt, save
 from common.models.t5 import t5
+from merging.suites.models.adapted import adapt, save
 
 RANK, WIDTH, HIDDEN, LAYERS, VOCABULARY = 3, 16, 40, 2, 50
 

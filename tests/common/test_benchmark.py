@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from common.benchmark import interleaved_seconds, peak_mib, run_command
+from common.lab.benchmark import interleaved_seconds, peak_mib, run_command
 
 CPU = torch.device("cpu")
 MIB = 2**18  # float32 numbers

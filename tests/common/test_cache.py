@@ -1,4 +1,5 @@
 """The artefact cache: keys follow inputs and code, and nothing half-written is ever found."""
+
 import types
 
 import pytest

@@ -1,4 +1,5 @@
 """Scoring several models in one pass, and the paired comparison of two of them."""
+
 import math
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 
 from common.evaluation import errors, metric, predictions, score
-from common.statistics import paired_interval, relative_change, spread
-from common.vision import ZeroShot
+from common.lab.statistics import paired_interval, relative_change, spread
+from merging.suites.vision import ZeroShot
 
 
 def test_several_models_in_one_pass_give_what_each_gives_alone():

@@ -1,10 +1,11 @@
 """The shared plot kinds draw what the table says, into small files, without touching matplotlib's global state."""
+
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 
-from common import figures
+from common.lab import figures
 from merging import MERGERS
 
 
@@ -29,8 +30,8 @@ def test_paired_puts_means_and_seeds_where_they_are():
     (ax,) = figures.paired(table(3).query("suite == '8 tasks' and tasks == 8"), references={"experts": 12}).axes
     assert [text.get_text() for text in ax.get_yticklabels()] == ["Task Arithmetic", "TIES", "unnamed"]
     drawn = [list(line.get_xdata()) for line in ax.lines]
-    assert [9, 10] in drawn                             # from the mean of base to that of + SVC
-    assert [8, 9, 10] in drawn and [9, 10, 11] in drawn                    # the seeds of both
+    assert [9, 10] in drawn  # from the mean of base to that of + SVC
+    assert [8, 9, 10] in drawn and [9, 10, 11] in drawn  # the seeds of both
     assert [12, 12] in drawn
 
 
@@ -44,14 +45,14 @@ def test_forest_fills_what_is_decided():
     filled = {float(line.get_xdata()[0]): line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"}
     assert filled[0.5] == "white" and filled[3.0] == figures.CYCLE[0]
     heights = [float(line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o"]
-    assert heights[0] > 0 > heights[1]                  # both about the item's own height
+    assert heights[0] > 0 > heights[1]  # both about the item's own height
 
 
 def test_lines_draw_means_and_points_by_panel():
     figure = figures.lines(table(2), x="tasks", panel="suite", xscale="log", level=1)
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["8 tasks", "14 tasks"]
     means = [list(line.get_ydata()) for line in figure.axes[0].lines]
-    assert [3.0, 9.0] in means                          # over two seeds and both conditions
+    assert [3.0, 9.0] in means  # over two seeds and both conditions
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["2", "8"]
 
 
@@ -63,7 +64,7 @@ def test_a_frontier_has_a_point_a_run_and_a_mean_a_condition():
 
 
 def test_log_axes_are_labelled_with_plain_numbers():
-    figure = figures.lines(table(1), x="tasks", panel="suite", yscale="log")            # values from 2 to 9
+    figure = figures.lines(table(1), x="tasks", panel="suite", yscale="log")  # values from 2 to 9
     figure.canvas.draw()
     for ax in figure.axes:
         assert ax.get_yscale() == "log"
@@ -82,7 +83,7 @@ def test_heat_maps_hold_the_means_in_order(options):
     assert np.allclose(mesh.get_array().reshape(3, 4)[0], [0.5, 0.25, 0.125, 0.0625])
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["block 0", "block 1", "block 2"]
     if options.get("centre", 1.0):
-        assert mesh.norm(1.0) == pytest.approx(0.5)     # counted once is the neutral colour
+        assert mesh.norm(1.0) == pytest.approx(0.5)  # counted once is the neutral colour
 
 
 def test_matrices_hold_the_means_in_order_of_appearance_and_leave_gaps_empty():
@@ -102,7 +103,7 @@ def test_matrices_hold_the_means_in_order_of_appearance_and_leave_gaps_empty():
     assert [text.get_text() for text in first.texts] == ["+4", "+0", "−5"]
     assert [text.get_text() for text in second.texts] == ["+8"]
     assert [patch.get_xy() for patch in first.patches] == [(0, 0), (1, 1)]  # z on Z, b on b
-    assert first.collections[0].norm(0.0) == pytest.approx(0.5)            # no difference is the neutral colour
+    assert first.collections[0].norm(0.0) == pytest.approx(0.5)  # no difference is the neutral colour
 
 
 def test_files_are_small_and_the_same_each_time(tmp_path):

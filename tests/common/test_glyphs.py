@@ -1,9 +1,10 @@
 """The glyph suite: what a researcher would check before believing a number measured on it."""
+
 import pytest
 import torch
 
 from common.data import glyphs
-from common.models import tiny_clip
+from merging.suites.models import tiny_clip
 
 
 def test_twenty_tasks_of_559_different_named_classes():
@@ -23,7 +24,7 @@ def test_splits_are_disjoint_designs_and_obliques_stay_with_their_uprights():
 def test_every_class_is_in_every_split(split):
     drawn = glyphs.glyphs(["digits", "math"], split)
     assert set(drawn.labels.tolist()) == set(range(42)) and drawn.images.dtype == torch.uint8
-    assert drawn.images.flatten(1).amax(1).min() > 100                      # no glyph is blank
+    assert drawn.images.flatten(1).amax(1).min() > 100  # no glyph is blank
 
 
 def test_photographs_are_fixed_by_their_seed():

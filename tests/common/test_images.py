@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.data import digits, glyphs
-from common.images import IMAGENET, ImageTask, image_task
+from common.data import glyphs
 from common.training import Recipe, fit
+from sparsity.studies.data import digits
+from sparsity.studies.images import IMAGENET, ImageTask, image_task
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(steps=40, batch_size=32, learning_rate=3e-3)

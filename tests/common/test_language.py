@@ -15,12 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.func import functional_call
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from common import cache, evaluation, fine_tuning, language
-from common.data.texts import Examples, TextTask
-from common.fine_tuning import Base, TextRecipe, Trainee
-from common.language import Backbone
-from common.models.language import Classifier, Generator, parameters
+from common import cache, evaluation
 from common.models.t5 import t5
+from merging.suites import language, text_experts
+from merging.suites.data.text_tasks import Examples, TextTask
+from merging.suites.language import Backbone
+from merging.suites.models.language import Classifier, Generator, parameters
+from merging.suites.text_experts import Base, TextRecipe, Trainee
 
 CPU = torch.device("cpu")
 RECIPE = TextRecipe(steps=40, t5_steps=80, batch_size=16, rank=2, probe_texts=8, validation_texts=0, test_texts=0)
@@ -127,9 +128,11 @@ def test_the_probe_is_a_logistic_regression_on_means_of_hidden_states():
         return torch.stack(rows).numpy(), examples.targets[:count]
 
     data = {split: reference(split, count) for split, count in dict(train=30, validation=30, test=50).items()}
-    fits = [LogisticRegression(C=penalty, max_iter=2000).fit(*data["train"]) for penalty in fine_tuning.PROBE_STRENGTHS]
+    fits = [
+        LogisticRegression(C=penalty, max_iter=2000).fit(*data["train"]) for penalty in text_experts.PROBE_STRENGTHS
+    ]
     best = max(fits, key=lambda fit: fit.score(*data["validation"]))
-    found = fine_tuning.probe(base, task, recipe, CPU)
+    found = text_experts.probe(base, task, recipe, CPU)
     head, scores = load_file(found.path / "head.safetensors"), json.loads((found.path / "scores.json").read_text())
     assert scores == {"chance": 50.0, "probe": pytest.approx(100 * best.score(*data["test"])), "test": 50}
     logits = torch.tensor(data["test"][0]) @ head["weight"].T + head["bias"]
@@ -170,8 +173,8 @@ def test_an_expert_learns_its_task_and_changes_what_it_may(name, way, monkeypatc
     assert all(not suite.experts[0][key].equal(start[key]) for key in suite.pretrained)
     head = None
     if base.pooling:
-        probe = load_file(fine_tuning.probe(base, task, RECIPE, CPU).path / "head.safetensors")
-        head = load_file(fine_tuning.fine_tune(base, task, way, 0, RECIPE, CPU).path / "head.safetensors")
+        probe = load_file(text_experts.probe(base, task, RECIPE, CPU).path / "head.safetensors")
+        head = load_file(text_experts.fine_tune(base, task, way, 0, RECIPE, CPU).path / "head.safetensors")
         assert all(not head[key].equal(probe[key]) for key in probe)
         first = loss_and_accuracy(base, suite.pretrained, task, probe)
     else:
@@ -184,14 +187,14 @@ def test_an_expert_learns_its_task_and_changes_what_it_may(name, way, monkeypatc
 
 def test_batches_hold_each_class_equally_often_and_texts_of_like_length():
     base, task, recipe = bert(), colours("one"), RECIPE.training(bert(), FULL)
-    batches = list(fine_tuning.training_batches(base, task, replace(recipe, steps=16), 0))
+    batches = list(text_experts.training_batches(base, task, replace(recipe, steps=16), 0))
     assert len(batches) == 16
     counts = [torch.cat([targets for _, targets in batches[at : at + 8]]).bincount() for at in (0, 8)]
     assert [count.tolist() for count in counts] == [[64, 64], [64, 64]]
     lengths = torch.stack([inputs["attention_mask"].sum(1).float() for inputs, _ in batches])  # (steps, B)
     assert lengths.std(1).mean() < 0.5 * lengths.std()
-    again = fine_tuning.training_batches(base, task, replace(recipe, steps=16), 0)
-    other = fine_tuning.training_batches(base, task, replace(recipe, steps=16), 1)
+    again = text_experts.training_batches(base, task, replace(recipe, steps=16), 0)
+    other = text_experts.training_batches(base, task, replace(recipe, steps=16), 1)
     first, same, different = (next(iter(loader))[0]["input_ids"] for loader in (batches, again, other))
     assert first.equal(same) and not first.equal(different)
 
@@ -203,7 +206,7 @@ def test_batches_hold_each_class_equally_often_and_texts_of_like_length():
 def test_what_a_suite_predicts_is_what_a_loaded_state_says_of_one_text_after_the_other(name, monkeypatch):
     recipe = replace(RECIPE, test_texts=12)
     suite, base = make_suite(monkeypatch, name, FULL, recipe=recipe), language._base(name, recipe)
-    examples = fine_tuning.first(colours("one").split("test"), 12)
+    examples = text_experts.first(colours("one").split("test"), 12)
     states = [suite.pretrained, *suite.experts]
     for position, (predicted, right) in enumerate(suite.answers(states)):
         assert predicted.shape == (3, 12) and len(set(predicted[position + 1].tolist())) > 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.memory import peak_allocated_mib
+from common.lab.memory import peak_allocated_mib
 
 CPU = torch.device("cpu")
 MIB = 2**18  # float32 numbers

@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 
 from common import cache
-from common.data import package_texts, text
-from common.data.package_texts import LONGEST, READERS, SIZES, TASKS
+from common.data import text
+from merging.suites.data import package_texts
+from merging.suites.data.package_texts import LONGEST, READERS, SIZES, TASKS
 
 MODULE = '''"""Tools of scipy.stats for the measurement of boxes. They are few."""
 

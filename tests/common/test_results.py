@@ -1,4 +1,5 @@
 """What a run leaves behind: its files, their atomicity, and the verification that nothing was edited by hand."""
+
 import dataclasses
 import json
 import shutil
@@ -9,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from common import report, results
-from common.results import headline, load, load_experiment, problems, published, render, verify
-from common.run import Experiment, run
+from common.lab import report, results
+from common.lab.results import headline, load, load_experiment, problems, published, render, verify
+from common.lab.run import Experiment, run
 
 EXPECTED_TABLE = """\
 | quantity       | paper         | ours         | n   | difference   | same setting?   |
@@ -87,7 +88,7 @@ def test_a_failing_run_leaves_the_previous_result_as_it_was(folder, experiment, 
     with pytest.raises(RuntimeError, match="stopped"):
         start(dataclasses.replace(experiment, **{part: fail}), results_dir)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    rows = set() if part == "measure" else {folder.with_name(".workstation-rows.csv")}    # measured: kept for a look
+    rows = set() if part == "measure" else {folder.with_name(".workstation-rows.csv")}  # measured: kept for a look
     assert set(folder.parent.iterdir()) == {folder} | rows
     assert check(results_dir) == []
 
@@ -241,8 +242,16 @@ def test_a_comparison_needs_its_columns_and_one_row_a_quantity(experiment, folde
 
 @pytest.mark.parametrize(
     ("value", "digits", "text"),
-    [(81.9, 4, "81.90"), (1027.44, 4, "1027"), (0.01234567, 4, "0.01235"), (999.97, 4, "1000"), (float("nan"), 4, "–"),
-     (-3.14159, 3, "-3.14"), (0.0, 2, "0.0"), (float("inf"), 4, "inf")],
+    [
+        (81.9, 4, "81.90"),
+        (1027.44, 4, "1027"),
+        (0.01234567, 4, "0.01235"),
+        (999.97, 4, "1000"),
+        (float("nan"), 4, "–"),
+        (-3.14159, 3, "-3.14"),
+        (0.0, 2, "0.0"),
+        (float("inf"), 4, "inf"),
+    ],
 )
 def test_numbers_have_significant_digits(value, digits, text):
     assert report.number(value, digits) == text
@@ -261,7 +270,7 @@ def test_published_tables_load_and_verify(tmp_path):
     (tmp_path / "published" / "other.csv").write_text("a,b\n1,2\n")
     assert sorted(line.split(":")[0] for line in problems(tmp_path, tmp_path)) == [
         "published/merging.csv", "published/other.csv", "published/sparsity.csv",
-    ]                                                                       # fmt: skip
+    ]  # fmt: skip
 
 
 def test_a_script_without_a_file_is_an_error(tmp_path):

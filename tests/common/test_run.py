@@ -1,4 +1,5 @@
 """The runner: flags, partial runs, the settings' hash, parallel processes, stages, provenance."""
+
 import dataclasses
 import json
 import os
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 from common import cache
-from common.results import load, settings_hash
-from common.run import BadFlag, Context, Experiment, find_device, git_state, parse, run
+from common.lab.results import load, settings_hash
+from common.lab.run import BadFlag, Context, Experiment, find_device, git_state, parse, run
 
 
 def start(experiment, results_dir: Path, *flags: str) -> Path:
@@ -186,7 +187,7 @@ def test_an_unreachable_file_ends_in_one_line(experiment, tmp_path, monkeypatch,
 
 
 def test_dirty_means_changes_outside_results(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.results.ROOT", tmp_path)
+    monkeypatch.setattr("common.lab.results.ROOT", tmp_path)
     assert git_state() == {"commit": "unknown", "dirty": True}
 
     def git(*words: str) -> None:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from common import cache
 from common.data import text
-from common.data.corruption import Shape, corrupt, shape_for
 from common.models.t5 import t5
-from common.spans import TextTask, Windows, text_task
 from common.training import Recipe, fit
+from sparsity.studies.data.corruption import Shape, corrupt, shape_for
+from sparsity.studies.span_corruption import TextTask, Windows, text_task
 
 CPU = torch.device("cpu")
 TINY = TextTask(length=24, width=16, depth=1, heads=2, d_ff=32, megabytes=0.05, evaluation_rows=150)

@@ -1,4 +1,5 @@
 """Spectra against torch's own SVD in float64, and against what theory says of matrices whose answer is known."""
+
 import math
 
 import pytest
@@ -27,7 +28,10 @@ def close(actual, expected, tolerance=1e-6):
 
 matrices = st.builds(
     lambda m, n, rank, seed, dtype: low_rank(m, n, min(rank, m, n), seed, dtype),
-    m=st.integers(1, 12), n=st.integers(1, 12), rank=st.integers(0, 12), seed=st.integers(0, 2**31),
+    m=st.integers(1, 12),
+    n=st.integers(1, 12),
+    rank=st.integers(0, 12),
+    seed=st.integers(0, 2**31),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
 )
 
@@ -131,7 +135,7 @@ def test_projection_coefficients_against_loops_for_columns_of_any_length(shape, 
 
 def test_projection_floor_counts_the_unit_direction_and_null_columns_give_zeros():
     left = torch.tensor([[1e3, 0.0], [0.0, 0.0]], dtype=torch.float64)
-    right = torch.tensor([[1e-3, 0.0], [0.0, 0.0]], dtype=torch.float64)      # the matrix is diag(1, 0)
+    right = torch.tensor([[1e-3, 0.0], [0.0, 0.0]], dtype=torch.float64)  # the matrix is diag(1, 0)
     update = torch.diag(torch.tensor([1e-7, 1.0], dtype=torch.float64))
     coefficients, energy = spectral.projection_coefficients(left, right, [update, torch.zeros(2, 2)])
     close(coefficients, torch.tensor([[1e-7 / 1e-12, 0], [0, 0]]), 1e-9)
@@ -161,7 +165,7 @@ def test_marchenko_pastur_describes_noise_and_its_fit_finds_the_variance(ratio):
     grid = torch.linspace(max(low, 1e-7), high, 400001, dtype=torch.float64)
     density = spectral.marchenko_pastur_density(grid, ratio, variance)
     assert abs(torch.trapezoid(density, grid) - min(1, 1 / ratio)) < 5e-3
-    assert abs(torch.trapezoid(density * grid, grid) - variance) < 5e-3             # the law's mean is the variance
+    assert abs(torch.trapezoid(density * grid, grid) - variance) < 5e-3  # the law's mean is the variance
     assert not spectral.marchenko_pastur_density(torch.tensor([low - 0.01, high + 0.01]), ratio, variance).any()
     middle = (low + high) / 2
     share = torch.trapezoid(density[grid <= middle], grid[grid <= middle]) * max(1, ratio)
@@ -169,17 +173,20 @@ def test_marchenko_pastur_describes_noise_and_its_fit_finds_the_variance(ratio):
 
     assert abs(spectral.fit_noise_level(eigenvalues, ratio) / variance - 1) < 0.03
     spiked = eigenvalues.clone()
-    spiked[-n // 50:] *= 100                                                        # outliers barely move it
+    spiked[-n // 50 :] *= 100  # outliers barely move it
     assert abs(spectral.fit_noise_level(spiked, ratio) / variance - 1) < 0.05
     both = spectral.fit_noise_level(torch.stack([eigenvalues, 2 * eigenvalues]), ratio)
     assert both.shape == (2,) and abs(both[1] / both[0] - 2) < 1e-9
 
 
-@pytest.mark.parametrize("call", [
-    lambda: spectral.marchenko_pastur_edges(0.0),
-    lambda: spectral.marchenko_pastur_edges(0.5, -1.0),
-    lambda: spectral.fit_noise_level(torch.ones(4), float("nan")),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: spectral.marchenko_pastur_edges(0.0),
+        lambda: spectral.marchenko_pastur_edges(0.5, -1.0),
+        lambda: spectral.fit_noise_level(torch.ones(4), float("nan")),
+    ],
+)
 def test_impossible_laws_are_refused(call):
     with pytest.raises(ValueError, match="must be positive and finite, got"):
         call()

@@ -1,9 +1,10 @@
 """A suite scores models as one would by hand, and refuses what it does not have."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common import vision
+from merging.suites import vision
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.models.vit import vit
+from sparsity.studies.models.vit import vit
 
 SMALL = dict(pixels=8, patch=2, channels=1, width=16, depth=2, heads=2, classes=10)
 

@@ -1,4 +1,5 @@
 """Every experiment runs end to end at smoke scale, by path, as a user would run it."""
+
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.results import load, load_experiment, problems
+from common.lab.results import load, load_experiment, problems
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "experiments").glob("[0-9]*.py"))

@@ -1,4 +1,5 @@
 """The fake Hub, made once a session, and the switch of this process to a cache."""
+
 import shutil
 
 import datasets

@@ -32,6 +32,7 @@ widths, vocabulary and numbers of images are small. Where each thing was read (p
     DTD                             card of tanganke/dtd (47 names, data/train-*, data/test-*)
     cache layout                    huggingface_hub: {models|datasets}--owner--name/{refs/main, snapshots/COMMIT/…}
 """
+
 import hashlib
 import json
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ BASE = "openai/clip-vit-base-patch32"
 TEST_ROWS, TRAIN_ROWS = 24, 160
 SHARDS = {"SUN397": 3, "Cars": 2}
 PIXELS = {"MNIST": (28, 28), "SVHN": (32, 32), "EuroSAT": (64, 64), "Cars": (60, 40)}
-CORRUPTIONS = ("contrast", "gaussian_noise")        # two of the seven further splits of Cars, RESISC45, EuroSAT, GTSRB
+CORRUPTIONS = ("contrast", "gaussian_noise")  # two of the seven further splits of Cars, RESISC45, EuroSAT, GTSRB
 
 
 def make_fake_hub(root: Path, tasks: Sequence[str] = tuple(VISION_TASKS)) -> dict[str, str]:
@@ -94,19 +95,42 @@ def repository(root: Path, kind: str, repo: str) -> Path:
 
 def vision_config(width: int = 32) -> dict[str, Any]:
     return {
-        "attention_dropout": 0.0, "dropout": 0.0, "hidden_act": "quick_gelu", "hidden_size": width, "image_size": 224,
-        "initializer_factor": 1.0, "initializer_range": 0.02, "intermediate_size": 2 * width, "layer_norm_eps": 1e-05,
-        "model_type": "clip_vision_model", "num_attention_heads": 2, "num_channels": 3, "num_hidden_layers": 2,
-        "patch_size": 32, "projection_dim": 16,
+        "attention_dropout": 0.0,
+        "dropout": 0.0,
+        "hidden_act": "quick_gelu",
+        "hidden_size": width,
+        "image_size": 224,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * width,
+        "layer_norm_eps": 1e-05,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 2,
+        "num_channels": 3,
+        "num_hidden_layers": 2,
+        "patch_size": 32,
+        "projection_dim": 16,
     }
 
 
 def text_config() -> dict[str, Any]:
     return {
-        "attention_dropout": 0.0, "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2, "hidden_act": "quick_gelu",
-        "hidden_size": 24, "initializer_factor": 1.0, "initializer_range": 0.02, "intermediate_size": 48,
-        "layer_norm_eps": 1e-05, "max_position_embeddings": 77, "model_type": "clip_text_model",
-        "num_attention_heads": 2, "num_hidden_layers": 2, "pad_token_id": 1, "projection_dim": 16,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "dropout": 0.0,
+        "eos_token_id": 2,
+        "hidden_act": "quick_gelu",
+        "hidden_size": 24,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "intermediate_size": 48,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 77,
+        "model_type": "clip_text_model",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "pad_token_id": 1,
+        "projection_dim": 16,
         "vocab_size": len(_vocabulary()),
     }
 
@@ -123,7 +147,7 @@ def base_model(width: int = 32) -> CLIPModel:
             for weight in model.parameters():
                 if weight.ndim > 1:
                     weight.normal_(std=weight[0].numel() ** -0.5)
-            model.logit_scale.fill_(4.6052)                                    # ln 100, where CLIP ends up
+            model.logit_scale.fill_(4.6052)  # ln 100, where CLIP ends up
     return model.eval()
 
 
@@ -135,17 +159,35 @@ def write_base(root: Path, repo: str = BASE) -> Path:
     state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     state["vision_model.embeddings.position_ids"] = torch.arange(50)[None]
     torch.save(state, folder / "pytorch_model.bin")
-    _write_json(folder / "config.json", {
-        "_name_or_path": BASE, "architectures": ["CLIPModel"], "initializer_factor": 1.0,
-        "logit_scale_init_value": 2.6592, "model_type": "clip", "projection_dim": 16,
-        "text_config": text_config(),
-        "torch_dtype": "float32", "transformers_version": "4.16.0.dev0", "vision_config": vision_config(),
-    })
-    _write_json(folder / "preprocessor_config.json", {
-        "crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 224,
-    })
+    _write_json(
+        folder / "config.json",
+        {
+            "_name_or_path": BASE,
+            "architectures": ["CLIPModel"],
+            "initializer_factor": 1.0,
+            "logit_scale_init_value": 2.6592,
+            "model_type": "clip",
+            "projection_dim": 16,
+            "text_config": text_config(),
+            "torch_dtype": "float32",
+            "transformers_version": "4.16.0.dev0",
+            "vision_config": vision_config(),
+        },
+    )
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "crop_size": 224,
+            "do_center_crop": True,
+            "do_normalize": True,
+            "do_resize": True,
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "resample": 3,
+            "size": 224,
+        },
+    )
     _write_tokenizer(folder)
     (folder / "README.md").write_text("---\ntags:\n- vision\n---\n# Model Card: CLIP\n")
     return folder
@@ -160,10 +202,16 @@ def write_expert(root: Path, repo: str, seed: int = 0, width: int = 32) -> Path:
         step = torch.randn(weight.shape, generator=shared) + torch.randn(weight.shape, generator=private)
         state[f"vision_model.{name}"] = (weight + 0.2 * weight.abs().mean().clamp_min(0.1) * step).contiguous()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", {
-        "_name_or_path": BASE, "architectures": ["CLIPVisionModel"], **vision_config(width),
-        "torch_dtype": "float32", "transformers_version": "4.40.1",
-    })
+    _write_json(
+        folder / "config.json",
+        {
+            "_name_or_path": BASE,
+            "architectures": ["CLIPVisionModel"],
+            **vision_config(width),
+            "torch_dtype": "float32",
+            "transformers_version": "4.40.1",
+        },
+    )
     (folder / "README.md").write_text(f"---\nbase_model:\n- {BASE}\nmetrics:\n- accuracy\n---\n# Model Card\n")
     return folder
 
@@ -219,17 +267,22 @@ def _write_card(folder: Path, task: VisionTask, features: Features, splits: dict
     info = {
         "features": features._to_yaml_list(),
         "splits": [{"name": name, "num_bytes": 1000 * rows, "num_examples": rows} for name, rows in splits.items()],
-        "download_size": 1000, "dataset_size": 1000,
+        "download_size": 1000,
+        "dataset_size": 1000,
     }
     files = [{"split": split, "path": f"{task.folder}/{split}-*"} for split in splits]
     if task.config != "default":
         info["config_name"] = task.config
     card: dict[str, Any] = {
-        "dataset_info": info, "configs": [{"config_name": task.config, "data_files": files}],
+        "dataset_info": info,
+        "configs": [{"config_name": task.config, "data_files": files}],
     }
-    if task.name == "SVHN":                                                     # two configs: the card has a list
-        other = {"config_name": "full_numbers", "features": [{"name": "image", "dtype": "image"}],
-                 "splits": [{"name": "test", "num_bytes": 1, "num_examples": 13068}]}
+    if task.name == "SVHN":  # two configs: the card has a list
+        other = {
+            "config_name": "full_numbers",
+            "features": [{"name": "image", "dtype": "image"}],
+            "splits": [{"name": "test", "num_bytes": 1, "num_examples": 13068}],
+        }
         card["dataset_info"] = [other, info]
     text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{text}---\n# {task.name}\n", encoding="utf-8")
@@ -253,9 +306,15 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     end = {"content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
     start = {**end, "content": "<|startoftext|>"}
-    _write_json(folder / "special_tokens_map.json", {
-        "bos_token": start, "eos_token": end, "unk_token": end, "pad_token": "<|endoftext|>",
-    })
+    _write_json(
+        folder / "special_tokens_map.json",
+        {
+            "bos_token": start,
+            "eos_token": end,
+            "unk_token": end,
+            "pad_token": "<|endoftext|>",
+        },
+    )
 
 
 def _write_json(path: Path, content: Any) -> None:

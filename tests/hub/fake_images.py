@@ -1,7 +1,7 @@
 """Fashion-MNIST, CIFAR-10 and ImageNet-1K in small: files, columns, label names, splits and cards of the true format.
 
-Where each thing was read: see common.data.pictures. ImageNet's images are JPEG files of many sizes, some of them grey
-or CMYK; its label 517 is "crane2", since 134 is "crane"; its `test` split has no labels (-1).
+Where each thing was read: see sparsity.studies.data.pictures. ImageNet's images are JPEG files of many sizes, some of
+them grey or CMYK; its label 517 is "crane2", since 134 is "crane"; its `test` split has no labels (-1).
 """
 
 import io
@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from fake_hub import repository
 from PIL import Image as Picture
 
-from common.data.pictures import PICTURES
+from sparsity.studies.data.pictures import PICTURES
 
 ROWS = {"train": 120, "validation": 24, "test": 24}
 SHARDS = {"train": 3, "validation": 2, "test": 1}

@@ -54,7 +54,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from common.data.hub_texts import GLUE, HUB_TEXTS, HubText
+from merging.suites.data.hub_texts import GLUE, HUB_TEXTS, HubText
 
 BERT, GPT2, T5 = "google-bert/bert-base-uncased", "openai-community/gpt2", "google/flan-t5-base"
 T5_LARGE, T0, T5_TOKENIZER = "google/flan-t5-large", "bigscience/T0_3B", "google-t5/t5-base"

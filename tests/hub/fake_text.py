@@ -21,7 +21,7 @@ from fake_hub import repository
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import T5Tokenizer
 
-from common.data import c4
+from sparsity.studies.data import c4
 
 MODEL = "google-t5/t5-base"
 WORDS = ["flat", "minima", "sparse", "units", "keys", "values", "layers", "weights", "follow", "hold", "the", "of"]

@@ -1,4 +1,5 @@
 """The eight data sets: what loads, in which order, and how every deviation from the known format fails."""
+
 import pickle
 import shutil
 
@@ -12,7 +13,7 @@ from huggingface_hub import errors
 
 from common.data import hub as data
 from common.data.hub import VISION_TASKS, HubError, load_test_set, load_validation_set
-from common.models.hub import preprocessing
+from merging.suites.models.clip import preprocessing
 
 MNIST, SUN397, EUROSAT = (VISION_TASKS[name] for name in ("MNIST", "SUN397", "EuroSAT"))
 
@@ -32,7 +33,7 @@ def test_table_is_the_papers_suite():
         assert len(set(task.class_names)) == len(task.class_names) == task.classes
         assert all(template.count("{}") == 1 for template in task.templates)
     assert [len(task.templates) for task in VISION_TASKS.values()] == [2, 8, 18, 3, 1, 3, 1, 8]
-    assert EUROSAT.class_names[:2] == ["annual crop land", "forest"]          # the data set's order, not CLIP's page
+    assert EUROSAT.class_names[:2] == ["annual crop land", "forest"]  # the data set's order, not CLIP's page
 
 
 def test_unverified_lists_every_open_fact():
@@ -45,7 +46,7 @@ def test_test_set_loads(hub, name):
     rows = load_test_set(VISION_TASKS[name])
     assert rows.column_names == ["image", "label"] and len(rows) == TEST_ROWS
     assert rows.features["label"].num_classes == VISION_TASKS[name].classes
-    assert rows["label"][:] == sorted(rows["label"][:])                       # all shards, in order
+    assert rows["label"][:] == sorted(rows["label"][:])  # all shards, in order
 
 
 def test_several_shards_are_read(hub):
@@ -58,7 +59,7 @@ def test_several_shards_are_read(hub):
 def test_limit_is_a_fixed_random_subset(hub):
     first, second = load_test_set(EUROSAT, limit=7)["label"][:], load_test_set(EUROSAT, limit=7)["label"][:]
     assert first == second and len(first) == 7
-    assert len(set(first)) > len(set(load_test_set(EUROSAT)["label"][:7]))    # not the first files' classes only
+    assert len(set(first)) > len(set(load_test_set(EUROSAT)["label"][:7]))  # not the first files' classes only
     assert len(load_test_set(EUROSAT, limit=1000)) == TEST_ROWS
 
 

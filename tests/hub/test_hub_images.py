@@ -10,11 +10,11 @@ from accelerate.data_loader import BatchSamplerShard
 from fake_images import ROWS, label_names, write_pictures
 from PIL import Image as Picture
 
-from common import images
-from common.data import pictures
 from common.data.hub import HubError
-from common.images import ImageTask, image_task
 from common.training import Recipe, fit
+from sparsity.studies import images
+from sparsity.studies.data import pictures
+from sparsity.studies.images import ImageTask, image_task
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(steps=2, batch_size=12, learning_rate=1e-3)

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from transformers import BertModel, GPT2ForSequenceClassification, T5Tokenizer
 
-from common.data import hub_texts
 from common.data.hub import HubError
-from common.data.hub_texts import BERT_SUITE, GLUE, HUB_TEXTS, load_split, task
-from common.models import language
-from common.models.language import Classifier, Generator, parameters
+from merging.suites.data import hub_texts
+from merging.suites.data.hub_texts import BERT_SUITE, GLUE, HUB_TEXTS, load_split, task
+from merging.suites.models import language
+from merging.suites.models.language import Classifier, Generator, parameters
 
 COLA, MNLI = HUB_TEXTS["cola"], HUB_TEXTS["mnli"]
 FULL, LORA, SENTENCES = COLA.expert_id(T5), COLA.expert_id(T5, lora=True), ["the cat is good", "no", "a very long film"]

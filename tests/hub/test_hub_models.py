@@ -1,4 +1,5 @@
 """The models: keys, weights, heads and preprocessing as the published files mean them, and the errors."""
+
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
 from common.data.hub import VISION_TASKS, HubError
-from common.models.hub import clip_expert_state, clip_vision, preprocessing, zero_shot_head
+from merging.suites.models.clip import clip_expert_state, clip_vision, preprocessing, zero_shot_head
 
 EXPERT = VISION_TASKS["SUN397"].expert_id(BASE)
 
@@ -39,7 +40,7 @@ def test_expert_has_the_bases_keys_and_its_own_weights(tower):
     name = "encoder.layers.0.mlp.fc1.weight"
     assert not torch.equal(state[name], tower[name])
     vision = clip_vision(BASE)
-    vision.tower.load_state_dict(state)                                       # fits, strictly
+    vision.tower.load_state_dict(state)  # fits, strictly
 
 
 def test_published_tensor_names_are_read(hub):
@@ -99,9 +100,9 @@ def test_head_is_the_average_of_all_prompts(hub):
     clip, tokenizer = base_model(), CLIPTokenizer.from_pretrained(repository(hub, "model", BASE))
     for row, name in zip(head, names, strict=True):
         features = []
-        for template in task.templates:                                       # one prompt at a time: no padding
+        for template in task.templates:  # one prompt at a time: no padding
             ids = torch.tensor([tokenizer(template.format(name))["input_ids"]])
-            assert ids[0, -1] == ids.max()                                    # end of text, where CLIP pools
+            assert ids[0, -1] == ids.max()  # end of text, where CLIP pools
             with torch.no_grad():
                 feature = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)[0]
             features.append(feature / feature.norm())
@@ -143,7 +144,7 @@ def test_preprocessing_is_the_processors(hub, mode, width, height):
     processor = CLIPImageProcessor.from_pretrained(repository(hub, "model", BASE))
     expected = processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"][0]
     assert type(pixels) is torch.Tensor and pixels.dtype == torch.float32 and pixels.shape == (3, 224, 224)
-    assert (pixels - expected).abs().max() < 0.03                             # 2 of 255 levels: rounding in the resize
+    assert (pixels - expected).abs().max() < 0.03  # 2 of 255 levels: rounding in the resize
 
 
 def test_other_resampling_fails(own_hub):

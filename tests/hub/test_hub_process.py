@@ -1,4 +1,5 @@
 """A process of its own with the environment of `make_fake_hub`: from the download call to accuracies, offline."""
+
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ SCRIPT = """
 import json, torch
 import torch.nn.functional as F
 from common.data.hub import VISION_TASKS, image_loader, load_test_set
-from common.models.hub import clip_expert_state, clip_vision, preprocessing, zero_shot_head
+from merging.suites.models.clip import clip_expert_state, clip_vision, preprocessing, zero_shot_head
 
 base = "openai/clip-vit-base-patch32"
 vision, preprocess, result = clip_vision(base), preprocessing(base), {}
@@ -33,8 +34,12 @@ print(json.dumps(result))
 def run(code: str, variables: dict[str, str]) -> subprocess.CompletedProcess:
     root = Path(__file__).resolve().parents[2]
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env={**os.environ, **variables, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, **variables, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -48,7 +53,7 @@ def test_offline_process(true_hub):
 
 def test_import_reaches_for_nothing(tmp_path):
     heavy = "{'datasets', 'huggingface_hub', 'transformers'}"
-    code = f"import sys, common.data.hub, common.models.hub; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, common.data.hub, merging.suites.models.clip; print(sorted({heavy} & set(sys.modules)))"
     done = run(code, environment(tmp_path))
     assert done.stdout.strip() == "[]", done.stderr[-2000:]
     assert list(tmp_path.iterdir()) == []

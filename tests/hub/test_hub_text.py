@@ -10,12 +10,12 @@ import pytest
 import torch
 from fake_text import CONFIG, MODEL, write_model, write_shards
 
-from common.data import c4
 from common.data.hub import HubError
 from common.data.text import END
 from common.models.t5 import t5_like, t5_tokenizer
-from common.spans import TextTask, text_task
 from common.training import Recipe, fit
+from sparsity.studies.data import c4
+from sparsity.studies.span_corruption import TextTask, text_task
 
 CPU = torch.device("cpu")
 SHARD, COUNT = 12, 30  # documents of a shard, documents of the task: two shards and a half

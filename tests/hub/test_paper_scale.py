@@ -1,4 +1,5 @@
 """experiments/22 at `--scale paper`, offline, on repositories of the true format: from download to table."""
+
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from fake_hub import BASE, TEST_ROWS, environment, repository, write_data
 from pandas.testing import assert_frame_equal
 
 from common.data.hub import VISION_TASKS
-from common.results import load
+from common.lab.results import load
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "22_vision_merging.py"
 

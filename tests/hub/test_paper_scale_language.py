@@ -16,10 +16,11 @@ from fake_hub import environment
 from fake_language import BERT, GPT2, TEST_ROWS
 from pandas.testing import assert_frame_equal
 
-from common import cache, language
-from common.data.hub_texts import BERT_SUITE, GLUE, HUB_TEXTS
-from common.fine_tuning import TextRecipe
-from common.results import load
+from common import cache
+from common.lab.results import load
+from merging.suites import language
+from merging.suites.data.hub_texts import BERT_SUITE, GLUE, HUB_TEXTS
+from merging.suites.text_experts import TextRecipe
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 TEXTS, ADAPTERS = "27_language_classification", "28_adapters"

@@ -12,11 +12,12 @@ import pytest
 from fake_images import write_pictures
 from fake_text import MODEL, write_model, write_shards
 
-from common import cache, images
-from common.data import c4, pictures
-from common.results import load, load_experiment
-from common.run import run
-from sparsity.study import VARIANTS
+from common import cache
+from common.lab.results import load, load_experiment
+from common.lab.run import run
+from sparsity.studies import images
+from sparsity.studies.data import c4, pictures
+from sparsity.studies.study import VARIANTS
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 SHARD, COUNT = 12, 30

@@ -12,10 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from merging import MERGERS, apply, calibrate, iso_basis, task_vector, updates
-from merging.__main__ import main, merge
+from merging import MERGERS, apply, calibrate, iso_basis, task_vector
 from merging.adapters import fold_adapter, load_adapter, merge_adapters
-from merging.recipe import Recipe
+from merging.command import changes
+from merging.command.main import main, merge
+from merging.command.recipe import Recipe
 
 TEXT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
 ARCHITECTURES = {  # model, targets of LoRA, targets of IA³ of which the last one is feed-forward
@@ -167,7 +168,7 @@ def test_elections_look_at_the_dense_updates_range_by_range(tmp_path, scope, mon
     base, where, others, folded = made_by_peft(tmp_path, "llama", lora)
     recipe = Recipe(where, others, "ties", set=(f"*:scope={scope}",))
     merge(recipe, tmp_path / "whole")
-    monkeypatch.setattr(updates, "RANGE", 64)
+    monkeypatch.setattr(changes, "RANGE", 64)
     merge(recipe, tmp_path / "ranges")
     adapted = [name for name, tensor in base.state_dict().items() if not torch.equal(tensor, folded[0][name])]
     tasks = [{name: fold[name].double() - base.state_dict()[name].double() for name in adapted} for fold in folded]

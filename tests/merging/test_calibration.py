@@ -3,6 +3,7 @@
 The reference uses nothing of the library. Iso + SVC is tested in a handed-over basis only: in any other it is no
 single matrix.
 """
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,8 +55,20 @@ def error(actual, expected):
 
 # The fast path is the formula -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"alpha": 0.05}, {"rule": "legacy"}, {"target": 1},
-                                     {"target": 0, "alpha": 0.7}, {"rule": "legacy", "alpha": 2.0}], ids=str)
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"alpha": 1.0},
+        {"alpha": 0.05},
+        {"rule": "legacy"},
+        {"target": 1},
+        {"target": 0, "alpha": 0.7},
+        {"rule": "legacy", "alpha": 2.0},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (8, 8), (1, 5), (5, 1), (40, 24)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 1e-4)])
 def test_calibration_is_the_svd_formula(shape, options, dtype, tolerance):
@@ -104,6 +117,7 @@ def test_without_a_handed_over_basis_iso_depends_on_the_basis():
 
 
 # What the algebra says ------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
 @pytest.mark.parametrize("factor", [0.3, 2.0, 10.0])
@@ -160,8 +174,13 @@ def test_nearly_private_directions_are_erased():
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
-@given(tasks=st.integers(1, 6), shape=st.tuples(st.integers(1, 10), st.integers(1, 10)), seed=st.integers(0, 999),
-       space=st.sampled_from(["output", "input"]), rule=st.sampled_from(["current", "legacy"]))
+@given(
+    tasks=st.integers(1, 6),
+    shape=st.tuples(st.integers(1, 10), st.integers(1, 10)),
+    seed=st.integers(0, 999),
+    space=st.sampled_from(["output", "input"]),
+    rule=st.sampled_from(["current", "legacy"]),
+)
 def test_alpha_one_never_raises_a_singular_value(tasks, shape, seed, space, rule):
     updates = random_updates(tasks, shape, seed=seed)
     merged = {"w": sum(updates)}
@@ -193,13 +212,25 @@ def test_input_space_is_the_output_space_of_the_transposes(shape):
 
 # Which tensors, and how -----------------------------------------------------------------------------------------------
 
+
 def full_tasks(dtype=torch.float32, tasks=3):
-    shapes = {"mlp.weight": (8, 6), "attn.in_proj_weight": (18, 6), "visual.proj": (6, 4), "text_projection": (6, 6),
-              "token_embedding.weight": (9, 6), "conv1.weight": (8, 3, 2, 2), "norm.bias": (6,), "logit_scale": ()}
+    shapes = {
+        "mlp.weight": (8, 6),
+        "attn.in_proj_weight": (18, 6),
+        "visual.proj": (6, 4),
+        "text_projection": (6, 6),
+        "token_embedding.weight": (9, 6),
+        "conv1.weight": (8, 3, 2, 2),
+        "norm.bias": (6,),
+        "logit_scale": (),
+    }
     generator = torch.Generator().manual_seed(0)
     common = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return [{name: (common[name] + torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()}
-            | {"steps": torch.tensor(4)} for _ in range(tasks)]
+    return [
+        {name: (common[name] + torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()}
+        | {"steps": torch.tensor(4)}
+        for _ in range(tasks)
+    ]
 
 
 def test_authors_default_treats_matrices_and_keeps_all_other_tensors():
@@ -270,18 +301,23 @@ def test_vectors_follow_their_own_rule(options):
     cosine = torch.nn.functional.cosine_similarity(vectors[0], vectors[1], dim=0)
     assert found.overlap[0, 1].item() == pytest.approx(float(cosine**2), rel=1e-6)
     opposed = calibrate({"l": -merged}, as_tasks(vectors, "l"), vectors=True)["l"]
-    assert torch.equal(opposed, -merged)                                            # Σ s ≤ 0: γ = 1
+    assert torch.equal(opposed, -merged)  # Σ s ≤ 0: γ = 1
     assert torch.equal(calibrate({"l": merged}, as_tasks(vectors, "l"))["l"], merged)
 
 
 # Edge cases -----------------------------------------------------------------------------------------------------------
 
+
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(
-    tasks=st.integers(1, 5), rank=st.none() | st.integers(0, 3), seed=st.integers(0, 99),
-    shape=st.tuples(st.integers(1, 12), st.integers(1, 12)), space=st.sampled_from(["output", "input"]),
+    tasks=st.integers(1, 5),
+    rank=st.none() | st.integers(0, 3),
+    seed=st.integers(0, 99),
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    space=st.sampled_from(["output", "input"]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
-    rule=st.sampled_from(["current", "legacy"]), alpha=st.sampled_from([None, 1.0, 0.1, 3.0]),
+    rule=st.sampled_from(["current", "legacy"]),
+    alpha=st.sampled_from([None, 1.0, 0.1, 3.0]),
 )
 def test_any_shape_rank_dtype_and_number_of_tasks(tasks, rank, seed, shape, space, dtype, rule, alpha):
     vectors = as_tasks(random_updates(tasks, shape, rank, seed, dtype))
@@ -326,6 +362,7 @@ def test_empty_tensors_keep_the_merged_value():
 
 # Diagnostics ----------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("space", ["output", "input"])
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
 def test_diagnosis_is_what_calibration_did(shape, space):
@@ -364,32 +401,39 @@ def test_overlap_compares_at_most_eight_directions_and_shows_missing_rank():
 
 # Errors ---------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("function", [calibrate, diagnose])
-@pytest.mark.parametrize("options, message", [
-    ({"alpha": 0}, "alpha must be positive and finite, got 0"),
-    ({"alpha": -1.0}, "alpha must be positive"),
-    ({"alpha": float("nan")}, "alpha must be positive and finite, got nan"),
-    ({"target": 2}, "target must be the index of a task, 0 to 1, got 2"),
-    ({"target": -1}, "target must be the index of a task, 0 to 1, got -1"),
-    ({"space": "inptu"}, "unknown space 'inptu'.*did you mean 'input'"),
-    ({"rule": "legacey"}, "unknown rule 'legacey'.*did you mean 'legacy'"),
-    ({"bases": {"w": torch.ones(9, 6)}}, r"bases\['w'\]: its columns are not orthonormal"),
-    ({"bases": {"w": torch.eye(6)}}, r"bases\['w'\]: expected shape \(9, …\), got \(6, 6\)"),
-    ({"bases": {"w": torch.eye(9)[:, :2]}}, r"bases\['w'\]: its columns do not span"),
-    ({"bases": {"x": torch.eye(9)}}, "bases has entries that are not calibrated: 'x'"),
-    ({"matrices": lambda name, tensor: tensor.ndim == 1}, "'b': `matrices` selects a tensor of shape"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"alpha": 0}, "alpha must be positive and finite, got 0"),
+        ({"alpha": -1.0}, "alpha must be positive"),
+        ({"alpha": float("nan")}, "alpha must be positive and finite, got nan"),
+        ({"target": 2}, "target must be the index of a task, 0 to 1, got 2"),
+        ({"target": -1}, "target must be the index of a task, 0 to 1, got -1"),
+        ({"space": "inptu"}, "unknown space 'inptu'.*did you mean 'input'"),
+        ({"rule": "legacey"}, "unknown rule 'legacey'.*did you mean 'legacy'"),
+        ({"bases": {"w": torch.ones(9, 6)}}, r"bases\['w'\]: its columns are not orthonormal"),
+        ({"bases": {"w": torch.eye(6)}}, r"bases\['w'\]: expected shape \(9, …\), got \(6, 6\)"),
+        ({"bases": {"w": torch.eye(9)[:, :2]}}, r"bases\['w'\]: its columns do not span"),
+        ({"bases": {"x": torch.eye(9)}}, "bases has entries that are not calibrated: 'x'"),
+        ({"matrices": lambda name, tensor: tensor.ndim == 1}, "'b': `matrices` selects a tensor of shape"),
+    ],
+)
 def test_options_out_of_range_are_named(function, options, message):
     tasks = [task | {"b": torch.ones(4).double()} for task in as_tasks(random_updates(2))]
     with pytest.raises(ValueError, match=message):
         function(plain_sum(tasks), tasks, **options)
 
 
-@pytest.mark.parametrize("merged, message", [
-    ({"v": torch.ones(9, 6)}, "task vector 0 and the merged task vector differ .*'v', 'w'"),
-    ({"w": torch.ones(6, 9)}, r"'w': shape \(9, 6\) in task vector 0, \(6, 9\) in the merged task vector"),
-    ({"w": torch.full((9, 6), float("nan"))}, "the merged task vector, 'w': 54 entries are NaN or infinite"),
-])
+@pytest.mark.parametrize(
+    "merged, message",
+    [
+        ({"v": torch.ones(9, 6)}, "task vector 0 and the merged task vector differ .*'v', 'w'"),
+        ({"w": torch.ones(6, 9)}, r"'w': shape \(9, 6\) in task vector 0, \(6, 9\) in the merged task vector"),
+        ({"w": torch.full((9, 6), float("nan"))}, "the merged task vector, 'w': 54 entries are NaN or infinite"),
+    ],
+)
 def test_merged_and_task_vectors_must_match(merged, message):
     with pytest.raises(ValueError, match=message):
         calibrate(merged, as_tasks(random_updates(2)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from merging import diagnose, plain_sum
-from merging.chance import unrelated
+from merging.suites.unrelated import unrelated
 
 
 def task_vectors() -> list[dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merging.checkpoints import open_checkpoint
-from merging.shards import Output, Tensors, arrange
+from merging.command.shards import Output, Tensors, arrange
 
 
 def tensors(seed=0):

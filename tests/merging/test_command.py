@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merging import MERGERS, apply, calibrate, iso_basis, task_vector
-from merging.__main__ import main, merge
-from merging.recipe import Recipe
+from merging.command.main import main, merge
+from merging.command.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {"mlp": (24, 16), "attn": (16, 16), "up": (16, 40), "bias": (24,)}

@@ -18,11 +18,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from merging import MERGERS, apply, calibrate, checkpoints, election, iso_basis, streaming, task_vector, updates
-from merging.__main__ import main, merge, parse
+from merging import MERGERS, apply, calibrate, checkpoints, iso_basis, task_vector
 from merging.checkpoints import open_checkpoint
-from merging.plan import make_plan
-from merging.recipe import Recipe, read_recipe
+from merging.command import changes, stream, thresholds
+from merging.command.main import main, merge, parse
+from merging.command.plan import make_plan
+from merging.command.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,7 +110,7 @@ def test_tensors_merged_range_by_range_are_the_same(tmp_path, method, svc, monke
     base = state_of(mlp=(40, 9), bias=(31,), token_embedding=(20, 8), scale=(), conv=(6, 3, 2, 2))
     experts = experts_of(base)
     where, others = models(tmp_path, base, experts)
-    monkeypatch.setattr(updates, "RANGE", 25)
+    monkeypatch.setattr(changes, "RANGE", 25)
     merge(Recipe(where, others, method, svc=svc), tmp_path / "out")
     assert_close(weights(tmp_path / "out"), in_memory(base, experts, method, svc, 1.0 if method == "tsv_m" else None))
 
@@ -128,7 +129,7 @@ def test_global_ties_is_exact_for_ties_zeros_and_undecided_entries(tmp_path, opt
         expected = in_memory(base, experts, "ties", scope="global", **options)
         texts = tuple(f"*:{key}={value}" for key, value in ({"scope": "global"} | options).items())
         for range_of in (16, 2**21):
-            monkeypatch.setattr(updates, "RANGE", range_of)
+            monkeypatch.setattr(changes, "RANGE", range_of)
             out = tmp_path / f"out{number}-{range_of}"
             merge(Recipe(where, others, "ties", set=texts), out, jobs=jobs)
             assert_equal(weights(out), expected)
@@ -141,7 +142,7 @@ def test_thresholds_of_any_magnitude_are_exact(tmp_path):
         rank = 150 - math.floor(keep * 150) or 1
         expected = [float(e["w"].abs().flatten().kthvalue(rank).values) for e in experts]
         plan = plan_of(tmp_path, base, experts, method="ties", set=("*:scope=global", f"*:keep={keep}"))
-        assert list(election.global_election(plan, torch.device("cpu")).thresholds) == expected
+        assert list(thresholds.global_election(plan, torch.device("cpu")).thresholds) == expected
 
 
 def test_masks_depend_on_seed_expert_and_name_alone(tmp_path, monkeypatch):
@@ -149,7 +150,7 @@ def test_masks_depend_on_seed_expert_and_name_alone(tmp_path, monkeypatch):
     experts = experts_of(base)
     where, others = models(tmp_path, base, experts)
     merge(Recipe(where, others, "dare", seed=5), tmp_path / "one")
-    monkeypatch.setattr(updates, "RANGE", 16)
+    monkeypatch.setattr(changes, "RANGE", 16)
     merge(Recipe(where, others, "dare", seed=5), tmp_path / "two", jobs=2)
     assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"))
     assert_equal(weights(tmp_path / "one"), in_memory(base, experts, "dare", seed=5))
@@ -331,7 +332,7 @@ def in_fork(work):
 def test_a_killed_merge_continues_and_ends_bit_identical(tmp_path, method, options, monkeypatch):
     base = state_of()
     where, others = models(tmp_path, base, experts_of(base))
-    monkeypatch.setattr(updates, "RANGE", 30)
+    monkeypatch.setattr(changes, "RANGE", 30)
     recipe = Recipe(where, others, method, shard_size="500B", **options)
     merge(recipe, tmp_path / "whole")
     out = tmp_path / "out"
@@ -367,9 +368,9 @@ def test_a_resumed_merge_writes_only_what_is_missing(tmp_path, monkeypatch):
             merge(recipe, out)
 
     assert in_fork(work) == -signal.SIGKILL
-    names, tensor = [], streaming.Streamer.tensor
+    names, tensor = [], stream.Streamer.tensor
     monkeypatch.setattr(
-        streaming.Streamer,
+        stream.Streamer,
         "tensor",
         lambda self, step, rows=None: (names.append(step.name), tensor(self, step, rows))[1],
     )

@@ -1,4 +1,5 @@
 """Every merger against a naive float64 reference that uses nothing of the library, and the properties they share."""
+
 import math
 
 import pytest
@@ -25,8 +26,14 @@ def make_tasks(tasks=3, shape=(12, 9), rank=None, seed=0, dtype=torch.float32, s
     def one(rows, columns, common):
         return (shared * common + matrix(rows, columns)).to(dtype)
 
-    kinds = {"mlp.weight": (m, n), "text_projection": (n, m), "token_embedding.weight": (5, n),
-             "positional_embedding": (4, n), "bias": (1, m), "conv.weight": (m, 12)}
+    kinds = {
+        "mlp.weight": (m, n),
+        "text_projection": (n, m),
+        "token_embedding.weight": (5, n),
+        "positional_embedding": (4, n),
+        "bias": (1, m),
+        "conv.weight": (m, 12),
+    }
     commons = {name: matrix(*size) if rank is None else torch.zeros(size) for name, size in kinds.items()}
     vectors = []
     for _ in range(tasks):
@@ -44,6 +51,7 @@ def error(actual, expected):
 
 
 # The references: float64 loops after the published algorithms ---------------------------------------------------------
+
 
 def mean_of(updates):
     return torch.stack(updates).mean(0)
@@ -83,7 +91,7 @@ def tsv_of(updates):
     singular = torch.zeros(r, dtype=torch.float64)
     for i, update in enumerate(updates):
         u, s, v = torch.linalg.svd(update, full_matrices=False)
-        left[:, i * q:(i + 1) * q], singular[i * q:(i + 1) * q], right[i * q:(i + 1) * q] = u[:, :q], s[:q], v[:q]
+        left[:, i * q : (i + 1) * q], singular[i * q : (i + 1) * q], right[i * q : (i + 1) * q] = u[:, :q], s[:q], v[:q]
     return polar_of(left) @ singular.diag() @ polar_of(right)
 
 
@@ -156,16 +164,16 @@ def test_global_ties_is_one_election_over_all_tensors():
 def test_ties_gives_undecided_entries_to_the_majority():
     first, second = [2.0, -1, 3, 4, 5], [-2.0, 1, 3, 4, -6]
     vectors = [{"w": torch.tensor(first)}, {"w": torch.tensor(second)}]
-    positive = ties(vectors, keep=1.0)["w"]                                         # signs 0 0 + + −: majority +
+    positive = ties(vectors, keep=1.0)["w"]  # signs 0 0 + + −: majority +
     assert positive.tolist() == [2, 1, 3, 4, -6]
-    negated = ties([{"w": -vector["w"]} for vector in vectors], keep=1.0)["w"]      # majority −
+    negated = ties([{"w": -vector["w"]} for vector in vectors], keep=1.0)["w"]  # majority −
     assert negated.tolist() == [-2, -1, -3, -4, 6]
     draw = ties([{"w": torch.tensor([2.0, 1, -1])}, {"w": torch.tensor([-2.0, 1, -1])}], keep=1.0)["w"]
-    assert draw.tolist() == [-2, 1, -1]                                             # no majority: negative
+    assert draw.tolist() == [-2, 1, -1]  # no majority: negative
 
 
 def test_ties_keeps_one_entry_more_than_the_share():
-    merged = ties([{"w": torch.arange(1.0, 11)}])["w"]                              # k = 10 − 2 = 8: 8, 9, 10 survive
+    merged = ties([{"w": torch.arange(1.0, 11)}])["w"]  # k = 10 − 2 = 8: 8, 9, 10 survive
     assert merged.tolist() == [0] * 7 + [8, 9, 10]
 
 
@@ -175,17 +183,22 @@ def test_star_keeps_the_smallest_rank_that_reaches_the_share():
     assert torch.allclose(star([update], share=0.75)["w"][0, 0], torch.tensor(8 / 3))
 
 
-@pytest.mark.parametrize("tasks, common, own",
-                         [(8, 616, 19), (14, 614, 11), (20, 608, 8), (1, 614, 154), (999, 768, 0)])
+@pytest.mark.parametrize(
+    "tasks, common, own", [(8, 616, 19), (14, 614, 11), (20, 608, 8), (1, 614, 154), (999, 768, 0)]
+)
 def test_iso_cts_splits_rank_768_as_published(tasks, common, own):
     assert _iso_cts_counts(768, tasks) == (common, own)
 
 
 # Properties that all mergers share ------------------------------------------------------------------------------------
 
+
 def double(task_vectors):
-    return {name: sum(task[name] for task in task_vectors) * 2
-            for name in task_vectors[0] if task_vectors[0][name].is_floating_point()}
+    return {
+        name: sum(task[name] for task in task_vectors) * 2
+        for name in task_vectors[0]
+        if task_vectors[0][name].is_floating_point()
+    }
 
 
 @pytest.fixture(params=[*MERGERS, "double"])
@@ -266,8 +279,11 @@ def test_iso_basis_is_orthonormal_and_spans_what_was_merged(method, shape):
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(
-    name=st.sampled_from([*MERGERS]), tasks=st.integers(1, 6), rank=st.none() | st.integers(0, 3),
-    shape=st.tuples(st.integers(1, 14), st.integers(1, 14)), seed=st.integers(0, 99),
+    name=st.sampled_from([*MERGERS]),
+    tasks=st.integers(1, 6),
+    rank=st.none() | st.integers(0, 3),
+    shape=st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 )
 def test_any_shape_rank_and_number_of_tasks(name, tasks, rank, shape, seed, dtype):
@@ -279,8 +295,9 @@ def test_any_shape_rank_and_number_of_tasks(name, tasks, rank, shape, seed, dtyp
 
 def test_overridden_predicate_decides_what_is_treated():
     vectors = make_tasks(3)
-    assert torch.equal(iso_c(vectors, matrices=lambda name, t: False)["mlp.weight"],
-                       MERGERS["weight_average"](vectors)["mlp.weight"])
+    assert torch.equal(
+        iso_c(vectors, matrices=lambda name, t: False)["mlp.weight"], MERGERS["weight_average"](vectors)["mlp.weight"]
+    )
     kernels = iso_c(vectors, matrices=lambda name, t: t.ndim == 4)["conv.weight"]
     assert error(kernels.flatten(1), iso_c_of([vector["conv.weight"].double().flatten(1) for vector in vectors])) < 1e-4
     with pytest.raises(ValueError, match="'bias': `matrices` selects a tensor of shape"):
@@ -288,6 +305,7 @@ def test_overridden_predicate_decides_what_is_treated():
 
 
 # DARE -----------------------------------------------------------------------------------------------------------------
+
 
 def test_dare_masks_depend_on_seed_task_and_name_only():
     ones = {"a": torch.ones(50, 40), "b": torch.ones(50, 40)}
@@ -315,19 +333,23 @@ def test_dare_drops_the_share_and_keeps_the_mean():
 
 # Errors ---------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("call, message", [
-    (lambda v: ties(v, keep=0), r"keep must be in \(0, 1\], got 0"),
-    (lambda v: ties(v, keep=1.5), "keep must be in"),
-    (lambda v: ties(v, scope="globl"), "unknown scope 'globl'.*'global'"),
-    (lambda v: ties(v, combine="men"), "unknown combine 'men'.*'mean'"),
-    (lambda v: ties(v, scale=float("inf")), "scale must be a finite number"),
-    (lambda v: task_arithmetic(v, scale=float("nan")), "scale must be a finite number, got nan"),
-    (lambda v: dare(v, drop=1.0), r"drop must be in \[0, 1\), got 1.0"),
-    (lambda v: dare(v, drop=float("nan")), "drop must be in"),
-    (lambda v: star(v, share=0), "share must be in"),
-    (lambda v: iso_basis(v, "iso"), "unknown method 'iso'.*'iso_c"),
-    (lambda v: merger("tsvm"), "unknown merger 'tsvm'.*did you mean 'tsv_m'"),
-])
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda v: ties(v, keep=0), r"keep must be in \(0, 1\], got 0"),
+        (lambda v: ties(v, keep=1.5), "keep must be in"),
+        (lambda v: ties(v, scope="globl"), "unknown scope 'globl'.*'global'"),
+        (lambda v: ties(v, combine="men"), "unknown combine 'men'.*'mean'"),
+        (lambda v: ties(v, scale=float("inf")), "scale must be a finite number"),
+        (lambda v: task_arithmetic(v, scale=float("nan")), "scale must be a finite number, got nan"),
+        (lambda v: dare(v, drop=1.0), r"drop must be in \[0, 1\), got 1.0"),
+        (lambda v: dare(v, drop=float("nan")), "drop must be in"),
+        (lambda v: star(v, share=0), "share must be in"),
+        (lambda v: iso_basis(v, "iso"), "unknown method 'iso'.*'iso_c"),
+        (lambda v: merger("tsvm"), "unknown merger 'tsvm'.*did you mean 'tsv_m'"),
+    ],
+)
 def test_options_out_of_range_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(make_tasks(2))

@@ -5,7 +5,7 @@ import torch
 
 from merging import calibrate, plain_sum, task_arithmetic, ties
 from merging.lowrank import FACTORED, LowRank, merge_low_rank
-from merging.reference import (
+from merging.suites.reference import (
     calibrate_by_svd,
     calibration_floor,
     factored_errors,

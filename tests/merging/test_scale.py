@@ -1,7 +1,8 @@
 """The search for λ."""
+
 import pytest
 
-from merging.scale import COARSE, tune_scale
+from merging.tuning import COARSE, tune_scale
 
 
 @pytest.mark.parametrize("peak", [0.09, 0.3, 1.0, 1.2, 3.0])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merging import calibrate, diagnose, plain_sum, summary
+from merging import calibrate, diagnose, diagnosis, plain_sum
 
 BLOCKS = ("model.blocks.10.mlp.fc.weight", "model.blocks.2.attn.in_proj_weight", "head.weight")
 
@@ -18,18 +18,18 @@ def random_tasks(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
 
 
 def layers(merged, tasks):
-    return list(summary.calibrated_matrices(diagnose(merged, tasks)).values())
+    return list(diagnosis.calibrated_matrices(diagnose(merged, tasks)).values())
 
 
 def test_only_calibrated_matrices_in_the_order_of_blocks():
     tasks = random_tasks(2)
-    found = summary.calibrated_matrices(diagnose(plain_sum(tasks), tasks))
+    found = diagnosis.calibrated_matrices(diagnose(plain_sum(tasks), tasks))
     assert list(found) == ["block 2 in_proj", "block 10 fc", "head"]
 
 
 def test_names_stay_different_when_a_weight_is_split():
     tasks = random_tasks(2)
-    found = summary.calibrated_matrices(diagnose(plain_sum(tasks), tasks, split_qkv=True))
+    found = diagnosis.calibrated_matrices(diagnose(plain_sum(tasks), tasks, split_qkv=True))
     assert list(found) == ["block 2 in_proj[q]", "block 2 in_proj[k]", "block 2 in_proj[v]", "block 10 fc", "head"]
 
 
@@ -40,29 +40,29 @@ def test_tenths_are_means_of_almost_equal_groups():
     for size in sizes:
         expected.append(sum(range(start, start + size)) / size)
         start += size
-    torch.testing.assert_close(summary.tenths(values), torch.tensor(expected))
-    energy = summary.energy_by_tenth(torch.tensor([3.0, 1.0] + [0.0] * 18))
+    torch.testing.assert_close(diagnosis.tenths(values), torch.tensor(expected))
+    energy = diagnosis.energy_by_tenth(torch.tensor([3.0, 1.0] + [0.0] * 18))
     assert energy[0] == 100 and (energy == 100).all()
-    assert summary.energy_by_tenth(torch.ones(20)).tolist() == pytest.approx([10.0 * i for i in range(1, 11)])
+    assert diagnosis.energy_by_tenth(torch.ones(20)).tolist() == pytest.approx([10.0 * i for i in range(1, 11)])
 
 
 def test_identical_tasks_are_counted_k_times_and_svc_counts_them_once():
     tasks = random_tasks(1) * 5
-    before = summary.totals(layers(plain_sum(tasks), tasks))
+    before = diagnosis.totals(layers(plain_sum(tasks), tasks))
     for name in ("inflation, largest σ", "inflation, top tenth", "s, top tenth", "s, lower half"):
         assert before[name] == pytest.approx(5)
     assert before["interference"] == pytest.approx(16)  # (5 − 1)²
-    after = summary.totals(layers(calibrate(plain_sum(tasks), tasks), tasks))
+    after = diagnosis.totals(layers(calibrate(plain_sum(tasks), tasks), tasks))
     assert after["inflation, top tenth"] == pytest.approx(1) and after["interference"] == pytest.approx(0, abs=1e-12)
     assert all(
-        float(summary.overlap_between_tasks(seen)) == pytest.approx(1) for seen in layers(plain_sum(tasks), tasks)
+        float(diagnosis.overlap_between_tasks(seen)) == pytest.approx(1) for seen in layers(plain_sum(tasks), tasks)
     )
 
 
 def test_no_update_interferes_by_one():
     tasks = random_tasks(3)
     tiny = {name: 1e-9 * tensor for name, tensor in plain_sum(tasks).items()}
-    assert summary.relative_interference(layers(tiny, tasks)) == pytest.approx(1, abs=1e-6)
+    assert diagnosis.relative_interference(layers(tiny, tasks)) == pytest.approx(1, abs=1e-6)
 
 
 def test_interference_is_summed_over_tasks_directions_and_matrices():
@@ -75,12 +75,12 @@ def test_interference_is_summed_over_tasks_directions_and_matrices():
                 own, whole = column @ task[name], column @ merged[name]
                 top += float((own @ whole / own.square().sum() - 1) ** 2 * own.square().sum())
                 bottom += float(own.square().sum())
-    assert summary.relative_interference(layers(merged, tasks)) == pytest.approx(top / bottom, rel=1e-6)
+    assert diagnosis.relative_interference(layers(merged, tasks)) == pytest.approx(top / bottom, rel=1e-6)
 
 
 def test_ranks_are_means_over_matrices():
     flat, single = torch.ones(8), torch.tensor([2.0] + [0.0] * 7)
-    assert summary.ranks([flat, single]) == pytest.approx({"effective rank, %": (100 + 12.5) / 2, "stable rank": 4.5})
+    assert diagnosis.ranks([flat, single]) == pytest.approx({"effective rank, %": (100 + 12.5) / 2, "stable rank": 4.5})
 
 
 def private_tasks() -> list[dict[str, torch.Tensor]]:
@@ -95,10 +95,10 @@ def test_a_nearly_private_direction_stands_out_and_is_erased():
     torch.manual_seed(0)
     tasks = private_tasks()
     seen = layers(plain_sum(tasks), tasks)
-    facts = summary.privacy(seen)
+    facts = diagnosis.privacy(seen)
     assert facts["max s / K, median"] == pytest.approx(1) and facts["max s / K, maximum"] > 1000
     assert facts["largest share, median"] == pytest.approx(1 / 4) and facts["largest share, maximum"] > 0.999
-    groups = summary.by_peak(seen)
+    groups = diagnosis.by_peak(seen)
     assert sum(group["directions, %"] for group in groups.values()) == pytest.approx(100)
     assert sum(group["energy, %"] for group in groups.values()) == pytest.approx(100)
     outermost = groups[max(groups)]

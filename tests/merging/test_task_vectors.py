@@ -1,4 +1,5 @@
 """Differences and their application: exact, pure, and clear about bad input."""
+
 import pytest
 import torch
 
@@ -45,14 +46,17 @@ def test_narrow_models_are_updated_in_float32():
     assert apply({"w": start}, {"w": step}, scale=3.0)["w"] == torch.tensor([1 + 2.0**-7])
 
 
-@pytest.mark.parametrize("broken, message", [
-    (lambda: task_vector({"a": torch.ones(2)}, {"b": torch.ones(2)}), "differ in keys: 'a', 'b'"),
-    (lambda: task_vector({"a": torch.ones(2)}, {"a": torch.ones(3)}), r"'a': fine-tuned shape \(2,\), .*\(3,\)"),
-    (lambda: task_vector({"a": torch.ones(2)}, {"a": torch.ones(2).long()}), "'a': fine-tuned dtype"),
-    (lambda: apply({"a": torch.ones(2)}, {"x.y": torch.ones(2)}), "the model lacks: 'x.y'"),
-    (lambda: apply({"a": torch.ones(2)}, {"a": torch.ones(1)}), r"'a': update shape \(1,\)"),
-    (lambda: apply({"a": torch.ones(2)}, {}, scale=float("nan")), "scale must be a finite number, got nan"),
-])
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (lambda: task_vector({"a": torch.ones(2)}, {"b": torch.ones(2)}), "differ in keys: 'a', 'b'"),
+        (lambda: task_vector({"a": torch.ones(2)}, {"a": torch.ones(3)}), r"'a': fine-tuned shape \(2,\), .*\(3,\)"),
+        (lambda: task_vector({"a": torch.ones(2)}, {"a": torch.ones(2).long()}), "'a': fine-tuned dtype"),
+        (lambda: apply({"a": torch.ones(2)}, {"x.y": torch.ones(2)}), "the model lacks: 'x.y'"),
+        (lambda: apply({"a": torch.ones(2)}, {"a": torch.ones(1)}), r"'a': update shape \(1,\)"),
+        (lambda: apply({"a": torch.ones(2)}, {}, scale=float("nan")), "scale must be a finite number, got nan"),
+    ],
+)
 def test_mismatches_name_the_key(broken, message):
     with pytest.raises(ValueError, match=message):
         broken()
@@ -61,17 +65,24 @@ def test_mismatches_name_the_key(broken, message):
 GOOD = {"w": torch.ones(2, 2), "n": torch.tensor(3)}
 
 
-@pytest.mark.parametrize("task_vectors, error, message", [
-    ([], ValueError, "empty list"),
-    (GOOD, TypeError, "expected a list of task vectors, got dict"),
-    ([GOOD, [1]], TypeError, "task vector 1 is no mapping"),
-    ([GOOD, {"w": [1.0]}], TypeError, "task vector 1, 'w': expected a tensor, got list"),
-    ([GOOD, {"v": torch.ones(2, 2)}], ValueError, "task vector 0 and task vector 1 .* 'v', 'w'"),
-    ([GOOD, {"w": torch.ones(2, 2).int()}], ValueError, "task vector 0 and task vector 1 .* 'w'"),
-    ([GOOD, GOOD, {"w": torch.ones(4)}], ValueError, r"'w': shape \(2, 2\) in task vector 0, \(4,\) in task vector 2"),
-    ([GOOD, {"w": torch.tensor([[1, float("nan")], [0, 0]])}], ValueError, "task vector 1, 'w': 1 entries are NaN"),
-    ([{"w": torch.full((2, 2), float("inf"))}], ValueError, "task vector 0, 'w': 4 entries are NaN or infinite"),
-])
+@pytest.mark.parametrize(
+    "task_vectors, error, message",
+    [
+        ([], ValueError, "empty list"),
+        (GOOD, TypeError, "expected a list of task vectors, got dict"),
+        ([GOOD, [1]], TypeError, "task vector 1 is no mapping"),
+        ([GOOD, {"w": [1.0]}], TypeError, "task vector 1, 'w': expected a tensor, got list"),
+        ([GOOD, {"v": torch.ones(2, 2)}], ValueError, "task vector 0 and task vector 1 .* 'v', 'w'"),
+        ([GOOD, {"w": torch.ones(2, 2).int()}], ValueError, "task vector 0 and task vector 1 .* 'w'"),
+        (
+            [GOOD, GOOD, {"w": torch.ones(4)}],
+            ValueError,
+            r"'w': shape \(2, 2\) in task vector 0, \(4,\) in task vector 2",
+        ),
+        ([GOOD, {"w": torch.tensor([[1, float("nan")], [0, 0]])}], ValueError, "task vector 1, 'w': 1 entries are NaN"),
+        ([{"w": torch.full((2, 2), float("inf"))}], ValueError, "task vector 0, 'w': 4 entries are NaN or infinite"),
+    ],
+)
 def test_check_names_task_and_key(task_vectors, error, message):
     with pytest.raises(error, match=message):
         check(task_vectors)

@@ -6,13 +6,24 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
-from common.models import adapted, language
 from common.models.t5 import t5
-from common.suites import Suite
-from merging import MERGERS, apply, calibrate, merger, task_vector, variants, weight_average
+from merging import MERGERS, apply, calibrate, merger, task_vector, weight_average
 from merging.adapters import Adapter, fold_adapter, load_adapter
 from merging.lowrank import FACTORED, ON_ENTRIES, LowRank, merge_and_calibrate
-from merging.variants import BASE, BASE_MEAN, BASE_TUNED, SVC, SVC_1, SVC_MEAN, SVC_TUNED, adapter_forms, dense_forms
+from merging.suites import comparison
+from merging.suites.comparison import (
+    BASE,
+    BASE_MEAN,
+    BASE_TUNED,
+    SVC,
+    SVC_1,
+    SVC_MEAN,
+    SVC_TUNED,
+    adapter_forms,
+    dense_forms,
+)
+from merging.suites.models import adapted, language
+from merging.suites.suite import Suite
 
 ISO = ("iso_c", "iso_cts")
 TASKS, ALPHAS = 3, (1 / 3, 1.0)
@@ -151,7 +162,7 @@ def test_the_variants_of_a_merger(method):
         return [-abs(float(torch.tensor(scale * 4).log2())) for scale in scales]
 
     updates = dense_updates()
-    found = variants.variants(method, updates, 0, score)
+    found = comparison.variants(method, updates, 0, score)
     published = 1.0 if method == "tsv_m" else 1 / TASKS
     with_mean = ["mean"] if method == "task_arithmetic" else []  # the others average these tensors anyway
     expected = [
@@ -191,8 +202,8 @@ def test_rows_are_paired_with_the_base_of_their_rule_and_with_the_tuned_base():
     updates = [{name: update[name] for name in start} for update in dense_updates()]
     experts = tuple(apply(start, update) for update in updates)
     suite = Suite("key", ("one", "two", "three"), (network,) * 3, start, experts, lambda task, split: data[split])
-    rows = list(variants.merger_rows(suite, updates, "task_arithmetic", 0, dense_forms))
-    found = variants.variants("task_arithmetic", updates, 0, lambda *a: variants.validation_scores(suite, *a))
+    rows = list(comparison.merger_rows(suite, updates, "task_arithmetic", 0, dense_forms))
+    found = comparison.variants("task_arithmetic", updates, 0, lambda *a: comparison.validation_scores(suite, *a))
     assert len(rows) == 3 * len(found) and {row["method"] for row in rows} == {"task_arithmetic"}
     right = []
     for labels, update in found:
@@ -242,9 +253,9 @@ def table():
 
 def test_variants_get_their_names():
     data = table()
-    merged = variants.named(data)[data.method == "task_arithmetic"]
+    merged = comparison.named(data)[data.method == "task_arithmetic"]
     assert list(merged.row) == list(LABELS) * 4
-    means = variants.seed_means(data).set_index(["method", "row", "seed"]).value
+    means = comparison.seed_means(data).set_index(["method", "row", "seed"]).value
     for name, value in VALUES.items():
         assert [means["task_arithmetic", name, seed] for seed in (0, 1)] == [value + 5, value + 15]
     assert means["expert", BASE, 0] == 80 and means["pretrained", BASE, 1] == 55
@@ -253,26 +264,30 @@ def test_variants_get_their_names():
 def test_at_one_task_and_for_tsv_m_the_published_alpha_is_one():
     data = table().assign(alpha=table().alpha.replace(0.5, 1.0))
     merged = data[data.method == "task_arithmetic"]
-    assert set(variants.named(merged.assign(suite=1)[merged.svc == "output"]).row) == {SVC, SVC_TUNED, SVC_MEAN}
-    assert set(variants.named(merged.assign(method="tsv_m")[merged.svc == "output"]).row) == {SVC, SVC_TUNED, SVC_MEAN}
+    assert set(comparison.named(merged.assign(suite=1)[merged.svc == "output"]).row) == {SVC, SVC_TUNED, SVC_MEAN}
+    assert set(comparison.named(merged.assign(method="tsv_m")[merged.svc == "output"]).row) == {
+        SVC,
+        SVC_TUNED,
+        SVC_MEAN,
+    }
 
 
 def test_intervals_are_paired_differences():
-    (row,) = variants.intervals(table()).to_dict("records")
+    (row,) = comparison.intervals(table()).to_dict("records")
     assert (row["backbone"], row["suite"], row["method"]) == ("B", 2, "task_arithmetic")
     gains = {"SVC − base": 10, "SVC − tuned base": 6, "tuned SVC − tuned base": -1}
     for column, mean in gains.items():
         assert row[column].mean == pytest.approx(mean) and row[column].low < mean < row[column].high
     assert [row[column].sign for column in gains] == [1, 1, -1 if row["tuned SVC − tuned base"].high < 0 else 0]
-    long = variants.long_gains(table()).set_index("condition")
+    long = comparison.long_gains(table()).set_index("condition")
     assert long["mean"].to_dict() == pytest.approx({"SVC − base": 10, "tuned SVC − tuned base": -1})
 
 
 def test_the_tables_of_a_readme():
-    shown = variants.tables(table())
+    shown = comparison.tables(table())
     every = shown["Accuracy of every variant, B: mean of the tasks (share of the experts' accuracy), %"]
     assert list(every.method) == ["pretrained", "expert"] + 7 * ["task_arithmetic"]
-    assert list(every.row) == ["", "", *variants.ORDER]
+    assert list(every.row) == ["", "", *comparison.ORDER]
     cells = every.set_index(["method", "row"])["2 tasks"]
     assert cells["task_arithmetic", SVC] == "80.0 ± 7.1 (100.0)"  # seeds: 75 and 85 of 80
     assert cells["expert", ""] == "80.0 ± 0.0 (100.0)" and cells["pretrained", ""] == "50.0 ± 7.1 (62.5)"
@@ -287,7 +302,7 @@ def test_the_comparison_takes_base_and_svc_and_names_another_source():
     def paper(backbone, suite, method, svc):
         return (69.0, "") if svc == "output" else (50.0, "fusion_bench")
 
-    lines = variants.compared(table(), paper, lambda backbone: "hub experts").set_index("quantity")
+    lines = comparison.compared(table(), paper, lambda backbone: "hub experts").set_index("quantity")
     assert len(lines) == 4
     ours = lines.loc["2 tasks, B: task_arithmetic + SVC"]
     assert (ours.paper, ours.ours, ours.n, ours.same_setting) == (69, 80, 2, "hub experts")
@@ -297,7 +312,7 @@ def test_the_comparison_takes_base_and_svc_and_names_another_source():
 
 def test_words_for_signs():
     signs = pd.Series([1, 1, 0, -1])
-    assert variants.counted(signs) == "above in 2 and below in 1 of 4"
-    assert variants.beats(signs) == "does not beat a tuned scale"
-    assert variants.beats(pd.Series([1, 1, 0])) == "beats a tuned scale in part"
-    assert variants.beats(pd.Series([1, 1])) == "beats a tuned scale"
+    assert comparison.counted(signs) == "above in 2 and below in 1 of 4"
+    assert comparison.beats(signs) == "does not beat a tuned scale"
+    assert comparison.beats(pd.Series([1, 1, 0])) == "beats a tuned scale in part"
+    assert comparison.beats(pd.Series([1, 1])) == "beats a tuned scale"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from common import cache
-from common.images import ImageTask
 from common.training import Recipe
-from sparsity import along, study
+from sparsity.studies import along_training, study
+from sparsity.studies.images import ImageTask
 
 CPU = torch.device("cpu")
 NAMES = ("mlp.10", "mlp.2")  # module order is not the alphabet's
@@ -23,13 +23,13 @@ def known_table():
         for step in (0, 4, 8):
             layers = {"all": {"loss": 1.0}}
             layers |= {name: {"x": step * place, "y": 5.0} for place, name in enumerate(NAMES, 1)}
-            rows += along.saved_rows({"setting": "s", "variant": variant, "seed": 0}, step, layers, ("x", "y"))
+            rows += along_training.saved_rows({"setting": "s", "variant": variant, "seed": 0}, step, layers, ("x", "y"))
     return pd.DataFrame(rows)
 
 
 def test_rows_hold_all_of_the_network_and_the_wanted_metrics_of_layers():
     layers = {"all": {"loss": 1.0, "score": 2.0}, "mlp": {"density": 0.5, "other": 3.0}}
-    rows = list(along.saved_rows({"seed": 1}, 7, layers, ("density",)))
+    rows = list(along_training.saved_rows({"seed": 1}, 7, layers, ("density",)))
     assert [(row["layer"], row["metric"], row["value"]) for row in rows] == [
         ("all", "loss", 1.0),
         ("all", "score", 2.0),
@@ -40,15 +40,15 @@ def test_rows_hold_all_of_the_network_and_the_wanted_metrics_of_layers():
 
 def test_a_metric_that_a_layer_lacks_is_an_error():
     with pytest.raises(KeyError, match="density"):
-        list(along.saved_rows({}, 0, {"mlp": {"other": 1.0}}, ("density",)))
+        list(along_training.saved_rows({}, 0, {"mlp": {"other": 1.0}}, ("density",)))
 
 
 def test_tables_keep_the_order_and_leave_out_steps_without_gradients():
-    table = along.layer_table(known_table(), needed="x")
+    table = along_training.layer_table(known_table(), needed="x")
     assert list(table.layer.unique()) == list(NAMES)
     assert list(table.variant.unique()) == ["vanilla", "modified"]
     assert sorted(table.step.unique()) == [4, 8]
-    means = along.layer_means(known_table(), needed="x")
+    means = along_training.layer_means(known_table(), needed="x")
     assert means[["variant", "step", "x", "y"]].to_numpy().tolist() == [
         ["vanilla", 4, 6.0, 5.0],
         ["vanilla", 8, 12.0, 5.0],
@@ -58,13 +58,13 @@ def test_tables_keep_the_order_and_leave_out_steps_without_gradients():
 
 
 def test_relative_divides_each_run_by_its_own_first_step():
-    means = along.layer_means(known_table(), needed="x").sample(frac=1, random_state=0)  # in any order of rows
+    means = along_training.layer_means(known_table(), needed="x").sample(frac=1, random_state=0)  # in any order of rows
     means.loc[means.variant == "modified", "x"] *= 100
-    found = along.relative(means, ("x", "y")).set_index(["variant", "quantity", "step"]).value.sort_index()
+    found = along_training.relative(means, ("x", "y")).set_index(["variant", "quantity", "step"]).value.sort_index()
     for variant in ("vanilla", "modified"):
         assert found[variant, "x"].to_dict() == {4: 1.0, 8: 2.0}
         assert found[variant, "y"].to_dict() == {4: 1.0, 8: 1.0}
-    layers = along.relative(along.layer_table(known_table(), needed="x"), ("x",), ["layer"])
+    layers = along_training.relative(along_training.layer_table(known_table(), needed="x"), ("x",), ["layer"])
     assert len(layers) == 8 and set(layers.value) == {1.0, 2.0}
 
 
@@ -72,11 +72,11 @@ def test_every_saved_step_is_measured_once_and_found_again(tmp_path, monkeypatch
     monkeypatch.setattr(cache, "CACHE", tmp_path)
     run = study.Run(ImageTask("digits", width=16, depth=1), Recipe(2, 16, 1e-3, warmup=0), snapshots=3)
     trained = study.train(run, CPU)
-    found = along.measure_saved("validation", run, trained, CPU)
+    found = along_training.measure_saved("validation", run, trained, CPU)
     assert tuple(found) == run.snapshot_steps
-    untrained = along.by_layer(found[0])
+    untrained = along_training.by_layer(found[0])
     assert untrained["all"]["loss"] == pytest.approx(math.log(10), rel=1e-3)  # the output layer is zero
     assert [name for name in untrained if name != "all"] == ["blocks.0.mlp"]
     built = len(cache.RECORDS)
-    assert json.dumps(along.measure_saved("validation", run, trained, CPU)) == json.dumps(found)
+    assert json.dumps(along_training.measure_saved("validation", run, trained, CPU)) == json.dumps(found)
     assert all(record["hit"] for record in cache.RECORDS[built:])

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from common import cache, training
-from common.images import ImageTask
-from common.spans import TextTask
 from common.training import Recipe
-from sparsity import study, summary
-from sparsity.study import CONTROLS, VARIANTS, Run, Variant, curve, load, make_task, measure, plan, train
+from sparsity.studies import density_tables, study
+from sparsity.studies.images import ImageTask
+from sparsity.studies.span_corruption import TextTask
+from sparsity.studies.study import CONTROLS, VARIANTS, Run, Variant, curve, load, make_task, measure, plan, train
 
 CPU = torch.device("cpu")
 DIGITS = ImageTask("digits", width=16, depth=2, heads=2)
@@ -158,11 +158,17 @@ def table(inference, training=None, seeds=3):
         for seed in range(seeds):
             labels = dict(setting="s", variant=variant, seed=seed)
             for layer in ("a", "b"):
-                for metric in (*summary.TEST_METRICS, "score", "loss", "score without MLPs", "loss without MLPs"):
+                for metric in (
+                    *density_tables.TEST_METRICS,
+                    "score",
+                    "loss",
+                    "score without MLPs",
+                    "loss without MLPs",
+                ):
                     value = density * (1 + 0.01 * seed) * (0.5 if layer == "a" else 1.5)
                     rows.append({**labels, "split": "test", "layer": layer, "metric": metric, "value": value})
             for step in (1, 100, 200):
-                for metric in summary.CURVE_METRICS:
+                for metric in density_tables.CURVE_METRICS:
                     value = 9.0 if step == 1 else (training or inference)[variant] * (1 + 0.01 * seed)
                     rows.append(
                         {**labels, "split": "train", "step": step, "layer": "all", "metric": metric, "value": value}
@@ -170,11 +176,11 @@ def table(inference, training=None, seeds=3):
     return pd.DataFrame(rows)
 
 
-CONTROL = summary.CONTROL
+CONTROL = density_tables.CONTROL
 
 
 def test_finals_are_means_over_layers_and_logged_steps():
-    final = summary.finals(table({"vanilla": 0.2})).set_index("seed")
+    final = density_tables.finals(table({"vanilla": 0.2})).set_index("seed")
     assert final.density[0] == pytest.approx(0.2) and final.training_density[0] == pytest.approx(0.2)
     assert final.forward_left[0] == pytest.approx(0.6) and final.backward_left[0] == pytest.approx(0.2)
 
@@ -193,17 +199,17 @@ def densities(modified, control):
     ],
 )
 def test_the_verdict_follows_the_rule(inference, training, head, tail):
-    text = summary.verdict(table(inference, training))
+    text = density_tables.verdict(table(inference, training))
     assert text.startswith(f"{head}.") and text.endswith(f": {tail}")
-    assert summary.verdict(table(inference, training, seeds=2)) == "not run at this scale"
+    assert density_tables.verdict(table(inference, training, seeds=2)) == "not run at this scale"
 
 
 def test_comparison_and_remarks_state_the_change():
     data = table({"vanilla": 0.2, "modified": 0.1, CONTROL: 0.125})
-    lines = summary.compare(data, None, "no").set_index("quantity")
+    lines = density_tables.compare(data, None, "no").set_index("quantity")
     line = lines.loc["change of inference density, %: modified against vanilla; s"]
     assert line.paper == -36 and line.ours == pytest.approx(-50) and line.n == 3
     against = lines.loc["change of inference density, %: modified against vanilla, MLP norms undecayed; s"]
     assert math.isnan(against.paper) and against.ours == pytest.approx(-20)
     share = 100 * math.log(0.625) / math.log(0.5)
-    assert f"that is {share:.0f} % of the effect" in summary.remarks(data)
+    assert f"that is {share:.0f} % of the effect" in density_tables.remarks(data)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparsity import sparsify
-from sparsity.weights import KINDS, key_traces, kinds_of_parameters, parameter_norms
+from sparsity.studies.weights import KINDS, key_traces, kinds_of_parameters, parameter_norms
 
 SUFFIXES = {  # of the parameters' names, read from the models' definitions
     "vit": {

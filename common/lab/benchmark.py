@@ -1,0 +1,129 @@
+"""Seconds and peak memory of functions and commands that do the same work, measured so that they can be compared."""
+
+import contextlib
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib.externals.loky import ProcessPoolExecutor
+
+from common.lab.memory import peak_allocated_mib
+
+
+def interleaved_seconds(
+    contenders: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
+) -> Iterator[tuple[int, str, float]]:
+    """Yield (repeat, name, wall seconds): in each repeat every contender once, so that drift of the machine hits all.
+
+    The caller warms up. On a GPU the clock starts and stops only when the device is idle.
+    """
+    for repeat in range(repeats):
+        for name, function in contenders.items():
+            _wait(device)
+            start = time.perf_counter()
+            function()
+            _wait(device)
+            yield repeat, name, time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_mib(prepare: Callable[[], Any], function: Callable[[Any], Any], device: torch.device, threads: int) -> float:
+    """Return by how many MiB `function(prepare())` swells memory above what it was once `prepare` was done.
+
+    On a CPU this is resident memory of a fresh process (what an earlier call freed would be used again unseen), on
+    CUDA the allocator's peak on the device.
+
+    Args:
+        prepare: makes the inputs; called where `function` is.
+        function: its result counts, as it is alive at the end.
+        device: where the memory is.
+        threads: torch threads of the fresh process.
+    """
+    if device.type == "cuda":
+        return peak_allocated_mib(partial(function, prepare()), device)
+    with ProcessPoolExecutor(1) as fresh:
+        return fresh.submit(_peak_resident, prepare, function, threads).result()
+
+
+def _peak_resident(prepare: Callable[[], Any], function: Callable[[Any], Any], threads: int) -> float:
+    torch.set_num_threads(threads)
+    inputs = prepare()
+    with contextlib.suppress(OSError):  # Linux: forget the peaks of imports and of `prepare`
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _highest_resident()
+    result = function(inputs)
+    peak = _highest_resident() - before
+    del result
+    return peak / 2**20
+
+
+def _highest_resident() -> int:
+    """Return the most bytes that were ever resident in this process.
+
+    Linux's own figure is asked first: that of getrusage starts with what the parent process held.
+    """
+    for size in _memory("self", "VmHWM"):
+        return size
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _memory(process: int | str, field: str) -> list[int]:
+    """Return one number, the bytes of a field of /proc/PROCESS/status, or none where Linux does not tell."""
+    with contextlib.suppress(OSError):  # no such file system, or the process has ended
+        text = Path(f"/proc/{process}/status").read_text()
+        return [int(kibibytes) * 1024 for kibibytes in re.findall(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)]
+    return []
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a run of a command took."""
+
+    seconds: float  # wall time from start to exit
+    peak_mib: float  # the most memory that was ever resident, mapped pages of files included
+    anonymous_mib: float  # the most that was seen without pages of files, which the system may drop at any time
+
+
+def run_command(command: Sequence[str | Path], threads: int) -> Usage:
+    """Run a command as a process of its own, to its end, and return the time and memory that it took.
+
+    Memory is that of the process, not of others which it may start, and is looked up every 10 ms: the peak is kept by
+    Linux and so cannot be missed, short swellings of `anonymous_mib` can. Both are NaN where Linux does not tell.
+
+    Args:
+        command: program and arguments.
+        threads: of OpenMP and MKL.
+
+    Raises:
+        ChildProcessError: the command failed; with the last line that it printed.
+    """
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    peak, anonymous = [], []
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
+        start = time.perf_counter()
+        with subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT) as process:
+            while process.poll() is None:
+                peak += _memory(process.pid, "VmHWM")
+                anonymous += _memory(process.pid, "RssAnon")
+                time.sleep(0.01)
+        seconds = time.perf_counter() - start
+        printed.seek(0)
+        last = ([line for line in printed if line.strip()] or ["it printed nothing"])[-1].strip()
+    if process.returncode:
+        raise ChildProcessError(f"{Path(command[0]).name} ended with status {process.returncode}: {last}")
+    return Usage(seconds, *(max(sizes, default=math.nan) / 2**20 for sizes in (peak, anonymous)))

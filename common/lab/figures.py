@@ -1,0 +1,435 @@
+"""The plot style, the colours, and the kinds of plot that experiments share. Tidy table in, figure out; nothing global.
+
+All functions take a tidy table and the names of its columns and return a matplotlib Figure of its own canvas (no pyplot
+state). Seeds are drawn as points beside their mean wherever there are several.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+INK, MUTED, FAINT = "#222222", "#8A8A8A", "#DDDDDD"
+DASHED = (0, (4, 3))
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and three darker relatives.
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31", "#4D4D4D", "#004D40")
+
+COLOURS = {
+    "pretrained": "#B3B3B3", "expert": INK, "weight_average": "#56B4E9", "task_arithmetic": "#0072B2",
+    "plain_sum": "#4D4D4D", "ties": "#D55E00", "dare": "#CC79A7", "tsv_m": "#009E73", "iso_c": "#E69F00",
+    "iso_cts": "#8C6D31", "star": "#7A5195", "none": MUTED, "output": "#0072B2", "input": "#D55E00",
+    "unrelated": "#A6A6A6",
+    "vanilla": MUTED, "modified": "#0072B2", "vanilla, MLP norms undecayed": "#D55E00",
+    "vanilla, all norms undecayed": "#E69F00", "modified, all norms undecayed": "#56B4E9",
+    "restricted norm alone": "#009E73", "JSReLU alone": "#7A5195", "zeroth bias alone": "#CC79A7",
+    "squared ReLU": INK,
+}  # fmt: skip
+
+LABELS = {
+    "pretrained": "pretrained", "expert": "experts", "weight_average": "weight average",
+    "task_arithmetic": "Task Arithmetic", "plain_sum": "sum", "ties": "TIES", "dare": "DARE", "tsv_m": "TSV-M",
+    "iso_c": "Iso-C", "iso_cts": "Iso-CTS", "star": "STAR", "none": "base", "output": "+ SVC",
+    "input": "+ SVC, input space", "unrelated": "sum of unrelated updates",
+}  # fmt: skip
+
+STYLE = {
+    "font.size": 9, "text.color": INK, "figure.dpi": 150, "lines.linewidth": 1.8,
+    "axes.labelsize": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.linewidth": 0.8, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": FAINT, "grid.linewidth": 0.6,
+    "xtick.color": MUTED, "xtick.labelcolor": INK, "xtick.labelsize": 8.5,
+    "ytick.color": MUTED, "ytick.labelcolor": INK, "ytick.labelsize": 8.5,
+    "legend.frameon": False, "legend.fontsize": 8.5,
+}  # fmt: skip
+
+styled = matplotlib.rc_context(STYLE)  # a decorator for functions that draw, and a context manager
+
+
+def colour(name: Any, position: int = 0) -> str:
+    """Return the colour of a method or condition; names without one take the palette's next by position."""
+    return COLOURS.get(str(name), CYCLE[position % len(CYCLE)])
+
+
+def label(name: Any, names: Mapping[Any, str] | None = None) -> str:
+    """Return how a method or condition is written in a figure; `names` go before LABELS."""
+    return (names or {}).get(name, LABELS.get(str(name), str(name)))
+
+
+@styled
+def new_figure(
+    columns: int = 1, rows: int = 1, width: float = 4.2, height: float = 3.0, **shared: Any
+) -> tuple[Figure, np.ndarray]:
+    """Return a figure in the common style and its axes (rows, columns), each `width` × `height` inches.
+
+    `shared` goes to `Figure.subplots` (sharex, sharey, …).
+    """
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, the same bytes for the same drawing (no date, no version inside)."""
+    figure.savefig(path, dpi=150, metadata={"Software": None}, facecolor="white", pil_kwargs={"optimize": True})
+
+
+def log_axis(axis: Axis) -> None:
+    """Make a drawn axis (`ax.xaxis`, `ax.yaxis`) logarithmic, labelled 0.5, 1, 2 and not by powers of ten."""
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    low, high = sorted(axis.get_view_interval())
+    steps = (1, 2, 5) if high < 100 * low else (1, 3) if high < 2000 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(lambda tick, _: f"{tick:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def _panels(data: pd.DataFrame, panel: str | None, names: Mapping[Any, str] | None) -> list[tuple[str, pd.DataFrame]]:
+    if panel is None:
+        return [("", data)]
+    return [(label(name, names), part) for name, part in data.groupby(panel, sort=False)]
+
+
+@styled
+def paired(
+    data: pd.DataFrame,
+    *,
+    item: str = "method",
+    condition: str = "svc",
+    value: str = "value",
+    start: Any = "none",
+    panel: str | None = None,
+    xlabel: str = "",
+    names: Mapping[Any, str] | None = None,
+    references: Mapping[str, float] | None = None,
+) -> Figure:
+    """Draw for each item where it is in the `start` condition (open circle) and in every other one (filled circles).
+
+    Circles are means; where a condition has several rows (seeds), they are ticks below its circle.
+
+    Args:
+        data: a row a measurement; items from top to bottom in order of appearance.
+        item, condition, value, panel: column names; one panel of axes for each value of `panel`.
+        start: the condition to compare with.
+        xlabel: what `value` is, with its unit.
+        names: how items, conditions and panels are written, where not as in LABELS.
+        references: vertical lines, {text: value}.
+    """
+    panels = _panels(data, panel, names)
+    items, conditions = list(data[item].unique()), list(data[condition].unique())
+    width = 3.3 if len(panels) > 1 else 5.6
+    figure, axes = new_figure(len(panels), width=width, height=0.36 * len(items) + 1.2, sharey=True)
+    for ax, (title, part) in zip(axes[0], panels, strict=True):
+        for row, name in enumerate(items):
+            rows = {key: group[value] for key, group in part[part[item] == name].groupby(condition)}
+            _paired_row(ax, -row, {key: rows[key] for key in conditions if key in rows}, start, conditions)
+        for text, at in (references or {}).items():
+            ax.axvline(at, color=MUTED, linewidth=1, linestyle=DASHED, zorder=0)
+            ax.text(at, -len(items) + 0.45, f"{text} ", rotation=90, ha="right", va="bottom", fontsize=7.5, color=MUTED)
+        ax.set(title=title, xlabel=xlabel)
+        _items_axis(ax, [label(name, names) for name in items])
+    handles = [Line2D([], [], **_circle(key, start, conditions)) for key in conditions]
+    texts = [label(key, names) for key in conditions]
+    figure.legend(handles, texts, loc="outside upper right", ncols=len(conditions), handletextpad=0.2)
+    return figure
+
+
+def _items_axis(ax: Axes, texts: list[str]) -> None:
+    """Write item i at height −i."""
+    ax.set_ylim(-len(texts) + 0.4, 0.6)
+    ax.set_yticks([-row for row in range(len(texts))], texts)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y", visible=False)
+
+
+def _paired_row(ax: Axes, height: float, rows: Mapping[Any, pd.Series], start: Any, conditions: list[Any]) -> None:
+    means = {key: values.mean() for key, values in rows.items()}
+    if start in means:
+        ends = [min(means.values()), max(means.values())]
+        ax.plot(ends, [height, height], color=FAINT, linewidth=3, solid_capstyle="round", zorder=1)
+    for key, values in rows.items():
+        circle = _circle(key, start, conditions)
+        ax.plot(means[key], height, zorder=3, **circle)
+        if len(values) > 1:
+            ax.plot(values, np.full(len(values), height - 0.27), "|", ms=5, mew=1.1, color=circle["color"], zorder=2)
+
+
+def _circle(key: Any, start: Any, conditions: list[Any]) -> dict[str, Any]:
+    others = [condition for condition in conditions if condition != start]
+    tone = COLOURS.get(str(key), MUTED) if key == start else colour(key, others.index(key))
+    return {"marker": "o", "ls": "", "ms": 7, "mew": 1.6, "color": tone, "mfc": "white" if key == start else tone}
+
+
+@styled
+def forest(
+    data: pd.DataFrame,
+    *,
+    item: str = "item",
+    condition: str = "condition",
+    panel: str | None = None,
+    xlabel: str = "",
+    names: Mapping[Any, str] | None = None,
+    level: float = 0.0,
+) -> Figure:
+    """Draw intervals as bars about their means, filled where the whole interval is on one side of `level`.
+
+    Args:
+        data: a row an interval, with columns mean, low and high; items from top to bottom in order of appearance.
+        item, condition, panel: column names; the conditions of an item lie below each other, each in its colour.
+        xlabel: what the intervals are of, with its unit.
+        names: how items, conditions and panels are written, where not as in LABELS.
+        level: the vertical line to compare with (0: no difference).
+    """
+    panels = _panels(data, panel, names)
+    items, conditions = list(data[item].unique()), list(data[condition].unique())
+    size = dict(width=3.3 if len(panels) > 1 else 5.6, height=(0.1 + 0.1 * len(conditions)) * len(items) + 1.2)
+    figure, axes = new_figure(len(panels), sharey=True, **size)
+    tones = {name: colour(name, position) for position, name in enumerate(conditions)}
+    for ax, (title, part) in zip(axes[0], panels, strict=True):
+        ax.axvline(level, color=MUTED, linewidth=1, zorder=1)
+        for row in part.to_dict("records"):
+            below = (conditions.index(row[condition]) + 0.5) / len(conditions) - 0.5
+            height = -items.index(row[item]) - 0.6 * below
+            tone, decided = tones[row[condition]], row["low"] > level or row["high"] < level
+            ax.plot([row["low"], row["high"]], [height, height], color=tone, linewidth=1.6, zorder=2)
+            ax.plot(row["mean"], height, "o", ms=4.5, mew=1.3, color=tone, mfc=tone if decided else "white", zorder=3)
+        ax.set(title=title, xlabel=xlabel)
+        _items_axis(ax, [label(name, names) for name in items])
+    handles = [Line2D([], [], color=tone, marker="o", ms=4.5) for tone in tones.values()]
+    texts = [label(name, names) for name in conditions]
+    figure.legend(handles, texts, loc="outside upper right", ncols=len(conditions))
+    return figure
+
+
+@styled
+def lines(
+    data: pd.DataFrame,
+    *,
+    x: str,
+    y: str = "value",
+    by: str = "method",
+    panel: str | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    xscale: str = "linear",
+    yscale: str = "linear",
+    names: Mapping[Any, str] | None = None,
+    level: float | None = None,
+) -> Figure:
+    """Draw y over x, a line for each value of `by`: the mean over rows (seeds), the rows as points, a ± sd band.
+
+    Args:
+        data: a row a measurement.
+        x, y, by, panel: column names; one panel of axes for each value of `panel`.
+        xlabel, ylabel: quantities with their units.
+        xscale, yscale: linear or log.
+        names: how values of `by` and `panel` are written, where not as in LABELS.
+        level: a horizontal line to compare with (1: counted once).
+    """
+    panels, groups = _panels(data, panel, names), list(data[by].unique())
+    figure, axes = new_figure(len(panels), width=3.3 if len(panels) > 1 else 4.6, height=3.0, sharey=True)
+    ticks = sorted(data[x].unique())
+    for ax, (title, part) in zip(axes[0], panels, strict=True):
+        if level is not None:
+            ax.axhline(level, color=MUTED, linewidth=1, linestyle=DASHED, zorder=1)
+        for position, name in enumerate(groups):
+            _line(ax, part[part[by] == name], x, y, colour(name, position), log=yscale == "log")
+        ax.set(title=title, xlabel=xlabel or x, xscale=xscale, yscale=yscale)
+        if xscale == "log" and len(ticks) <= 10:  # few values: label them instead of powers of ten
+            ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+            ax.xaxis.set_minor_locator(NullLocator())
+        elif xscale == "linear" and all(float(tick).is_integer() for tick in ticks):
+            ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    if yscale == "log":
+        log_axis(axes[0, 0].yaxis)  # shared by all panels
+    axes[0, 0].set_ylabel(ylabel or y)
+    handles = [Line2D([], [], color=colour(name, position)) for position, name in enumerate(groups)]
+    figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")
+    return figure
+
+
+def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, tone: str, log: bool = False) -> None:
+    stats = rows.groupby(x)[y].agg(["mean", "std", "count"])
+    several = (stats["count"] > 1).any()
+    marker = "o" if len(stats) <= 25 and not several else ""
+    ax.plot(stats.index, stats["mean"], color=tone, marker=marker, ms=4)
+    if several:
+        low, high = stats["mean"] - stats["std"], stats["mean"] + stats["std"]
+        low = stats["mean"] ** 2 / high if log else low  # as far below the mean as above it, and never below 0
+        ax.fill_between(stats.index, low, high, color=tone, alpha=0.15, linewidth=0)
+        ax.plot(rows[x], rows[y], "o", ms=2.6, color=tone, alpha=0.7, mew=0)
+
+
+@styled
+def frontier(
+    data: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    by: str = "variant",
+    panel: str | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    names: Mapping[Any, str] | None = None,
+) -> Figure:
+    """Draw what each condition pays for what it gets: a large point at its mean (x, y), a small one for each row.
+
+    Args:
+        data: a row a run.
+        x, y, by, panel: column names; one panel for each value of `panel`, axes of its own.
+        xlabel, ylabel: what x and y are, with their units.
+        names: how values of `by` and `panel` are written, where not as in LABELS.
+    """
+    panels, groups = _panels(data, panel, names), list(data[by].unique())
+    figure, axes = new_figure(len(panels), width=3.6 if len(panels) > 1 else 4.6, height=3.3)
+    markers = "osD^vP*XhHdp<>"
+    shapes = {name: markers[position % len(markers)] for position, name in enumerate(groups)}
+    for ax, (title, part) in zip(axes[0], panels, strict=True):
+        for position, name in enumerate(groups):
+            rows, tone = part[part[by] == name], colour(name, position)
+            if len(rows) > 1:
+                ax.plot(rows[x], rows[y], shapes[name], ms=3, mew=0, alpha=0.5, color=tone)
+            ax.plot(rows[x].mean(), rows[y].mean(), shapes[name], ms=8, mew=0.8, mec="white", color=tone)
+        ax.set(title=title, xlabel=xlabel or x)
+        ax.margins(0.1)
+    axes[0, 0].set_ylabel(ylabel or y)
+    handles = [Line2D([], [], ls="", marker=shapes[name], ms=7, color=colour(name, i)) for i, name in enumerate(groups)]
+    figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")
+    return figure
+
+
+@styled
+def layer_heatmap(
+    data: pd.DataFrame,
+    *,
+    layer: str = "layer",
+    direction: str = "decile",
+    value: str = "value",
+    panel: str | None = None,
+    centre: float | None = 1.0,
+    log: bool = False,
+    xlabel: str = "decile of directions (1: largest σ)",
+    text: str = "",
+    limits: tuple[float, float] | None = None,
+    names: Mapping[Any, str] | None = None,
+) -> Figure:
+    """Draw a mean over (layer × group of spectral directions) as colours, one panel for each value of `panel`.
+
+    Args:
+        data: a row a measurement; layers from top to bottom in order of appearance.
+        layer, direction, value, panel: column names.
+        centre: value of the neutral colour (1: counted once); None: a scale without a centre.
+        log: colours in proportion to the logarithm (values > 0).
+        xlabel: what the columns are.
+        text: what the colours are.
+        limits: smallest and largest coloured value; by default those of the table.
+        names: how values of `panel` are written, where not as in LABELS.
+    """
+    panels = _panels(data, panel, names)
+    layers, groups = list(data[layer].unique()), sorted(data[direction].unique())
+    means = [part.groupby([layer, direction])[value].mean().unstack() for _, part in panels]
+    means = [mean.reindex(index=layers, columns=groups) for mean in means]
+    low, high = limits or (min(np.nanmin(mean) for mean in means), max(np.nanmax(mean) for mean in means))
+    norm, palette = _colour_scale(low, high, centre, log)
+    width = 0.26 * len(groups) + (2.6 if len(panels) == 1 else 1.1)
+    figure, axes = new_figure(len(panels), width=width, height=0.19 * len(layers) + 1.1, sharey=True)
+    for ax, (title, _), mean in zip(axes[0], panels, means, strict=True):
+        cells = np.ma.masked_invalid(mean.to_numpy(float))
+        image = ax.pcolormesh(cells, norm=norm, cmap=palette, edgecolors="white", linewidth=0.4)
+        ax.set_xticks(np.arange(len(groups)) + 0.5, [str(group) for group in groups])
+        ax.set_yticks(np.arange(len(layers)) + 0.5, [str(name) for name in layers])
+        ax.tick_params(length=0, labelsize=7)
+        ax.grid(visible=False)
+        ax.spines[:].set_visible(False)
+        ax.set_title(title)
+    axes[0, 0].invert_yaxis()  # shared by all panels: the first layer on top
+    figure.supxlabel(xlabel, fontsize=9)
+    bar = figure.colorbar(image, ax=axes[0].tolist(), label=text or value, pad=0.02, aspect=30)
+    bar.outline.set_visible(False)
+    if log:
+        bar.set_ticks(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
+        bar.minorticks_off()
+    return figure
+
+
+@styled
+def matrix(
+    data: pd.DataFrame,
+    *,
+    row: str,
+    column: str,
+    value: str = "value",
+    panel: str | None = None,
+    centre: float | None = 0.0,
+    cells: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    text: str = "",
+    names: Mapping[Any, str] | None = None,
+) -> Figure:
+    """Draw a mean over (row × column) as colours, one panel for each value of `panel`; missing cells stay empty.
+
+    A cell whose row and column have the same name (a task against itself) is outlined.
+
+    Args:
+        data: a row a measurement; rows from top to bottom and columns from left to right in order of appearance.
+        row, column, value, panel: column names of the table.
+        centre: value of the neutral colour (0: no difference); None: a scale without a centre.
+        cells: how the means are written into their cells ("+z.0f"); "" leaves them out.
+        xlabel, ylabel: what columns and rows are.
+        text: what the colours are, with its unit.
+        names: how rows, columns and panels are written, where not as in LABELS.
+    """
+    panels = _panels(data, panel, names)
+    rows, columns = list(data[row].unique()), list(data[column].unique())
+    means = [part.groupby([row, column])[value].mean().unstack() for _, part in panels]
+    means = [mean.reindex(index=rows, columns=columns) for mean in means]
+    norm, palette = _colour_scale(min(np.nanmin(m) for m in means), max(np.nanmax(m) for m in means), centre, log=False)
+    size = dict(width=0.32 * len(columns) + (2.6 if len(panels) == 1 else 1.2), height=0.21 * len(rows) + 1.7)
+    figure, axes = new_figure(len(panels), sharey=True, **size)
+    for ax, (title, _), mean in zip(axes[0], panels, means, strict=True):
+        shown = np.ma.masked_invalid(mean.to_numpy(float))
+        image = ax.pcolormesh(shown, norm=norm, cmap=palette, edgecolors="white", linewidth=0.4)
+        for y, name in enumerate(rows):  # outline what stands on itself
+            if name in columns:
+                ax.add_patch(Rectangle((columns.index(name), y), 1, 1, fill=False, edgecolor=INK, linewidth=0.7))
+        for (y, x), number in np.ma.ndenumerate(shown):  # those that are there
+            if cells:
+                red, green, blue, _ = image.cmap(norm(number))
+                tone = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else INK
+                written = f"{number:{cells}}".replace("-", "−")
+                ax.text(x + 0.5, y + 0.5, written, ha="center", va="center", fontsize=6, color=tone)
+        ax.set_xticks(np.arange(len(columns)) + 0.5, [label(name, names) for name in columns], rotation=90)
+        ax.set_yticks(np.arange(len(rows)) + 0.5, [label(name, names) for name in rows])
+        ax.tick_params(length=0, labelsize=7.5)
+        ax.grid(visible=False)
+        ax.spines[:].set_visible(False)
+        ax.set(title=title, xlabel=xlabel)
+    axes[0, 0].invert_yaxis()  # shared by all panels: the first row on top
+    axes[0, 0].set_ylabel(ylabel)
+    figure.colorbar(image, ax=axes[0].tolist(), label=text or value, pad=0.02, aspect=30).outline.set_visible(False)
+    return figure
+
+
+def _colour_scale(low: float, high: float, centre: float | None, log: bool) -> tuple[Normalize, str]:
+    """Return norm and colour map: diverging about `centre` (equal distances get equal strength), else sequential."""
+    if centre is None:
+        return (LogNorm(low, high) if log else Normalize(low, high)), "viridis"
+    if log:
+        reach = max(high / centre, centre / low, 1.01)
+        return LogNorm(centre / reach, centre * reach), "RdBu_r"
+    reach = max(high - centre, centre - low, 1e-9)
+    return Normalize(centre - reach, centre + reach), "RdBu_r"

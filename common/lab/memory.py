@@ -1,0 +1,49 @@
+"""What a call allocates at its peak, to the byte, beside what is alive already; for calls that were warmed up.
+
+`common.lab.benchmark.peak_mib` asks the operating system instead, which sees everything, but only in a fresh process:
+what an earlier call has freed is used again unseen. So it cannot tell the compilation of a function from its work.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_allocated_mib(function: Callable[[], Any], device: torch.device) -> float:
+    """Return by how many MiB the tensors alive in torch's allocator swell while `function()` runs, at their peak.
+
+    On a CPU every allocation and release is listed by torch's profiler; memory that libraries take on their own account
+    (MKL's buffers) is not in the list, nor is the release of what was alive before. On CUDA it is the allocator's peak.
+
+    Args:
+        function: called once.
+        device: where its tensors are.
+    """
+    if device.type == "cuda":
+        return _peak_cuda(function, device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr when it starts and stops
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]) for event in events if event["name"] == "[memory]"]
+    sizes = [change["Bytes"] for _, change in sorted(changes, key=lambda pair: pair[0]) if change["Device Type"] == 0]
+    return max(accumulate(sizes, initial=0)) / 2**20
+
+
+def _peak_cuda(function: Callable[[], Any], device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20

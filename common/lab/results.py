@@ -1,0 +1,319 @@
+"""The only writer of results: table, comparison with the paper, figures, verdict, provenance; and their verification.
+
+An experiment leaves in `results/NN_name/SCALE/`: data.csv (tidy rows), figures drawn from it, README.md, and
+provenance.json, which is written last, so that a folder without it is visibly unfinished. Everything in a README and in
+the index follows from data.csv, provenance.json and the script, so it can be derived again and compared:
+
+    python -m common.lab.results verify                          derive every committed table, verdict, index; compare
+    python -m common.lab.results render                          write them again after a change of wording or style
+    python -m common.lab.results headline 22_vision_merging laptop       numbers at git HEAD beside those measured now
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from common.lab import figures, report
+from common.lab.report import PUBLISHED, read_csv
+from common.lab.report import published as published
+
+if TYPE_CHECKING:
+    from common.lab.run import Experiment
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results"
+EXPERIMENTS = ROOT / "experiments"
+SCALE_NAMES = ("smoke", "laptop", "workstation", "paper")
+
+
+# Reading
+
+
+def load(folder: Path) -> pd.DataFrame:
+    """Return the rows of a result folder's data.csv. Text that looks like a number comes back as a number."""
+    return read_csv(folder / "data.csv")
+
+
+def load_experiment(script: Path) -> "Experiment":
+    """Return the EXPERIMENT that a script defines, without running it.
+
+    Raises:
+        ValueError: the script is missing or defines no EXPERIMENT.
+    """
+    if not script.is_file():
+        raise ValueError(f"there is no script {script.name} in {script.parent.name}/")
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)  # so that --help finds its comments
+    spec.loader.exec_module(module)
+    if not hasattr(module, "EXPERIMENT"):
+        raise ValueError(f"{script.name} defines no EXPERIMENT")
+    return module.EXPERIMENT
+
+
+def settings_hash(settings: Any) -> str:
+    """Return the hash (16 hex digits) of the fields that differ from the dataclass defaults.
+
+    A new field with a default therefore leaves the hash of earlier results as it was.
+    """
+    changed = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if getattr(settings, field.name) != _default(field)
+    }
+    return _sha256(json.dumps(plain(changed), sort_keys=True).encode())[:16]
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON would give it back: dataclasses as dicts, tuples as lists, paths as text."""
+
+    def encode(other: Any) -> Any:
+        return dataclasses.asdict(other) if dataclasses.is_dataclass(other) else str(other)
+
+    return json.loads(json.dumps(value, default=encode))
+
+
+# Folders
+
+
+def _folders(results_dir: Path) -> list[Path]:
+    """Return the folders results/NN_name/SCALE, partial runs left out, in order of number and scale."""
+    folders = [results_dir / scale for scale in results_dir.glob("[0-9]*_*/[!.]*") if scale.is_dir()]
+    order = {name: position for position, name in enumerate(SCALE_NAMES)}
+    return sorted(
+        (folder for folder in folders if "-partial-" not in folder.name),
+        key=lambda folder: (folder.parent.name, order.get(folder.name, len(order)), folder.name),
+    )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+
+
+def _finished(results_dir: Path) -> list[Path]:
+    return [folder for folder in _folders(results_dir) if (folder / "provenance.json").is_file()]
+
+
+def _index(results_dir: Path) -> str:
+    return report.index(map(_facts, _finished(results_dir)))
+
+
+# Writing
+
+
+def write(
+    results_dir: Path, experiment: "Experiment", rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]
+) -> Path:
+    """Write one complete result and the index, and return its folder; a failure leaves the previous result as it was.
+
+    Args:
+        results_dir: usually `results/` of the clone.
+        experiment: the experiment that measured.
+        rows: one mapping a measurement; columns appear in the order of their first use.
+        provenance: as `common.lab.run` collects it; a partial run's folder carries the hash of its settings.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    suffix = f"-partial-{provenance['settings_hash'][:8]}" if provenance["partial"] else ""
+    folder = results_dir / experiment.name / f"{provenance['scale']}{suffix}"
+    table = pd.DataFrame([{name: _cell(value) for name, value in row.items()} for row in rows], dtype=object)
+    if table.empty:
+        raise ValueError(f"{experiment.name}: measure() yielded no rows")
+    csv, rescued = table.to_csv(index=False, lineterminator="\n"), folder.with_name(f".{folder.name}-rows.csv")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _replace(rescued, csv)  # hours of rows outlive a mistake in a figure
+    try:
+        _write(folder, experiment, csv, provenance)
+    except Exception as error:
+        error.add_note(f"the measured rows are kept in {rescued}")
+        raise
+    rescued.unlink()
+    _replace(results_dir / "README.md", _index(results_dir))
+    return folder
+
+
+def _cell(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value  # of a tensor or numpy scalar
+    if not isinstance(value, float):
+        return value
+    return None if math.isnan(value) else f"{value:.6g}"
+
+
+def _write(folder: Path, experiment: "Experiment", csv: str, provenance: Mapping[str, Any]) -> None:
+    data = read_csv(io.StringIO(csv))  # as a reader of data.csv will see it
+    drawn = experiment.draw(data)
+    facts = {
+        **provenance,
+        "data_sha256": _sha256(csv.encode()),
+        "verdict": report.verdict(experiment, data, provenance),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        new = Path(temporary)
+        (new / "data.csv").write_text(csv, encoding="utf-8")
+        (new / "README.md").write_text(report.readme(experiment, data, facts, drawn), encoding="utf-8")
+        for stem, figure in drawn.items():
+            figures.save(figure, new / f"{stem}.png")
+        (new / "provenance.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        _swap(new, folder)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Move a complete result into place; from the first line to the last the folder is visibly unfinished."""
+    folder.mkdir(exist_ok=True)
+    (folder / "provenance.json").unlink(missing_ok=True)
+    for stale in folder.glob("*.png"):
+        stale.unlink()
+    for file in sorted(new.iterdir(), key=lambda file: file.name == "provenance.json"):
+        os.replace(file, folder / file.name)
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def summary(experiment: "Experiment", folder: Path) -> str:
+    """Return what a run prints at its end: comparison, verdict and folder."""
+    table = report.comparison_markdown(report.comparison(experiment, load(folder)))
+    return f"\n{table}\n\nVerdict: {_facts(folder)['verdict']}\nResults: {folder}"
+
+
+# Commands
+
+
+def problems(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> list[str]:
+    """Return one line for each file that does not follow from its data, provenance and script; empty if all do."""
+    found = [line for folder in _folders(results_dir) for line in _folder_problems(folder, experiments_dir)]
+    listed = results_dir / "README.md"
+    if listed.is_file() or _folders(results_dir):
+        found += _difference("README.md", listed, _index(results_dir))
+    for path in sorted((results_dir / "published").glob("*.csv")):
+        found += _published_problems(path)
+    return found
+
+
+def _folder_problems(folder: Path, experiments_dir: Path) -> Iterator[str]:
+    where = f"{folder.parent.name}/{folder.name}"
+    if not (folder / "provenance.json").is_file():
+        yield f"{where}: unfinished (no provenance.json)"
+        return
+    try:
+        provenance = _facts(folder)
+        experiment = load_experiment(experiments_dir / f"{folder.parent.name}.py")
+        yield from (f"{where}/provenance.json: {line}" for line in _stale(provenance, experiment, folder))
+        data = load(folder)
+        drawn = experiment.draw(data)
+        if provenance["verdict"] != report.verdict(experiment, data, provenance):
+            yield f"{where}/provenance.json: its verdict does not follow from data.csv"
+        text = report.readme(experiment, data, provenance, drawn)
+        yield from _difference(f"{where}/README.md", folder / "README.md", text)
+        yield from (f"{where}/{stem}.png: missing" for stem in drawn if not (folder / f"{stem}.png").is_file())
+    except Exception as error:  # any failure to derive a result again is worth a line
+        yield f"{where}: {type(error).__name__}: {error}"
+
+
+def _stale(provenance: Mapping[str, Any], experiment: "Experiment", folder: Path) -> Iterator[str]:
+    """Yield what makes a committed result no evidence for today's script."""
+    if provenance["partial"] or provenance["scale"] != folder.name:
+        yield f"a {'partial ' * provenance['partial']}run of scale {provenance['scale']}, in the folder {folder.name}"
+    if provenance["dirty"]:
+        yield "measured with uncommitted changes (dirty)"
+    if provenance["data_sha256"] != _sha256((folder / "data.csv").read_bytes()):
+        yield "data.csv is not the one that was measured (its hash differs)"
+    settings = experiment.scales[folder.name]
+    if provenance["settings_hash"] != settings_hash(settings):
+        yield f"settings hash {provenance['settings_hash']}, but {folder.name} is {settings_hash(settings)} today"
+    today = plain(settings)
+    for name, value in provenance["settings"].items():  # a changed default leaves the hash alone, not the settings
+        if name in today and today[name] != value:
+            yield f"measured with {name} = {value}, but {folder.name} has {today[name]} today"
+
+
+def _difference(where: str, path: Path, expected: str) -> list[str]:
+    """Return the first line in which a file differs from the text that it should hold."""
+    if not path.is_file():
+        return [f"{where}: missing"]
+    found = path.read_bytes().decode(errors="replace")
+    if found == expected:
+        return []
+    lines = itertools.zip_longest(found.split("\n"), expected.split("\n"), fillvalue="<end of file>")
+    line, (ours, theirs) = next((i, pair) for i, pair in enumerate(lines, 1) if pair[0] != pair[1])
+    return [f"{where}:{line}: found {ours!r}, expected {theirs!r}"]
+
+
+def _published_problems(path: Path) -> Iterator[str]:
+    try:
+        table = read_csv(path)
+    except (ValueError, UnicodeDecodeError) as error:
+        yield f"published/{path.name}: unreadable ({error})"
+        return
+    if tuple(table.columns) != PUBLISHED.get(path.stem):
+        yield f"published/{path.name}: columns {list(table.columns)}, expected {PUBLISHED.get(path.stem)}"
+    elif table.empty or table.isna().any(axis=None):
+        yield f"published/{path.name}: {'no rows' if table.empty else 'an empty cell'}"
+
+
+def verify(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> None:
+    """Derive every committed table, verdict and index again; print each difference and exit 1 if there is one."""
+    found = problems(results_dir, experiments_dir)
+    print("\n".join(found) or f"{len(_folders(results_dir))} results verified")
+    sys.exit(bool(found))
+
+
+def render(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> None:
+    """Write every README, figure and the index again from data.csv, after a change of wording or style: no rerun."""
+    for folder in _finished(results_dir):
+        csv = (folder / "data.csv").read_bytes()
+        if _sha256(csv) != _facts(folder)["data_sha256"]:
+            raise SystemExit(f"error: {folder}/data.csv is not the one that was measured: restore it or measure again")
+        _write(folder, load_experiment(experiments_dir / f"{folder.parent.name}.py"), csv.decode(), _facts(folder))
+    _replace(results_dir / "README.md", _index(results_dir))
+
+
+def headline(name: str, scale: str, /, results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> None:
+    """Print an experiment's comparison as committed (git HEAD) beside the one in the working tree."""
+    experiment = load_experiment(experiments_dir / f"{name}.py")
+    show = ["git", "-C", str(results_dir), "show", f"HEAD:./{name}/{scale}/data.csv"]
+    committed = subprocess.run(show, capture_output=True, text=True, check=False)
+    now = report.comparison(experiment, load(results_dir / name / scale))[["quantity", "ours"]]
+    if committed.returncode:
+        print(f"\n{name}, {scale}: nothing committed at HEAD to compare with; measured now:\n")
+        print(report.markdown(now.rename(columns={"ours": "now"})))
+        return
+    before = report.comparison(experiment, read_csv(io.StringIO(committed.stdout)))[["quantity", "ours"]]
+    both = before.merge(now, on="quantity", how="outer", suffixes=("_before", "_now"))
+    order = list(dict.fromkeys([*now.quantity, *before.quantity]))  # pandas sorts an outer join by its keys
+    both = both.set_index("quantity").loc[order].reset_index()
+    both = both.assign(difference=both.ours_now - both.ours_before)
+    print(f"\n{name}, {scale}: committed at HEAD beside measured now\n")
+    print(report.markdown(both.rename(columns={"ours_before": "HEAD", "ours_now": "now"})))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    commands = {"verify": verify, "render": render, "headline": headline}
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

@@ -1,0 +1,336 @@
+"""What every experiment shares: flags, device, parallel processes, stages, and where its results go.
+
+A script in experiments/ ends with
+
+    EXPERIMENT = Experiment(__doc__, SCALES, measure, draw, compare, verdict, published="merging")
+
+    if __name__ == "__main__":
+        run(EXPERIMENT)
+
+and that is all it knows about command lines and files.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import io
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import joblib
+import pandas as pd
+import torch
+import tyro
+from accelerate import PartialState
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from common import cache
+from common.lab import results
+
+Row = Mapping[str, Any]
+
+PACKAGES = (
+    "torch", "torchvision", "timm", "transformers", "datasets", "open_clip_torch", "accelerate",
+    "peft", "safetensors", "huggingface-hub", "curvlinops-for-pytorch", "numpy", "pandas", "scipy", "scikit-learn",
+    "matplotlib",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment: its text, its settings at each scale and the functions that make, draw and judge its table.
+
+    Args:
+        doc: the script's docstring: figure or table, claim, verdict rule, cost per scale, command.
+        scales: settings (a frozen dataclass with defaults and a field `seeds`) for smoke, laptop, workstation, paper.
+        measure: (settings, context) → rows, one dict a measurement, whose keys become the columns of data.csv.
+        draw: table → {file stem: figure}.
+        compare: (table, published table or None) → one row a number: quantity, paper (NaN: not published), ours, sd, n,
+            same_setting.
+        verdict: table → the verdict by the rule of the docstring ("not run at this scale" where the rule's suites or
+            seeds are not in the table).
+        published: which table of results/published/ `compare` gets, or None.
+        tables: table → {heading: further table for the README}, optional.
+        remarks: table → what it shows, in a paragraph or two whose numbers come from the table, optional.
+        deviations: where the experiment departs from the paper; numbered in the README.
+    """
+
+    doc: str
+    scales: Mapping[str, Any]
+    measure: Callable[[Any, "Context"], Iterable[Row]]
+    draw: Callable[[pd.DataFrame], Mapping[str, Figure]]
+    compare: Callable[[pd.DataFrame, pd.DataFrame | None], pd.DataFrame]
+    verdict: Callable[[pd.DataFrame], str]
+    published: str | None = None
+    tables: Callable[[pd.DataFrame], Mapping[str, pd.DataFrame]] | None = None
+    remarks: Callable[[pd.DataFrame], str] | None = None
+    deviations: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if tuple(self.scales) != results.SCALE_NAMES:
+            raise ValueError(f"scales must be {results.SCALE_NAMES}, in this order, got {tuple(self.scales)}")
+        names = {setting.name for setting in dataclasses.fields(self.scales["smoke"])}
+        if "seeds" not in names:
+            raise ValueError(f"the settings need a field seeds, got {sorted(names)}")
+        if taken := names & {flag.name for flag in dataclasses.fields(Flags)}:
+            raise ValueError(f"settings named like the runner's own flags: {sorted(taken)}")
+
+    @property
+    def script(self) -> Path:
+        """The file that defines the experiment."""
+        return Path(self.measure.__code__.co_filename)
+
+    @property
+    def name(self) -> str:
+        """NN_name, which also names the folder of its results."""
+        return self.script.stem
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags that all experiments share."""
+
+    scale: Literal["smoke", "laptop", "workstation", "paper"] = "laptop"  # whose settings are the defaults below
+    device: str = "auto"  # auto, cpu, cuda or cuda:0
+    results_dir: Path = results.RESULTS  # where NN_name/SCALE/ is written
+    jobs: int | None = None  # parallel processes; by default the number of cores on a CPU, else 1
+
+
+@dataclass
+class Context:
+    """What `measure` gets beside its settings."""
+
+    settings: Any
+    device: torch.device
+    jobs: int  # parallel processes of `map`
+    threads: int  # torch threads of this process
+    main: bool = True  # False on all but one process under `accelerate launch`
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
+
+    artefact = staticmethod(cache.artefact)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the wall time of the block to the stage `name`, and say so on stderr (not inside `map`'s processes)."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + took, 3)
+            if self.main:
+                tqdm.write(f"{name}: {took:.1f} s", file=sys.stderr)
+
+    def progress(self, items: Iterable[Any], description: str) -> Iterable[Any]:
+        """Return `items` behind a progress bar."""
+        return self._bar(items, description)
+
+    def _bar(self, items: Iterable[Any], description: str, total: int | None = None) -> tqdm:
+        return tqdm(items, description, total, disable=not self.main, leave=False)
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any], description: str) -> list[Any]:
+        """Return `[function(item) for item in items]`, computed in up to `jobs` processes behind a progress bar.
+
+        Each process gets its share of the threads. One job, or a single item, runs in this process. What the artefact
+        cache is asked for inside the processes is recorded in this one. The first exception ends the map.
+
+        Args:
+            function: may be defined in the script itself; what it refers to is pickled with it.
+            items: the arguments, one each.
+            description: title of the bar.
+        """
+        items = list(items)
+        processes = min(self.jobs, len(items))
+        if processes <= 1:
+            with self._bar(items, description) as bar:
+                return [function(item) for item in bar]
+        threads = max(1, self.threads // processes)
+        with joblib.parallel_config("loky", inner_max_num_threads=threads):
+            parallel = joblib.Parallel(processes, batch_size=1, return_as="generator_unordered")
+            call = joblib.delayed(_call)
+            finished = parallel(call(function, index, item, threads) for index, item in enumerate(items))
+        found: dict[int, Any] = {}
+        with self._bar(finished, description, len(items)) as bar:
+            for index, result, records in bar:
+                found[index] = result
+                cache.RECORDS.extend(records)
+        return [found[index] for index in range(len(items))]
+
+
+def _call(function: Callable[[Any], Any], index: int, item: Any, threads: int) -> tuple[int, Any, list[dict[str, Any]]]:
+    torch.set_num_threads(threads)
+    before = len(cache.RECORDS)
+    result = function(item)
+    return index, result, cache.RECORDS[before:]
+
+
+def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> Path | None:
+    """Run an experiment as the command line says, write its results and return their folder.
+
+    Settings other than those of the scale make a partial run, which goes to a sibling folder of its own. Under
+    `accelerate launch` all processes measure, one writes, and the others return None. Bad flags and files out of reach
+    (OSError: no connection to the hub, a missing repository) end in one line on stderr and exit status 2.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        flags, settings = parse(experiment, arguments)
+        context = make_context(flags, settings)
+        commit = git_state()
+        before, start = len(cache.RECORDS), time.perf_counter()
+        rows = list(experiment.measure(settings, context))
+    except (OSError, BadFlag) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    context.seconds["total"] = round(time.perf_counter() - start, 3)
+    if not context.main:
+        return None
+    facts = provenance(experiment, flags, context, arguments, commit, cache.RECORDS[before:])
+    folder = results.write(flags.results_dir, experiment, rows, facts)
+    print(results.summary(experiment, folder))
+    return folder
+
+
+class BadFlag(ValueError):
+    """A flag of the command line that cannot be used; its text is one line for the user."""
+
+
+def parse(experiment: Experiment, arguments: Sequence[str]) -> tuple[Flags, Any]:
+    """Return the runner's flags and the settings: those of the scale, changed by the flags.
+
+    Raises:
+        BadFlag: a flag is unknown, or its value is not of the flag's type or range.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--scale", nargs="?", default=Flags.scale)
+    scale = first.parse_known_args(arguments)[0].scale
+    settings = experiment.scales.get(scale, experiment.scales[Flags.scale])
+    unprefixed = tyro.conf.arg(name="")  # --seeds, not --settings.seeds
+    both = dataclasses.make_dataclass(
+        "Arguments",
+        [
+            ("flags", Annotated[Flags, unprefixed], field(default_factory=Flags)),
+            ("settings", Annotated[type(settings), unprefixed], field(default=settings)),
+        ],
+    )
+    if {"-h", "--help"} & set(arguments):
+        print(experiment.doc.strip(), end="\n\n")
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            parsed = tyro.cli(both, args=arguments, prog=experiment.script.name, description="")
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise BadFlag(_one_line(box.getvalue())) from None
+    except ValueError as error:  # from a check in Settings.__post_init__
+        raise BadFlag(str(error)) from None
+    if parsed.flags.jobs is not None and parsed.flags.jobs < 1:
+        raise BadFlag(f"--jobs must be at least 1, got {parsed.flags.jobs}")
+    if not parsed.settings.seeds:
+        raise BadFlag("--seeds needs at least one seed")
+    return parsed.flags, parsed.settings
+
+
+def _one_line(box: str) -> str:
+    """Return the message of the box that tyro draws around an error, as one line."""
+    title, *lines = box.splitlines()
+    sections = re.split(r"─{9,}", re.sub(r"[│╭╮╰╯]", " ", "\n".join(lines)))
+    kept = (" ".join(part.split()) for part in sections if "helptext" not in part)
+    return "; ".join(part for part in kept if part) or title
+
+
+def make_context(flags: Flags, settings: Any) -> Context:
+    """Return the context for these flags: device, processes and threads of this machine."""
+    device = find_device(flags.device)
+    state = PartialState(cpu=device.type == "cpu")
+    if state.num_processes > 1:  # each process of `accelerate launch` has a device of its own
+        device = state.device
+    jobs = flags.jobs or (joblib.cpu_count() if device.type == "cpu" else 1)
+    jobs = 1 if state.num_processes > 1 else jobs
+    return Context(settings, device, jobs, torch.get_num_threads(), main=state.is_main_process)
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device that `--device` names; auto takes CUDA, else the CPU.
+
+    Raises:
+        BadFlag: the device is unknown or not there.
+    """
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}  # not MPS: it has no float64, which spectra need
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "cpu") if there[kind]))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in there:
+        raise BadFlag(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if (device.index or 0) >= there[device.type]:
+        raise BadFlag(f"--device {name}: this machine shows PyTorch {there[device.type]} {device.type} devices")
+    return device
+
+
+def git_state() -> dict[str, Any]:
+    """Return the commit of the clone and whether anything outside results/ differs from it."""
+
+    def git(*words: str) -> str:
+        answer = subprocess.run(["git", "-C", str(results.ROOT), *words], capture_output=True, text=True, check=False)
+        return answer.stdout.strip() if answer.returncode == 0 else "unknown"
+
+    changes = git("status", "--porcelain", "--", ".", ":(exclude)results")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+def provenance(
+    experiment: Experiment,
+    flags: Flags,
+    context: Context,
+    arguments: Sequence[str],
+    commit: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return everything about a run that its table does not say; plain data."""
+    settings, device = context.settings, context.device
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    built = {f"{record['kind']}/{record['key']}" for record in records if not record["hit"]}
+    asked = {f"{record['kind']}/{record['key']}" for record in records}
+    return {
+        "experiment": experiment.name,
+        "arguments": list(arguments),
+        "scale": flags.scale,
+        "partial": settings != experiment.scales[flags.scale],
+        "settings": results.plain(settings),
+        "settings_hash": results.settings_hash(settings),
+        "seeds": list(settings.seeds),
+        **commit,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": context.seconds,
+        "device": card,
+        "processes": PartialState().num_processes,  # of `accelerate launch`
+        "jobs": context.jobs,
+        "threads": context.threads,
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "cache_hits": sorted(asked - built),
+        "cache_built": sorted(built),
+    }
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed

@@ -1,0 +1,110 @@
+"""What --dry-run prints: what would become of each tensor, and memory and time to expect."""
+
+import time
+
+import torch
+
+from merging.calibration import calibrate
+from merging.command.changes import RANGE
+from merging.command.outputs import AdapterOutput, ModelOutput
+from merging.command.recipe import dtype_name
+from merging.command.storage import Piece, Plan, Step
+from merging.command.stream import BY_ENTRY, Streamer, svc_options, takes, treatment
+from merging.mergers import MERGERS
+
+PROGRAM = 600 * 2**20  # bytes: the interpreter with PyTorch
+COPIES = (5, 8)  # of a matrix in float32, measured; the second for Iso-CTS
+SAMPLE = 256  # side of the matrix that is timed
+DISK = 300e6  # bytes a second that are assumed for reading and writing
+
+
+def expected_memory(plan: Plan, jobs: int = 1) -> int:
+    """Return the peak of the resident memory to expect, in bytes, for the largest tensors of all jobs.
+
+    A matrix m × n that is calibrated, or merged as a matrix, takes COPIES of it in float32, however many experts there
+    are (they are read one by one), and its eigenproblem 32 r² bytes, r = min(m, n). The rest works on ranges of rows.
+    """
+    streamer = Streamer(plan, torch.device("cpu"))
+    peaks = [_peak(streamer, step, piece) for step in plan.steps for piece in step.pieces]
+    return PROGRAM + sum(sorted(peaks, reverse=True)[:jobs])
+
+
+def _peak(streamer: Streamer, step: Step, piece: Piece) -> int:
+    method, tasks = streamer.plan.recipe.method, len(step.experts)
+    if streamer.is_factored(step, piece):
+        rank = sum(expert.up.shape[1] for expert in step.experts if expert)
+        return 8 * 4 * rank * sum(piece.shape) + 4 * RANGE * 4  # factors and bases in float64, a few of each
+    if streamer.is_whole(step, piece) and piece.count > RANGE:
+        side = min(piece.seen[0], piece.count // piece.seen[0])
+        return 4 * COPIES[method == "iso_cts"] * piece.count + 32 * side**2
+    masks = piece.count * (4 + tasks) if method == "dare" else 0
+    return 4 * RANGE * (tasks + 4) + masks
+
+
+def expected_seconds(plan: Plan, device: torch.device) -> float:
+    """Return the time to expect on one job: small matrices are timed with the same functions, the disk is assumed.
+
+    What is done entry by entry grows with the number of entries, what is done on matrices with m · n · min(m, n).
+    """
+    streamer = Streamer(plan, device)
+    seconds = sum(step.size * (len(step.experts) + 2) for step in plan.steps) / DISK
+    samples: dict[bool, float] = {}
+    for step in plan.steps:
+        for piece in step.pieces if step.pieces and step.base.count else ():
+            spectral = streamer.is_spectral(step, piece) and not streamer.is_factored(step, piece)
+            if spectral not in samples:
+                samples[spectral] = _time_of_sample(plan, step, spectral, device)
+            work = piece.count * (min(piece.seen[0], piece.count // piece.seen[0]) if spectral else SAMPLE)
+            seconds += samples[spectral] * work / SAMPLE**3
+    return seconds
+
+
+def _time_of_sample(plan: Plan, step: Step, spectral: bool, device: torch.device) -> float:
+    method = plan.recipe.method if spectral or plan.recipe.method in BY_ENTRY else "weight_average"
+    generator = torch.Generator().manual_seed(0)
+    updates = [{"": torch.randn(SAMPLE, SAMPLE, generator=generator).to(device)} for _ in step.experts]
+    seconds = []
+    for _ in range(2):  # the first call warms up
+        start = time.perf_counter()
+        merged = MERGERS[method](updates, **step.of_merger(method))
+        if spectral and step.options["svc"]:
+            merged = calibrate(merged, updates, **svc_options(step))
+        float(merged[""].sum())  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def describe(output: ModelOutput | AdapterOutput, jobs: int, device: torch.device) -> list[str]:
+    """Return the lines that --dry-run prints: each tensor, what becomes of it, and memory and time to expect."""
+    plan = output.plan
+    lines = [f"{'tensor':60} {'shape':20} {'dtype':9} what"]
+    for step in output.steps:
+        shape = "×".join(map(str, step.base.shape)) or "()"
+        what = _what(plan, step) if output.tensors(step) else f"{_what(plan, step)}; no place in the adapter, lost"
+        lines.append(f"{step.name:60} {shape:20} {dtype_name(step.dtype):9} {what}")
+    tensors = [tensor for step in output.steps for tensor in output.tensors(step)]
+    size = sum(tensor.size for tensor in tensors) / 1e9
+    seconds = expected_seconds(plan, device) / jobs
+    lines.append(
+        f"{len(tensors)} tensors, {size:.3f} GB to write, memory up to about "
+        f"{expected_memory(plan, jobs) / 1e9:.2f} GB, about {max(1, round(seconds))} s"
+    )
+    return lines
+
+
+def _what(plan: Plan, step: Step) -> str:
+    if not step.experts:
+        return "the base's value"
+    piece, method = step.pieces[0], plan.recipe.method
+    parts = [method if takes(method, piece) else f"mean ({method} leaves it)"]
+    if step.options["svc"]:
+        parts.append({"calibrated": "SVC", "vector rule": "SVC, vector rule"}.get(treatment(step, piece), "no SVC"))
+    if step.options["final_scale"] != 1:
+        parts.append(f"× {step.options['final_scale']:g}")
+    if step.layout not in ("matrix", "vector"):
+        parts.append(f"{step.layout} of {len(step.pieces)}" if len(step.pieces) > 1 else step.layout)
+    if step.kind == "values" and piece.name != step.name and len(step.pieces) == 1:
+        parts.append(f"tied to {piece.name}")
+    if step.kind == "values" and sum(each.count for each in step.pieces) < step.base.count:
+        parts.append(f"rows 0 to {piece.rows - 1}")
+    return ", ".join(parts)

@@ -1,0 +1,243 @@
+"""Merge fine-tuned models on disk, tensor by tensor, whatever their size and architecture.
+
+    python -m merging --base DIR_OR_ID --experts DIR_OR_ID … --method ties --scale 0.3 --svc --out DIR
+
+Models are folders of safetensors (single or sharded), single files of safetensors, state dicts of torch.save (loaded
+with weights_only), or ids of the Hub. Experts may instead all be adapters of peft (LoRA, IA³): they are merged in
+factored form and folded into the base. With --output adapter the merge is written as one adapter; from full experts
+that is the best approximation of --rank, and report and card say what it loses.
+
+A merge that was interrupted continues when the same command is given again. Under `accelerate launch` the processes
+share the tensors. Memory: below 1 GB and, for each of --jobs, a few of the largest tensors with SVC, TSV-M, Iso or
+STAR, and next to nothing otherwise; --dry-run estimates it.
+
+Storage: SVC's output space is the layer's, also where weights are stored (in, out), as GPT-2's are; stacks of experts
+are merged matrix by matrix; convolution kernels are (out, rest) for methods that take them, and not calibrated without
+--kernels. Heads that only some models have are the base's, vocabularies of different size share their first rows: both
+are reported, and refused with --strict. How all that is told from names and shapes stands in `merging/command/plan.py`,
+`merging/command/storage.py` and `merging/command/adapter_plan.py`.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+import yaml
+from tqdm import tqdm
+
+from merging.checkpoints import Checkpoint, locate, open_checkpoint
+from merging.command.dry_run import describe
+from merging.command.model_card import write_companions
+from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
+from merging.command.plan import make_plan
+from merging.command.recipe import Recipe, identity, read_recipe, shard_bytes
+from merging.command.shards import Output, remove_journal, write_text
+from merging.command.storage import Plan, Step
+from merging.command.stream import Streamer
+from merging.command.thresholds import Election, global_election
+from merging.peft_files import CONFIG as ADAPTER_CONFIG
+from merging.peft_files import Adapter, open_adapter
+
+
+@dataclass(frozen=True)
+class Flags(Recipe):
+    """The recipe, and how it is carried out."""
+
+    out: str = ""
+    """Folder of the merged model; it must not exist, be empty, or hold what the same recipe made."""
+    recipe: Path | None = None
+    """File with a recipe, such as the merging.yaml of an earlier output; further flags go before it."""
+    jobs: int = 1
+    """How many tensors are merged at the same time, in threads; each needs its own memory."""
+    device: str = "cpu"
+    """Where the arithmetic is done: cpu, cuda or cuda:N."""
+    dry_run: bool = False
+    """Print what would become of each tensor, and memory and time to expect, and write nothing."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status, after one line on stderr where something is wrong."""
+    try:
+        flags = parse(sys.argv[1:] if arguments is None else arguments)
+        values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Recipe)}
+        merge(Recipe(**values), flags.out, flags.jobs, flags.device, flags.dry_run)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"python -m merging: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Flags:
+    """Return the flags; those of a file named by --recipe stand where the command line has none."""
+    arguments = _joined(list(arguments))
+    start = Flags()
+    if "--recipe" in arguments[:-1]:
+        start = Flags(**dataclasses.asdict(read_recipe(Path(arguments[arguments.index("--recipe") + 1]))))
+    return tyro.cli(Flags, args=arguments, default=start, prog="python -m merging", description=__doc__)
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Return the arguments with the values of a repeated --set or --experts behind its first occurrence."""
+    for flag in ("--set", "--experts"):
+        values: list[str] = []
+        while arguments.count(flag) > 1:
+            start = len(arguments) - 1 - arguments[::-1].index(flag)
+            stop = next((i for i in range(start + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
+            values = arguments[start + 1 : stop] + values
+            del arguments[start:stop]
+        if values:
+            start = arguments.index(flag)
+            stop = next((i for i in range(start + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
+            arguments[stop:stop] = values
+    return arguments
+
+
+def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", dry_run: bool = False) -> None:
+    """Merge by a recipe into a folder, continuing what an interrupted call has left.
+
+    Args:
+        recipe: what is merged and how.
+        out: folder of the merged model.
+        jobs: tensors merged at the same time.
+        device: cpu, cuda or cuda:N.
+        dry_run: print the plan only.
+
+    Raises:
+        ValueError, OSError: one line that names file and tensor, and says what to do.
+    """
+    recipe.check()
+    if jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    if not str(out) and not dry_run:
+        raise ValueError("give --out, the folder of the merged model")
+    base, *experts = open_checkpoint(recipe.base), *map(_open_expert, recipe.experts)
+    plan = make_plan(recipe, base, experts)
+    kind = adapter_output(plan) if recipe.output == "adapter" else ModelOutput(plan)
+    made_from = identity(recipe, (base, *experts))
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    on = _device(device)
+    for note in (*plan.notes, *plan.remarks) if rank == 0 else ():
+        print(f"note: {note}", file=sys.stderr)
+    if dry_run:
+        print("\n".join(describe(kind, jobs, on)))
+    elif _is_complete(out := Path(os.path.abspath(out)), made_from):
+        remove_journal(out)  # of a merge that was killed after its last step
+        print(f"{out}: this recipe has made it already; nothing to do")
+    else:
+        _carry_out(kind, out, made_from, jobs, on, rank, ranks)
+
+
+def _open_expert(given: str) -> Checkpoint | Adapter:
+    path = locate(given)
+    return open_adapter(path) if (path / ADAPTER_CONFIG).is_file() else open_checkpoint(given, path)
+
+
+def _carry_out(
+    kind: ModelOutput | AdapterOutput, out: Path, made_from: str, jobs: int, device: torch.device, rank: int, ranks: int
+) -> None:
+    _hand_back_freed_memory()
+    plan, made = kind.plan, {step.name: kind.tensors(step) for step in kind.steps}
+    tensors = [tensor for step in kind.steps for tensor in made[step.name]]
+    if kind.one_file:
+        output = Output(out, made_from, tensors, sum(tensor.size for tensor in tensors), rank, "adapter_model")
+    else:
+        output = Output(out, made_from, tensors, shard_bytes(plan.recipe.shard_size), rank)
+    election = _election(plan, output, device, jobs, rank)
+    streamer = Streamer(plan, device, election)
+    own = sorted(kind.steps, key=lambda step: -step.size)[rank::ranks] if ranks > 1 else kind.steps
+    names = {step.name: {step.name, *(tensor.name for tensor in made[step.name])} for step in kind.steps}
+    done = output.intact(name for step in own for name in names[step.name])
+    left = [step for step in own if not names[step.name] <= done]
+
+    def one(step: Step) -> Step:
+        kind.write(step, streamer, output)
+        return step
+
+    total = sum(step.size for step in own)
+    before = total - sum(step.size for step in left)
+    with tqdm(
+        total=total, initial=before, unit="B", unit_scale=True, desc=f"{len(own)} tensors", disable=rank > 0
+    ) as bar:
+        for step in _in_threads(one, left, jobs):
+            bar.set_postfix_str(step.name, refresh=False)
+            bar.update(step.size)
+    output.close()
+    if rank == 0:
+        output.wait(name for step in kind.steps for name in names[step.name])
+        notes = output.finished()
+        write_companions(kind, output.folder, made_from, [notes[step.name] for step in kind.steps])
+        output.finish()
+        print(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors) / 1e9:.3f} GB")
+
+
+def _hand_back_freed_memory() -> None:
+    """Let glibc return freed matrices to the system at once; by itself it keeps those of up to 32 MiB for later."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries
+        ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
+
+
+def _election(plan: Plan, output: Output, device: torch.device, jobs: int, rank: int) -> Election | None:
+    """Return the election of global TIES, which rank 0 holds once, also for later attempts; None for other methods."""
+    path = output.journal / "election.json"
+    every = lambda function, items: _in_threads(function, list(items), jobs)  # noqa: E731
+    if rank == 0 and not path.exists():
+        found = global_election(plan, device, every)
+        write_text(path, json.dumps(found and dataclasses.asdict(found)))
+    while not path.exists():
+        time.sleep(0.1)
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return values and Election(tuple(values["thresholds"]), values["majority"])
+
+
+def _in_threads(function: Callable, items: Iterable, jobs: int) -> Iterator:
+    """Yield the function's results as they come; with several jobs the cores are shared out among threads."""
+    if jobs == 1:
+        yield from map(function, items)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    pool = ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads,))
+    try:
+        waiting = {pool.submit(function, item) for item in items}
+        while waiting:
+            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _is_complete(out: Path, made_from: str) -> bool:
+    """Return whether the same merge is there already; another one, or anything else in the folder, is refused."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = yaml.safe_load((out / "merging.yaml").read_text(encoding="utf-8"))["identity"]
+    except (OSError, yaml.YAMLError, TypeError, KeyError):
+        raise ValueError(f"{out}: is there and holds no finished merge; choose another --out, or delete it") from None
+    if found != made_from:
+        raise ValueError(
+            f"{out}: holds a merge by another recipe or of other input files; choose another --out, or delete it"
+        )
+    return True
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {name}: this machine has no such device for PyTorch")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device

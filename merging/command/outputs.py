@@ -1,0 +1,204 @@
+"""What a merge is written as: a whole model, or an adapter of peft of one rank.
+
+Linear layers become LoRA modules: the merged update of each, of full or low rank, by its truncated SVD. What a full
+expert changes elsewhere (embeddings, norms, biases) has no place in the adapter; all of its energy is lost, and said to
+be. From adapters come adapters: LoRA of the chosen rank, or IA³, with what they hold whole.
+
+Which weights belong to linear layers is told by the model's own class, built without memory from config.json; without
+one, all matrices NAME.weight are taken whose name does not say "embed".
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from merging.adapters import MODULES, joint_config, rename_to_base
+from merging.command.shards import Output, Tensors
+from merging.command.storage import Plan, Step
+from merging.command.stream import Streamer, rounded
+from merging.lowrank import LowRank, extract, truncate
+from merging.peft_files import Adapter, file_tensors, written_config
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """A whole model: every tensor of the base."""
+
+    plan: Plan
+    one_file = False
+
+    @property
+    def steps(self) -> list[Step]:
+        """What is written."""
+        return self.plan.steps
+
+    def tensors(self, step: Step) -> list[Tensors]:
+        """Return the tensors that a step makes."""
+        return [Tensors(step.name, step.dtype, step.base.shape, step.size)]
+
+    def write(self, step: Step, streamer: Streamer, output: Output) -> None:
+        """Merge one step and write it, with the numbers of its report."""
+        rows = [] if self.plan.recipe.report and not step.repeats else None
+        note = {"report": rows}  # filled while the tensor is written
+        output.write(step.name, streamer.tensor(step, rows), note)
+
+
+@dataclass(frozen=True)
+class AdapterOutput:
+    """What an adapter will hold, before anything is merged; `sketch` is the adapter on the meta device."""
+
+    plan: Plan
+    sketch: Adapter
+    names: Mapping[str, str]  # of the base's tensors → their names in the adapter; lost are those that are not here
+    one_file = True
+
+    @property
+    def steps(self) -> list[Step]:
+        """What is merged; for the rest of the base an adapter says nothing."""
+        return [step for step in self.plan.steps if step.experts and not step.repeats]
+
+    def tensors(self, step: Step) -> list[Tensors]:
+        """Return the tensors of the adapter's file that a step makes: two factors, a vector, a value, or none."""
+        own = self._sketched.get(self.names.get(step.name, ""), {})
+        return [Tensors(key, meta.dtype, tuple(meta.shape), meta.nbytes) for key, meta in own.items()]
+
+    @cached_property
+    def _sketched(self) -> dict[str, dict[str, torch.Tensor]]:
+        return file_tensors(self.sketch)
+
+    def config(self) -> dict[str, Any]:
+        """Return adapter_config.json."""
+        return written_config(self.sketch, self.plan.recipe.rank)
+
+    def write(self, step: Step, streamer: Streamer, output: Output) -> None:
+        """Merge one step, write its tensors, and note how much of its energy they lose."""
+        rows = [] if self.plan.recipe.report else None
+        module = self.sketch.modules.get(self.names.get(step.name, ""))
+        if module:
+            energy, lost = self._module(step, module.layout, streamer, output, rows)
+        else:
+            energy, lost = self._value(step, streamer, output, rows)
+        shape = "×".join(map(str, step.base.shape))
+        output.note(step.name, {"report": rows, "lost": dict(tensor=step.name, shape=shape, energy=energy, lost=lost)})
+
+    def _module(
+        self, step: Step, layout: str, streamer: Streamer, output: Output, rows: list[dict] | None
+    ) -> tuple[float, float]:
+        """Write the two factors of a module; returns the energy of its update, and the share that its rank loses."""
+        name, rank = self.names[step.name], self.plan.recipe.rank
+        if streamer.is_factored(step, step.pieces[0]):
+            merged = streamer.low_rank(step, rows)
+            update, lost = truncate(replace(merged, scale=merged.scale * step.options["final_scale"]), rank)
+        else:
+            update, lost = extract(streamer.update(step, rows), rank, layout)
+        factors = file_tensors(Adapter("lora", {name: update}))[name]
+        for tensor in self.tensors(step):
+            output.write(tensor.name, [rounded(step.name, factors[tensor.name], tensor.dtype)])
+        kept = float(update.b.double().square().sum(0).square().sum())  # Σ σ²: the columns of b have the lengths √σ
+        return kept / (1 - lost), lost
+
+    def _value(self, step: Step, streamer: Streamer, output: Output, rows: list[dict] | None) -> tuple[float, float]:
+        """Write what is held whole, if the adapter has a place for it; returns energy, and the share that is lost."""
+        tensors = self.tensors(step)
+        if step.kind == "values" and tensors:
+            output.write(tensors[0].name, streamer.tensor(step, rows))
+            return 0.0, 0.0
+        update = streamer.update(step, rows)
+        if tensors:
+            output.write(tensors[0].name, [rounded(step.name, 1 + update, tensors[0].dtype)])
+            return 0.0, 0.0
+        energy = sum(float(part.double().square().sum()) for part in update.reshape(-1).split(2**21))
+        return energy, float(energy > 0)
+
+
+def adapter_output(plan: Plan) -> AdapterOutput:
+    """Return what the adapter of a merge will hold.
+
+    Raises:
+        ValueError: the rank is missing, or there is one for IA³; or no tensor has a place in an adapter.
+    """
+    from_adapters = isinstance(plan.experts[0], Adapter)
+    ia3 = from_adapters and plan.experts[0].kind == "ia3"
+    if ia3 == (plan.recipe.rank is not None):
+        raise ValueError("--rank: IA³ has no rank" if ia3 else "--output adapter: give --rank, that of its modules")
+    names, modules, vectors, values = {}, {}, {}, {}
+    if from_adapters:
+        names = _names_of_adapters(plan)
+        layouts = {step.name: next(filter(None, step.experts)).layout for step in plan.steps if step.kind == "low rank"}
+    else:
+        layouts, names = linear_layers(plan)
+    dtype = plan.recipe.output_dtype(torch.float32)
+    for step in plan.steps:
+        name = names.get(step.name)
+        if not step.experts or step.repeats or name is None:
+            continue
+        if step.name in layouts:
+            modules[name] = _sketched(step.base.shape, plan.recipe.rank, layouts[step.name], dtype)
+        elif step.kind == "vector":
+            vectors[name] = torch.empty(next(filter(None, step.experts)).shape, dtype=dtype, device="meta")
+        else:
+            values[name] = torch.empty(step.base.shape, dtype=step.dtype, device="meta")
+    if not (modules or vectors or values):
+        raise ValueError(f"{plan.base.given}: no merged tensor has a place in an adapter; write a model instead")
+    config = joint_config(plan.experts) if from_adapters else {"base_model_name_or_path": plan.recipe.base}
+    output = AdapterOutput(plan, Adapter("ia3" if ia3 else "lora", modules, vectors, values, config), names)
+    output.config()  # refuses what peft cannot state before anything is merged
+    return output
+
+
+def _sketched(shape: tuple[int, int], rank: int, layout: str, dtype: torch.dtype) -> LowRank:
+    b, a = (torch.empty(size, dtype=dtype, device="meta") for size in ((shape[0], rank), (rank, shape[1])))
+    return LowRank(b, a, layout=layout)
+
+
+def _names_of_adapters(plan: Plan) -> dict[str, str]:
+    """Return the base's names → those that the adapters have, the first adapter's going before."""
+    names = {}
+    for adapter in reversed(plan.experts):
+        renamed = rename_to_base(adapter, plan.base.entries)
+        for held in ("modules", "vectors", "values"):
+            names |= dict(zip(getattr(renamed, held), getattr(adapter, held), strict=True))
+    return names
+
+
+def linear_layers(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
+    """Return which merged tensors are weights of linear layers.
+
+    Returns:
+        name → "linear" or "conv1d", of the kind that more of them have (peft states it once for all modules); and
+        name → the weight's name in the model's class.
+    """
+    known = dict(_linear_modules(plan.base.config))
+    layouts, names = {}, {}
+    for step in plan.steps:
+        matrix = step.experts and step.layout in ("matrix", "transposed") and step.name.endswith(".weight")
+        if not matrix or (not known and not MODULES(step.name, torch.empty(step.base.shape, device="meta"))):
+            continue
+        longer = (each for each in known if each.endswith(f".{step.name}"))
+        own = step.name if step.name in known else next(longer, None)
+        if own or not known:
+            layouts[step.name] = known[own] if own else {"matrix": "linear", "transposed": "conv1d"}[step.layout]
+            names[step.name] = own or step.name
+    kinds = list(layouts.values())
+    most = max(("linear", "conv1d"), key=kinds.count)
+    kept = {name: layout for name, layout in layouts.items() if layout == most}
+    return kept, {name: names[name] for name in kept}
+
+
+def _linear_modules(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield weight and layout of all linear layers of the class that config.json names; nothing where it names none."""
+    import transformers
+
+    kind = getattr(transformers, (config.get("architectures") or [""])[0], None)
+    if kind is None or "model_type" not in config:
+        return
+    with torch.device("meta"):
+        model = kind(transformers.AutoConfig.for_model(**config))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            yield f"{name}.weight", "linear"
+        elif isinstance(module, transformers.pytorch_utils.Conv1D):
+            yield f"{name}.weight", "conv1d"

@@ -1,0 +1,224 @@
+"""What becomes of each tensor: which tensors of the experts belong to it, how it is stored, whether it is merged.
+
+No list of architectures: everything is read off names, shapes and, where two tensors may be tied, bytes.
+
+Names       experts may carry a prefix that the base lacks, or lack one ("transformer.", "module."); the one under
+            which most names agree is taken.
+Missing     a tensor that no expert has (another head) keeps the base's value; one that some have and others lack is
+            refused. Tensors that only experts have are left out. A tied copy that one side does not store is found by
+            comparing bytes.
+Vocabulary  tensors that differ in their number of rows alone: the rows that all have are merged, the base's other
+            rows are kept. With config.json on both sides the rows must be their vocab_size, else it is refused.
+Integers    keep the base's value; where experts differ in more than a single counter, that is refused.
+Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told in `merging.command.storage`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from merging.checkpoints import Checkpoint, Entry
+from merging.command.adapter_plan import adapter_steps
+from merging.command.recipe import Recipe
+from merging.command.storage import Plan, Step, pieces, some, storage
+from merging.peft_files import Adapter
+
+COMPARED = 2**22  # entries compared at a time
+
+
+def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | Sequence[Adapter]) -> Plan:
+    """Decide what becomes of each tensor of the base; experts are models, or adapters as `open_adapter` returns them.
+
+    Raises:
+        ValueError: one line that names file and tensor; with `recipe.strict` for everything that would be a note.
+    """
+    plan = Plan(recipe, base, tuple(experts))
+    adapters = [isinstance(expert, Adapter) for expert in experts]
+    if any(adapters) and not all(adapters):
+        odd = recipe.experts[adapters.index(False)]
+        raise ValueError(f"{odd}: is no adapter, and other experts are; fold those into the base first, one by one")
+    plan.steps = adapter_steps(plan) if any(adapters) else _steps(plan)
+    if odd := recipe.unmatched(base.entries):
+        raise ValueError(f"--set {odd[0]!r}: matches no tensor of {base.given}")
+    if not any(step.experts for step in plan.steps):
+        raise ValueError(f"{base.given}: no tensor is merged; the experts share none with it")
+    if recipe.strict and plan.notes:
+        raise ValueError(f"--strict: {plan.notes[0]}" + _more(len(plan.notes) - 1))
+    return plan
+
+
+def _steps(plan: Plan) -> list[Step]:
+    recipe, base, experts = plan.recipe, plan.base, plan.experts
+    names = [_match(base, expert, plan) for expert in experts]
+    layouts, steps = storage(base.entries), []
+    for name, entry in base.entries.items():
+        options = recipe.of(name, len(experts))
+        found = _partners(name, entry, base, experts, names, plan.notes) if options["merge"] else ()
+        rows = _common_rows(entry, found, base, experts, plan.notes)
+        layout = options["layout"] or layouts[name]
+        parts = pieces(entry, layout, rows) if found else ()
+        steps.append(Step(name, entry, found, parts, recipe.output_dtype(entry.dtype), layout, options))
+    return _with_ties(steps, plan.remarks)
+
+
+# Which tensors belong together ---------------------------------------------------------------------------------------
+
+
+def _match(base: Checkpoint, expert: Checkpoint, plan: Plan) -> dict[str, str]:
+    """Return base name → expert name under the prefix, added or taken away, with which most names agree."""
+    ours, theirs = base.entries.keys(), expert.entries.keys()
+    matches = [{name: name for name in ours if name in theirs}]
+    matches += [{name: p + name for name in ours if p + name in theirs} for p in _prefixes(theirs)]
+    matches += [
+        {name: name[len(p) :] for name in ours if name.startswith(p) and name[len(p) :] in theirs}
+        for p in _prefixes(ours)
+    ]
+    best = max(matches, key=len)  # the first of equals: names as they are
+    if not best:
+        raise ValueError(f"{expert.given}: shares no tensor name with {base.given}; is it of the same architecture?")
+    used = set(best.values())
+    extra = [name for name in theirs if name not in used]
+    copies = [name for name in extra if _copy_of(expert.entries[name], [expert.entries[other] for other in used])]
+    if copies:
+        plan.remarks.append(f"{expert.given}: {some(copies)}: a tied copy, not stored in {base.given}; left out")
+    if extra := [name for name in extra if name not in copies]:
+        plan.notes.append(f"{expert.given}: {some(extra)}: not in {base.given}; left out")
+    return best
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """Return what names begin with, up to their first and second dot, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        counts.update(".".join(parts[:depth]) + "." for depth in (1, 2) if len(parts) > depth)
+    return [prefix for prefix, _ in counts.most_common(16)]
+
+
+def _partners(
+    name: str,
+    entry: Entry,
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    names: Sequence[Mapping[str, str]],
+    notes: list[str],
+) -> tuple[Entry, ...]:
+    """Return each expert's tensor for one of the base, or () if the base's value is kept."""
+    found: list[Entry | None] = []
+    for expert, known in zip(experts, names, strict=True):
+        other = known.get(name) or known.get(_twin(entry, base, known) or "")
+        found.append(expert.entries[other] if other else None)
+    if not any(found):
+        notes.append(f"{base.given}: {name!r}: in no expert; the base's value is kept")
+        return ()
+    for expert, other in zip(experts, found, strict=True):
+        if other is None:
+            raise ValueError(
+                f"{expert.given}: lacks {name!r}, which other experts have; --set '{name}:merge=false' keeps the base's"
+            )
+        if other.dtype.is_floating_point != entry.dtype.is_floating_point:
+            raise ValueError(f"{other.where}: {other.dtype}, and {entry.dtype} in {base.given}; they cannot be merged")
+        if any(each.dtype.is_floating_point and each.dtype.itemsize == 1 for each in (entry, other)):
+            raise ValueError(f"{other.where}: stored as {other.dtype}, which is quantised; dequantise the model first")
+    return _same_integers(entry, found) if not entry.dtype.is_floating_point else tuple(found)
+
+
+def _same_integers(entry: Entry, found: Sequence[Entry]) -> tuple[Entry, ...]:
+    """Return (): integers keep the base's value, which must be that of all experts, except for single counters."""
+    for other in found:
+        if entry.count > 1 and not _equal(entry, other):
+            raise ValueError(
+                f"{other.where}: {other.dtype} and different from the base's; integers cannot be merged (quantised? "
+                f"dequantise first): --set '{entry.name}:merge=false' keeps the base's"
+            )
+    return ()
+
+
+def _twin(entry: Entry, base: Checkpoint, known: Mapping[str, str]) -> str | None:
+    """Return the name of the base's tensor with the same bytes that an expert has, where it lacks this one (tied)."""
+    others = [base.entries[name] for name in known if name != entry.name]
+    copy = _copy_of(entry, others)
+    return copy.name if copy else None
+
+
+def _copy_of(entry: Entry, others: Sequence[Entry]) -> Entry | None:
+    if len(entry.shape) < 2:
+        return None
+    same = (other for other in others if other.shape == entry.shape and other.dtype == entry.dtype)
+    return next((other for other in same if _equal(entry, other)), None)
+
+
+def _equal(entry: Entry, other: Entry) -> bool:
+    if entry.shape != other.shape or entry.dtype != other.dtype:
+        return False
+    if entry.file.path == other.file.path and entry.offset == other.offset:
+        return True
+    for start in (0, *range(64, entry.count, COMPARED)):  # nearly all pairs differ in their first entries
+        stop = min(64, entry.count) if start == 0 else min(start + COMPARED, entry.count)
+        if not torch.equal(entry.read(start, stop), other.read(start, stop)):
+            return False
+    return True
+
+
+def _with_ties(steps: list[Step], remarks: list[str]) -> list[Step]:
+    """Give tied tensors, those with the same bytes in the base and in every expert, the name of the first of them."""
+    groups: dict[Any, list[Step]] = {}
+    for step in steps:
+        if step.experts and len(step.base.shape) > 1:
+            start = step.base.read(0, min(64, step.base.count)).view(torch.uint8)
+            groups.setdefault((step.base.shape, step.base.dtype, bytes(start.numpy())), []).append(step)
+    renamed = {}
+    for group in groups.values():
+        for index, step in enumerate(group):
+            first = next((other for other in group[:index] if _tied(step, other)), None)
+            if first and first.name not in renamed:
+                renamed[step.name] = first
+                remarks.append(f"{step.name!r}: tied to {first.name!r}; both are merged as {first.name!r}")
+    return [_merged_as(step, renamed[step.name]) if step.name in renamed else step for step in steps]
+
+
+def _merged_as(step: Step, first: Step) -> Step:
+    return replace(step, pieces=first.pieces, layout=first.layout, options=first.options)
+
+
+def _tied(first: Step, second: Step) -> bool:
+    ours, theirs = (first.base, *first.experts), (second.base, *second.experts)
+    return all(_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+# Vocabularies --------------------------------------------------------------------------------------------------------
+
+
+def _common_rows(
+    entry: Entry, found: Sequence[Entry], base: Checkpoint, experts: Sequence[Checkpoint], notes: list[str]
+) -> int | None:
+    """Return how many rows are merged: None for all, fewer where vocabularies differ."""
+    odd = [(expert, other) for expert, other in zip(experts, found, strict=False) if other.shape != entry.shape]
+    if not odd:
+        return None
+    for expert, other in odd:
+        rows_differ = entry.shape and other.shape and other.shape[1:] == entry.shape[1:]
+        sizes = _vocabulary(base), _vocabulary(expert)
+        if not rows_differ or (None not in sizes and sizes != (entry.shape[0], other.shape[0])):
+            raise ValueError(
+                f"{other.where}: shape {list(other.shape)}, and {list(entry.shape)} in {base.given}; "
+                f"--set '{entry.name}:merge=false' keeps the base's"
+            )
+    rows = min(other.shape[0] for other in (entry, *found))
+    kept = f"; rows {rows} to {entry.shape[0] - 1} are the base's" if rows < entry.shape[0] else ""
+    sizes = " / ".join(str(other.shape[0]) for other in (entry, *found))
+    notes.append(f"{entry.name!r}: {sizes} rows (base / experts): the first {rows} are merged{kept}")
+    return rows
+
+
+def _vocabulary(checkpoint: Checkpoint) -> int | None:
+    config = checkpoint.config
+    nested = next((part for part in config.values() if isinstance(part, dict) and "vocab_size" in part), {})
+    return config.get("vocab_size", nested.get("vocab_size"))
+
+
+def _more(count: int) -> str:
+    return f" (and {count} more)" if count else ""

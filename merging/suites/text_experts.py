@@ -1,0 +1,277 @@
+"""Experts on texts, trained here: an encoder with a linear head, or a T5 that writes answers; full, LoRA or IA³."""
+
+import copy
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from common import training
+from common.cache import Artefact, artefact
+from merging.suites.data.text_tasks import Examples, TextTask
+from merging.suites.models import adapted, language
+
+EVALUATION_BATCH = 64
+POOL = 8  # batches that are sorted by length together
+PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # inverse penalties of the logistic regression
+IGNORED = -100  # what transformers' loss leaves out
+
+Tuned = Literal["full", "lora", "ia3"]
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """How experts are trained, and how many texts score them (0: all)."""
+
+    steps: int = 40
+    t5_steps: int = 150  # of a T5, in place of them
+    batch_size: int = 32
+    rank: int = 8  # of LoRA
+    base_steps: int = 300  # of the T5 that is trained here
+    head: float = 1e-3  # learning rate of the linear head, which starts from the probe
+    probe_texts: int = 500
+    validation_texts: int = 32
+    test_texts: int = 80
+
+    def training(self, base: "Base", way: tuple[Tuned, float]) -> training.Recipe:
+        """Return the recipe of an expert; adapters do not decay: IA³'s vectors start from 1."""
+        steps, decay = self.steps if base.pooling else self.t5_steps, 0.01 if way[0] == "full" else 0.0
+        return training.Recipe(steps, self.batch_size, way[1], weight_decay=decay)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model with its tokenizer, and how texts become its inputs.
+
+    Args:
+        name: of the model; with the code below it stands for its weights in cache keys.
+        model: an encoder, or a T5.
+        tokenizer: of transformers.
+        pooling: of an encoder's hidden states ("mean", "cls", "last"); "" for a T5, which answers in text.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    pooling: str = "mean"
+
+    def inputs(self, task: TextTask, texts: Sequence[tuple[str, ...]]) -> dict[str, Tensor]:
+        """Return token ids and masks (B, T) of texts, padded to the longest."""
+        return tokens(self.tokenizer, zip(*texts, strict=True) if self.pooling else [map(task.prompt, texts)])
+
+    def targets(self, task: TextTask, targets: Sequence[float]) -> Tensor:
+        """Return what the loss compares with: classes (B,), or the token ids of the answers (B, S), −100 at padding."""
+        if self.pooling:
+            return torch.tensor(targets).long()
+        return answer_tokens(self.tokenizer, map(task.answer, targets))
+
+    def labels(self, task: TextTask, targets: Sequence[float]) -> Tensor:
+        """Return what predictions are compared with (B,): classes, or numbers."""
+        return torch.tensor(targets).long() if task.classes else torch.tensor(targets, dtype=torch.float32)
+
+
+class Trainee(nn.Module):
+    """A model in training: its forward is the loss, so that several devices stay in step."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy in nats, over samples or over the tokens of the answers."""
+        if targets.ndim == 1:
+            return F.cross_entropy(self.network.logits(inputs), targets)
+        read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return self.network.encoder(**read, labels=targets, use_cache=False).loss
+
+
+def tokens(tokenizer: Any, fields: Iterable[Iterable[str]]) -> dict[str, Tensor]:
+    """Return token ids and masks (B, T) of B texts, given as one list of texts or two (pairs)."""
+    encoded = tokenizer(*map(list, fields), padding=True, truncation=True, return_tensors="pt")
+    return {name: encoded[name] for name in language.READ if name in encoded}
+
+
+def answer_tokens(tokenizer: Any, answers: Iterable[str]) -> Tensor:
+    """Return the token ids of B answers (B, S), −100 at padding."""
+    encoded = tokenizer(list(answers), padding=True, return_tensors="pt")
+    return encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORED)
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def first(examples: Examples, count: int | None) -> Examples:
+    """Return the first `count` examples, which are balanced where the task is."""
+    return Examples(examples.texts[:count], examples.targets[:count])
+
+
+def evaluation_batches(base: Base, task: TextTask, examples: Examples) -> DataLoader:
+    """Iterate over examples in batches of inputs, labels (B,), short texts first."""
+    order = sorted(range(len(examples.texts)), key=lambda index: sum(map(len, examples.texts[index])))
+    rows = [(examples.texts[index], examples.targets[index]) for index in order]
+    return DataLoader(rows, batch_size=EVALUATION_BATCH, collate_fn=partial(_scored, base, task))
+
+
+def _scored(base: Base, task: TextTask, rows: Sequence[tuple]) -> tuple[dict[str, Tensor], Tensor]:
+    texts, targets = zip(*rows, strict=True)
+    return base.inputs(task, texts), base.labels(task, targets)
+
+
+def _trained(base: Base, task: TextTask, rows: Sequence[tuple]) -> tuple[dict[str, Tensor], Tensor]:
+    texts, targets = zip(*rows, strict=True)
+    return base.inputs(task, texts), base.targets(task, targets)
+
+
+class LikeLengths(Sampler[list[int]]):
+    """Index batches of a recipe in which texts are about equally long, so that little is padding.
+
+    Pools of `POOL` batches hold each class equally often; each is sorted by length and cut.
+    """
+
+    drop_last = False
+
+    def __init__(self, labels: Tensor, lengths: Sequence[int], recipe: training.Recipe, seed: int):
+        pools = replace(recipe, steps=math.ceil(recipe.steps / POOL), batch_size=POOL * recipe.batch_size)
+        self.pools, self.lengths = training.RandomBatches(labels, pools, seed), lengths
+        self.batch_size, self.steps, self.seed = recipe.batch_size, recipe.steps, seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator, left = torch.Generator().manual_seed(self.seed), self.steps
+        for pool in self.pools:
+            pool.sort(key=self.lengths.__getitem__)
+            for place in torch.randperm(POOL, generator=generator)[:left].tolist():
+                yield pool[place * self.batch_size : (place + 1) * self.batch_size]
+            left -= POOL
+
+
+def training_batches(base: Base, task: TextTask, recipe: training.Recipe, seed: int) -> DataLoader:
+    """Iterate over `recipe.steps` batches of inputs and targets: texts of like length, classes equally often."""
+    examples = task.split("train")
+    rows = list(zip(examples.texts, examples.targets, strict=True))
+    lengths = [sum(map(len, text)) for text in examples.texts]
+    sampler = LikeLengths(torch.tensor(examples.targets), lengths, recipe, seed)
+    return DataLoader(rows, batch_sampler=sampler, collate_fn=partial(_trained, base, task))
+
+
+# The probe -----------------------------------------------------------------------------------------------------------
+
+
+def probe(base: Base, task: TextTask, recipe: TextRecipe, device: torch.device) -> Artefact:
+    """Return a linear probe on the frozen encoder: the head that experts start from, and what it scores by itself.
+
+    A logistic regression on pooled features, its penalty chosen on validation. The artefact holds head.safetensors
+    (weight (C, d), bias (C,)) and scores.json (chance and probe, % of so many test texts).
+    """
+    texts = (recipe.probe_texts, recipe.test_texts)
+    inputs = {"base": base.name, "task": task.key, "texts": texts, "device": device.type}
+    build = partial(_probe, base, task, recipe, device)
+    return artefact("text_probe", inputs, (_probe, features, language.Classifier, Base), build=build)
+
+
+def _probe(base: Base, task: TextTask, recipe: TextRecipe, device: torch.device, folder: Path) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    limits = {"train": recipe.probe_texts, "validation": recipe.probe_texts, "test": recipe.test_texts or None}
+    data = {split: features(base, task, first(task.split(split), count), device) for split, count in limits.items()}
+    fitted = [LogisticRegression(C=strength, max_iter=2000).fit(*data["train"]) for strength in PROBE_STRENGTHS]
+    best = max(fitted, key=lambda model: model.score(*data["validation"]))
+    weight, bias = (torch.tensor(array, dtype=torch.float32) for array in (best.coef_, best.intercept_))
+    if len(weight) == 1:  # of two classes only the difference is fitted
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    save_file({"weight": weight.contiguous(), "bias": bias.contiguous()}, folder / "head.safetensors")
+    labels = data["test"][1]
+    scores = {"chance": np.bincount(labels).max() / len(labels), "probe": best.score(*data["test"])}
+    text = json.dumps({name: 100 * float(share) for name, share in scores.items()} | {"test": len(labels)})
+    (folder / "scores.json").write_text(text)
+
+
+@torch.inference_mode()
+def features(base: Base, task: TextTask, examples: Examples, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pooled features (n, d) of the frozen encoder, and the classes (n,)."""
+    network = language.Classifier(base.model.to(device).eval(), base.pooling, torch.zeros(1, 1), None)
+    found, labels = [], []
+    for inputs, targets in evaluation_batches(base, task, examples):
+        found.append(network.features({name: tensor.to(device) for name, tensor in inputs.items()}).cpu())
+        labels.append(targets)
+    return torch.cat(found).numpy(), torch.cat(labels).numpy()
+
+
+# Experts -------------------------------------------------------------------------------------------------------------
+
+
+def expert(
+    base: Base, task: TextTask, way: tuple[Tuned, float], seed: int, recipe: TextRecipe, device: torch.device
+) -> tuple[str, dict[str, Any], tuple[Any, ...]]:
+    """Return kind, inputs and code of an expert's artefact, which `fine_tune` builds; arguments as there."""
+    own = {"recipe": recipe.training(base, way), "head": recipe.head, "probe_texts": recipe.probe_texts}
+    inputs = {"base": base.name, "task": task.key, "tuned": way[0], "seed": seed, "device": device.type} | own
+    inputs |= {"rank": recipe.rank} if way[0] == "lora" else {}
+    code = (training, adapted, language.Classifier, Base, Trainee, LikeLengths, training_batches, _fine_tune)
+    return "text_expert", inputs, code
+
+
+def fine_tune(
+    base: Base, task: TextTask, way: tuple[Tuned, float], seed: int, recipe: TextRecipe, device: torch.device
+) -> Artefact:
+    """Return a task's expert. The artefact holds model.safetensors or adapter/, and head.safetensors for an encoder.
+
+    Args:
+        base: what it starts from.
+        task: what it learns.
+        way: what is tuned, "full", "lora" or "ia3", and the learning rate.
+        seed: of the data's order and of LoRA's start.
+        recipe: further settings.
+        device: where it is trained.
+    """
+    build = partial(_fine_tune, base, task, way, seed, recipe, device)
+    return artefact(*expert(base, task, way, seed, recipe, device), build=build)
+
+
+def _fine_tune(
+    base: Base,
+    task: TextTask,
+    way: tuple[Tuned, float],
+    seed: int,
+    recipe: TextRecipe,
+    device: torch.device,
+    folder: Path,
+) -> None:
+    torch.manual_seed(seed)
+    model, own = copy.deepcopy(base.model), recipe.training(base, way)
+    model = model if way[0] == "full" else adapted.adapt(model, way[0], recipe.rank)
+    network = language.Generator(model, base.tokenizer, task.answers or task.classes)
+    if base.pooling:
+        head = load_file(probe(base, task, recipe, device).path / "head.safetensors")
+        network = language.Classifier(model, base.pooling, head["weight"], head["bias"])
+    loader = training_batches(base, task, own, seed)
+    groups = partial(_groups, head_rate=recipe.head, weight_decay=own.weight_decay)
+    trainee = training.fit(Trainee(network), lambda model, batch: model(*batch), loader, own, device, groups=groups)
+    if way[0] == "full":
+        save_file(language.parameters(trainee.network.encoder), folder / "model.safetensors")
+    else:
+        adapted.save(trainee.network.encoder, folder / "adapter")
+    if base.pooling:
+        weights = {"weight": trainee.network.head_weight.detach(), "bias": trainee.network.head_bias.detach()}
+        save_file(weights, folder / "head.safetensors")
+
+
+def _groups(model: nn.Module, head_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """The head has a rate of its own, and does not decay."""
+    heads = [parameter for name, parameter in model.named_parameters() if ".head_" in name]
+    known = {id(parameter) for parameter in heads}
+    groups = training.decay_groups(model, weight_decay)
+    groups = [group | {"params": [p for p in group["params"] if id(p) not in known]} for group in groups]
+    return groups + ([{"params": heads, "weight_decay": 0.0, "lr": head_rate}] if heads else [])

@@ -1,0 +1,331 @@
+"""Merging suites of image encoders with frozen zero-shot heads.
+
+Experiments name a backbone and see only `Suite`. "glyph-WIDTH" is trained on this machine, without a download (see
+common.data.glyphs); "ViT-B/32" is CLIP, with experts and data sets from the hub.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from open_clip.loss import ClipLoss
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from common import training
+from common.cache import Artefact, artefact, cache_key, is_cached
+from common.data import glyphs, hub
+from merging.suites.models import clip as clip_models
+from merging.suites.models import tiny_clip
+from merging.suites.suite import Rows, Suite
+
+
+class ZeroShot(nn.Module):
+    """A classifier: `encoder` (images → features) and the frozen head (C, embed) of class embeddings."""
+
+    def __init__(self, encoder: nn.Module, head: Tensor):
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("head", head)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the classes (B,) with the highest inner product with the unit features."""
+        return (F.normalize(self.encoder(images), dim=-1) @ self.head.T).argmax(-1)
+
+
+def suite(backbone: str, tasks: int, seed: int, recipe: "GlyphRecipe", device: torch.device) -> Suite:
+    """Return the suite of the first `tasks` tasks of a backbone: "glyph-WIDTH" (by the recipe), or "ViT-B/32".
+
+    Raises:
+        ValueError: the backbone is unknown, or has no suite of so many tasks.
+        OSError: the hub cannot be reached, or lacks a repository.
+    """
+    check_suites([backbone], [tasks])
+    if is_glyph(backbone):
+        return glyph_suite(recipe.at(backbone), tasks, seed, device)
+    return clip_suite(backbone, tasks, device)
+
+
+def check_suites(backbones: Sequence[str], sizes: Sequence[int]) -> None:
+    """Raise a ValueError unless every backbone is known and has suites of all these numbers of tasks."""
+    for backbone in backbones:
+        most = len(glyphs.TASKS) if is_glyph(backbone) else len(hub.VISION_TASKS)
+        if is_glyph(backbone):
+            GlyphRecipe().at(backbone)
+        elif backbone not in CLIP:
+            raise ValueError(f"unknown backbone {backbone!r}; there are {', '.join(CLIP)} and glyph-WIDTH")
+        if bad := [size for size in sizes if not 1 <= size <= most]:
+            raise ValueError(f"{backbone} has suites of 1 to {most} tasks here, got {bad[0]}")
+
+
+def prepare(backbones: Sequence[str], tasks: int, seeds: Sequence[int], recipe: "GlyphRecipe", context: Any) -> None:
+    """Train, in parallel processes, all glyph bases and experts that the cache does not hold yet."""
+    recipes = [recipe.at(backbone) for backbone in backbones if is_glyph(backbone)]
+    train_all([(own, seed, task) for own in recipes for seed in seeds for task in list(glyphs.TASKS)[:tasks]], context)
+
+
+def is_glyph(backbone: str) -> bool:
+    return backbone.startswith("glyph-")
+
+
+def measure_suites(
+    settings: Any, context: Any, measure_suite: Callable[[Suite, int], Iterable[dict[str, Any]]]
+) -> Rows:
+    """Train what is missing, then yield the rows of every backbone, suite and seed, in parallel processes.
+
+    Args:
+        settings: with backbones, suites (numbers of tasks), seeds and recipe.
+        context: of the run.
+        measure_suite: maps (suite, seed) to rows, to which seed, suite and backbone are added.
+    """
+    with context.stage("train"):
+        prepare(settings.backbones, max(settings.suites), settings.seeds, settings.recipe, context)
+    sizes = sorted(settings.suites, reverse=True)
+    units = [(backbone, tasks, seed) for backbone in settings.backbones for tasks in sizes for seed in settings.seeds]
+    measure = partial(_measure_unit, settings.recipe, context.device, measure_suite)
+    with context.stage("merge and measure"):
+        for rows in context.map(measure, units, "merge and measure"):
+            yield from rows
+
+
+def _measure_unit(
+    recipe: "GlyphRecipe", device: torch.device, measure_suite: Callable, unit: tuple[str, int, int]
+) -> list[dict[str, Any]]:
+    backbone, tasks, seed = unit
+    rows = measure_suite(suite(backbone, tasks, seed, recipe, device), seed)
+    return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]
+
+
+STANDS_FOR = {"glyph-96": "ViT-B/32", "glyph-128": "ViT-B/16", "glyph-160": "ViT-L/14"}
+
+
+def setting(backbone: str) -> str:
+    """Return whether numbers of a backbone were measured in the paper's setting, as a comparison says it."""
+    if not is_glyph(backbone):
+        return "hub experts"
+    return f"no: stands for {STANDS_FOR[backbone]}" if backbone in STANDS_FOR else "no: glyphs"
+
+
+def is_evidence(table: Any, backbones: Sequence[str]) -> bool:
+    """Return whether a table holds what verdicts ask for: 8, 14 and 20 tasks of all these backbones with at least 3
+    seeds, or the 8 tasks of ViT-B/32."""
+    cells = set(zip(table.backbone, table.suite, strict=True))
+    wanted = {(backbone, tasks) for backbone in backbones for tasks in (8, 14, 20)}
+    return ("ViT-B/32", 8) in cells or (wanted <= cells and table.seed.nunique() >= 3)
+
+
+# Glyphs --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GlyphRecipe:
+    """How the glyph suite's base and experts are trained. `slant` and `halftone` are the downstream domain."""
+
+    width: tyro.conf.Suppress[int] = 96  # set by the backbone's name
+    pretraining_steps: int = 2000
+    expert_steps: int = 200
+    expert_learning_rate: float = 4e-4
+    slant: float = 0.5
+    halftone: float = 0.3
+
+    def at(self, backbone: str) -> "GlyphRecipe":
+        """Return the recipe at the width of a backbone "glyph-WIDTH"."""
+        width = backbone.removeprefix("glyph-")
+        if not width.isdigit() or int(width) % 32 or not int(width):
+            raise ValueError(f"a glyph backbone is named glyph-WIDTH, WIDTH a multiple of 32, got {backbone!r}")
+        return replace(self, width=int(width))
+
+    @property
+    def pretraining(self) -> training.Recipe:
+        return training.Recipe(self.pretraining_steps, 128, 1.5e-3, warmup=0.06)
+
+    @property
+    def expert(self) -> training.Recipe:
+        return training.Recipe(self.expert_steps, 64, self.expert_learning_rate)
+
+    @property
+    def style(self) -> glyphs.Style:
+        return glyphs.shifted_style(self.slant, self.halftone)
+
+
+SMOKE = GlyphRecipe(pretraining_steps=8, expert_steps=4)  # enough to run every line, not to learn
+
+
+def pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None = None) -> Artefact:
+    """Return the tiny CLIP pre-trained on all 559 classes in the mild style: an artefact with model.safetensors.
+
+    One base a width is shared by all seeds, as the paper shares one CLIP.
+    """
+    return artefact(*_base(recipe, device), build=partial(_pretrain, recipe, device, description))
+
+
+def _base(recipe: GlyphRecipe, device: torch.device) -> tuple[str, dict[str, Any], tuple[Any, ...]]:
+    """Kind, inputs and code of a base's artefact."""
+    inputs = {"width": recipe.width, "recipe": recipe.pretraining, "device": device.type}
+    return "tiny_clip", inputs, (glyphs, tiny_clip, training, _pretrain)
+
+
+def _pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None, folder: Path) -> None:
+    torch.manual_seed(0)
+    clip = tiny_clip.tiny_clip(recipe.width)
+    drawn = glyphs.glyphs(list(glyphs.TASKS), "train")
+    texts, generator, contrast = tiny_clip.tokens(drawn.names), torch.Generator().manual_seed(0), ClipLoss()
+
+    def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        images = glyphs.photograph(batch[0], glyphs.MILD, generator)
+        return contrast(*model(images, texts.to(images.device)[batch[1]])[:3])
+
+    training.fit(clip, loss, _loader(drawn, recipe.pretraining, seed=0), recipe.pretraining, device, description)
+    save_file({name: tensor.contiguous() for name, tensor in clip.state_dict().items()}, folder / "model.safetensors")
+
+
+def fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device) -> Artefact:
+    """Return the task's expert: the image encoder fine-tuned under the frozen zero-shot head; model.safetensors."""
+    base = pretrain(recipe, device).path
+    return artefact(*_expert(recipe, task, seed, device), build=partial(_fine_tune, recipe, task, seed, device, base))
+
+
+def _expert(
+    recipe: GlyphRecipe, task: str, seed: int, device: torch.device
+) -> tuple[str, dict[str, Any], tuple[Any, ...]]:
+    """Kind, inputs and code of an expert's artefact."""
+    _, *base = _base(recipe, device)
+    inputs = {"task": task, "seed": seed, "recipe": recipe.expert, "style": recipe.style, "base": cache_key(*base)}
+    return "glyph_expert", inputs, (glyphs, tiny_clip, training, _fine_tune)
+
+
+def _fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device, base: Path, folder: Path) -> None:
+    clip = load_clip(recipe.width, base)
+    head = tiny_clip.zero_shot_head(clip, glyphs.class_names(task))
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        images, labels = glyphs.photograph(batch[0], recipe.style, generator), batch[1]
+        return F.cross_entropy(F.normalize(model(images), dim=-1) @ head.to(images.device).T, labels)
+
+    drawn = glyphs.glyphs([task], "train")
+    encoder = training.fit(clip.visual, loss, _loader(drawn, recipe.expert, seed), recipe.expert, device)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, folder / "model.safetensors"
+    )
+
+
+def _loader(drawn: glyphs.Glyphs, recipe: training.Recipe, seed: int) -> DataLoader:
+    dataset = TensorDataset(drawn.images, drawn.labels)
+    return DataLoader(dataset, batch_sampler=training.RandomBatches(drawn.labels, recipe, seed))
+
+
+def load_clip(width: int, folder: Path) -> nn.Module:
+    """Load a tiny CLIP from an artefact's folder."""
+    clip = tiny_clip.tiny_clip(width)
+    clip.load_state_dict(load_file(folder / "model.safetensors"))
+    return clip.eval()
+
+
+def glyph_suite(recipe: GlyphRecipe, tasks: int, seed: int, device: torch.device) -> Suite:
+    """Return the suite of the first `tasks` (of 20) glyph tasks, training whatever the cache does not hold yet."""
+    bare = zero_shot_suite(recipe, tasks, device)
+    artefacts = [fine_tune(recipe, name, seed, device) for name in bare.tasks]
+    experts = tuple(load_file(expert.path / "model.safetensors", str(device)) for expert in artefacts)
+    return replace(bare, key=cache_key({"experts": [expert.key for expert in artefacts]}, _IMAGES), experts=experts)
+
+
+def zero_shot_suite(recipe: GlyphRecipe, tasks: int, device: torch.device) -> Suite:
+    """Return the suite of the first `tasks` glyph tasks without experts: only the base is trained."""
+    names = tuple(glyphs.TASKS)[:tasks]
+    base = pretrain(recipe, device)
+    model = load_clip(recipe.width, base.path)
+    heads = [tiny_clip.zero_shot_head(model, glyphs.class_names(name)) for name in names]
+    pretrained = {name: tensor.detach().clone().to(device) for name, tensor in model.visual.state_dict().items()}
+    key = cache_key({"base": base.key, "style": recipe.style, "tasks": names}, _IMAGES)
+    networks = tuple(ZeroShot(model.visual, head).to(device) for head in heads)
+    return Suite(key, names, networks, pretrained, (), _GlyphBatches(recipe.style, device))
+
+
+class _GlyphBatches:
+    """Fixed photographs of each task: the same images for every model and seed, made once and kept."""
+
+    def __init__(self, style: glyphs.Style, device: torch.device):
+        self.style, self.device, self.made = style, device, {}
+
+    def __call__(self, task: str, split: str, batch_size: int = 512) -> list[tuple[Tensor, ...]]:
+        if (task, split) not in self.made:
+            drawn = glyphs.glyphs([task], split)
+            copies = 2 if split == "test" else max(1, round(64 / len(drawn.labels)))
+            images, labels = glyphs.photographs(drawn, self.style, copies, seed=1 if split == "test" else 2)
+            self.made[task, split] = (images.to(self.device), labels.to(self.device))
+        return list(zip(*(tensor.split(batch_size) for tensor in self.made[task, split]), strict=True))
+
+
+_IMAGES = (glyphs, _GlyphBatches)
+
+
+def train_all(recipes_seeds_tasks: Sequence[tuple[GlyphRecipe, int, str]], context: Any) -> None:
+    """Train, in parallel processes, the bases and experts of these (recipe, seed, task) that are not cached yet."""
+    experts = [
+        (recipe, seed, task)
+        for recipe, seed, task in recipes_seeds_tasks
+        if not is_cached(*_expert(recipe, task, seed, context.device))
+    ]
+    recipes = {(recipe.width, recipe.pretraining): recipe for recipe, _, _ in recipes_seeds_tasks}.values()
+    bases = [recipe for recipe in recipes if not is_cached(*_base(recipe, context.device))]
+    context.map(partial(_pretrain_one, context.device), bases, "pre-train")
+    context.map(partial(_fine_tune_one, context.device), experts, "fine-tune experts")
+
+
+def _pretrain_one(device: torch.device, recipe: GlyphRecipe) -> str:
+    return pretrain(recipe, device, "pre-train").key
+
+
+def _fine_tune_one(device: torch.device, item: tuple[GlyphRecipe, int, str]) -> str:
+    recipe, seed, task = item
+    return fine_tune(recipe, task, seed, device).key
+
+
+# CLIP ----------------------------------------------------------------------------------------------------------------
+
+CLIP = {"ViT-B/32": "openai/clip-vit-base-patch32"}  # the other two backbones follow the same pattern
+VALIDATION_IMAGES = 512  # a task, of the held-out part of its training split
+
+
+@lru_cache(maxsize=1)  # several parts of an experiment ask for the same one, and it takes minutes to load
+def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
+    """Return a suite of the paper: CLIP's image encoder, the hub's experts, zero-shot heads and test sets.
+
+    The states are those of the vision tower; the projection behind it is frozen, as in the experts' fine-tuning.
+
+    Raises:
+        OSError: the hub cannot be reached or a repository is missing; the message says what to do.
+    """
+    rows = list(hub.VISION_TASKS.values())[:tasks]
+    base = clip_models.clip_vision(CLIP[backbone])
+    tower = base.tower.state_dict()
+    experts = [clip_models.clip_expert_state(row.expert_id(CLIP[backbone]), like=tower) for row in rows]
+    heads = [clip_models.zero_shot_head(CLIP[backbone], row.class_names, row.templates, device) for row in rows]
+    states = [{f"tower.{name}": tensor.to(device) for name, tensor in state.items()} for state in (tower, *experts)]
+    batches = partial(_clip_batches, CLIP[backbone], device)
+    for row in rows:  # a data set that is missing should not cost hours first
+        batches(row.name, "test"), batches(row.name, "validation")
+    models = [CLIP[backbone], *(row.expert_id(CLIP[backbone]) for row in rows)]
+    commits = [hub.snapshot(model, "model", ["config.json"]).name for model in models]
+    commits += [hub.snapshot(row.repo, "dataset", ["README.md"]).name for row in rows]
+    key = cache_key({"models": models, "tasks": [row.name for row in rows], "commits": commits}, (hub, clip_models))
+    networks = tuple(ZeroShot(base, head).to(device) for head in heads)
+    return Suite(key, tuple(row.name for row in rows), networks, states[0], tuple(states[1:]), batches)
+
+
+@cache
+def _clip_batches(model_id: str, device: torch.device, task: str, split: str) -> DataLoader:
+    row = hub.VISION_TASKS[task]
+    images = hub.load_test_set(row) if split == "test" else hub.load_validation_set(row, VALIDATION_IMAGES)
+    workers = 0 if device.type == "cpu" else min(8, len(os.sched_getaffinity(0)))
+    loader = hub.image_loader(images, clip_models.preprocessing(model_id), workers=workers)
+    return Accelerator(cpu=device.type == "cpu").prepare(loader)

@@ -1,0 +1,300 @@
+"""From the table of trained runs to the numbers one compares: densities, accuracy, E and the factors of the identity.
+
+Rows of the table are (setting, variant, seed) × (split, step, layer) × metric. Layers weigh equally in a mean, as in
+the authors' figures.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from common.lab import figures
+from common.lab.statistics import Interval, relative_change, spread
+from sparsity.flatness import remaining_multiply_adds
+from sparsity.studies import study
+from sparsity.studies.study import CONTROLS, Run
+
+KEYS = ["setting", "variant", "seed"]
+
+TEST_METRICS = (
+    "density", "derivative_density", "live_density", "dead_units", "union_density", "density_from_flatness",
+    "augmented_flatness_key", "coefficient_key", "augmented_flatness_value", "coefficient_value", "input_norm",
+    "activation_gradient_active", "squared_derivative", "pre_activation_std",
+)  # fmt: skip
+CURVE_METRICS = (
+    "density", "derivative_density", "augmented_flatness_key", "coefficient_key", "input_norm", "norm_weight",
+    "loss", "decay", "other_norm_weight",
+)  # fmt: skip
+
+
+def measure(runs: Iterable[tuple[dict[str, Any], Run]], context: Any) -> Iterator[dict[str, Any]]:
+    """Train and measure the runs of a plan, in parallel processes, and yield the table's rows.
+
+    Args:
+        runs: labels and description of each, as `sparsity.studies.study.plan` gives them.
+        context: of the experiment.
+    """
+    labels, runs = zip(*runs, strict=True)
+    with context.stage("train and measure"):
+        results = study.measure_all(runs, context, study.measure_with_curve)
+    for label, (measured, curve) in zip(labels, results, strict=True):
+        yield from run_rows(label, measured, curve)
+
+
+def run_rows(labels: Mapping[str, Any], measured: Sequence[Mapping], curve: Sequence[Mapping]) -> Iterator[dict]:
+    """Yield the table's rows of one run: its test measurements by layer, and its training curve as layer means.
+
+    Args:
+        labels: setting, variant, seed and what else tells runs apart.
+        measured: what `sparsity.studies.study.measure` returns.
+        curve: what `sparsity.studies.study.curve` returns.
+    """
+    for row in measured:
+        if row["layer"] == "all" or row["metric"] in TEST_METRICS:
+            yield {**labels, "split": "test", **row}
+    entries = pd.DataFrame(curve)
+    means = entries.drop(columns="layer").groupby("step").mean()  # a column of layers or of the whole: no matter
+    for step, values in means.iterrows():
+        for metric in CURVE_METRICS:
+            yield {**labels, "split": "train", "step": step, "layer": "all", "metric": metric, "value": values[metric]}
+
+
+def finals(data: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a run: test numbers (means over layers), training means, final norms and E.
+
+    Training density is the mean over the logged steps of the whole run, without the very first one.
+    """
+    test = data[data.split == "test"].groupby([*KEYS, "metric"], sort=False).value.mean().unstack()
+    train = data[(data.split == "train") & (data.step > 1)]
+    along = train.groupby([*KEYS, "metric"], sort=False).value.mean().unstack()
+    last = train[train.step == train.groupby(KEYS).step.transform("max")]
+    last = last.groupby([*KEYS, "metric"], sort=False).value.mean().unstack()
+    table = test.assign(
+        training_density=along.density,
+        training_derivative_density=along.derivative_density,
+        E=last.decay,
+        norm_weight=last.norm_weight,
+        other_norm_weight=last.other_norm_weight,
+    )
+    forward, _ = remaining_multiply_adds(table.density, table.derivative_density)
+    _, backward = remaining_multiply_adds(along.density, along.derivative_density)  # training batches
+    return table.assign(forward_left=forward, backward_left=backward).reset_index()
+
+
+def change(table: pd.DataFrame, setting: str, metric: str, variant: str, reference: str) -> Interval | None:
+    """Return by how many % a variant's metric differs from the reference's, paired by seed; None: one is missing."""
+    rows = table[table.setting == setting].pivot(index="seed", columns="variant", values=metric)
+    if variant not in rows or reference not in rows or (rows[variant] / rows[reference]).dropna().empty:
+        return None
+    return relative_change(rows[reference], rows[variant])
+
+
+def show(table: pd.DataFrame, columns: Mapping[str, tuple[str, int]]) -> pd.DataFrame:
+    """Return a table of means ± standard deviations over seeds, a row a setting and variant.
+
+    Args:
+        table: what `finals` returns.
+        columns: metric → (heading, digits after the point).
+    """
+    rows = []
+    for (setting, variant), part in table.groupby(KEYS[:2], sort=False):
+        cells = {heading: spread(part[metric], digits) for metric, (heading, digits) in columns.items()}
+        rows.append({"setting": setting, "variant": variant, **cells, "seeds": len(part)})
+    return pd.DataFrame(rows)
+
+
+# What the experiments that train from scratch show -------------------------------------------------------------------
+
+PAPER = {"density": -36.0, "training_density": -50.0}  # relative change in %, "at least": arXiv 2605.25612, abstract
+NAMES = {"density": "inference density", "training_density": "training density"}
+CONTROL = "vanilla, MLP norms undecayed"
+
+
+def draw(data: pd.DataFrame, score: str = "accuracy, %", metric: str = "score") -> dict[str, Figure]:
+    """Return the figures: what density costs, density by layer, along training and against E, relative changes.
+
+    Args:
+        data: the experiment's table.
+        score: what the cost of density is, with its unit.
+        metric: where it is in the table: "score" or "loss".
+    """
+    table = finals(data)
+    table = table.assign(percent=100 * table.density)
+    layers = data[(data.split == "test") & (data.metric == "density") & data.variant.isin(CONTROLS)]
+    names = {name: place for place, name in enumerate(layers.layer.unique(), 1)}
+    layers = layers.assign(number=layers.layer.map(names), percent=100 * layers.value)
+    curves = data[(data.split == "train") & data.variant.isin(CONTROLS)]
+    keys = [*KEYS, "step"]
+    curves = curves.pivot(index=keys, columns="metric", values="value").reset_index()
+    curves = curves.assign(percent=100 * curves.density, E=curves.decay.round(3))
+    curves = curves.sort_values("variant", key=lambda column: column.map(CONTROLS.index), kind="stable")
+    panel = "setting" if table.setting.nunique() > 1 else None
+    titles = {name: textwrap.fill(name, 24) for name in table.setting.unique()}
+    options = dict(y="percent", by="variant", panel=panel, names=titles)
+    return {
+        "frontier": figures.frontier(
+            table, x="percent", y=metric, panel=panel, names=titles, xlabel="density on test data, %", ylabel=score
+        ),
+        "density_by_layer": figures.lines(layers, x="number", xlabel="MLP", ylabel="density, test data, %", **options),
+        "density_along_training": figures.lines(
+            curves, x="step", xlabel="training step", ylabel="density, training batches, %", **options
+        ),
+        "density_against_decay": figures.lines(
+            curves, x="E", xlabel="E = Σ rate × weight decay", ylabel="density, training batches, %", **options
+        ),
+        "norm_weights": figures.lines(
+            curves, x="E", xlabel="E = Σ rate × weight decay", ylabel="mean |weight| of the MLPs' norms",
+            **options | dict(y="norm_weight"),
+        ),
+        "relative_change": figures.forest(
+            _changes(table), item="variant", condition="metric", panel=panel, names=NAMES | titles,
+            xlabel="change against vanilla, % (95 %)",
+        ),
+    }  # fmt: skip
+
+
+def _changes(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the changes against vanilla as rows of intervals; those of one seed are points."""
+    rows = []
+    for (setting, variant), _ in table.groupby(KEYS[:2], sort=False):
+        for metric in PAPER:
+            found = change(table, setting, metric, variant, "vanilla") if variant != "vanilla" else None
+            if found:
+                ends = (found.low, found.high) if math.isfinite(found.high) else (found.mean, found.mean)
+                row = {"setting": setting, "variant": variant, "metric": metric, "mean": found.mean}
+                rows.append({**row, "low": ends[0], "high": ends[1]})
+    return pd.DataFrame(rows)
+
+
+def compare(data: pd.DataFrame, published: pd.DataFrame, same_setting: str) -> pd.DataFrame:
+    """Return the relative changes of density beside the paper's, then absolute densities beside what is known."""
+    table, lines = finals(data), []
+    for setting, part in table.groupby("setting", sort=False):
+        for metric, paper in PAPER.items():
+            for variant, reference in (("modified", "vanilla"), ("modified", CONTROL), (CONTROL, "vanilla")):
+                by_seed = part.pivot(index="seed", columns="variant", values=metric)
+                if {variant, reference} <= set(by_seed):
+                    values = 100 * (by_seed[variant] / by_seed[reference] - 1)
+                    known = paper if (variant, reference) == ("modified", "vanilla") else math.nan
+                    quantity = f"change of {NAMES[metric]}, %: {variant} against {reference}; {setting}"
+                    lines.append((quantity, known, values.dropna()))
+        for variant, rows in part.groupby("variant", sort=False):
+            lines.append((f"density on test data, %: {variant}; {setting}", math.nan, 100 * rows.density))
+    return pd.DataFrame(
+        [
+            dict(quantity=quantity, paper=paper, ours=values.mean(), sd=values.std(), n=len(values))
+            | dict(same_setting=same_setting)
+            for quantity, paper, values in lines
+        ]
+    )
+
+
+def tables(data: pd.DataFrame, score: str) -> dict[str, pd.DataFrame]:
+    """Return the tables: densities and what they cost; the factors of the identity; changes against vanilla."""
+    table = finals(data)
+    shares = ["density", "training_density", "live_density", "dead_units", "derivative_density", "union_density"]
+    shares += ["forward_left", "backward_left"]
+    table[shares] = 100 * table[shares]
+    main = {
+        "density": ("density, test, %", 1),
+        "training_density": ("density, training, %", 1),
+        "live_density": ("live density, %", 1),
+        "dead_units": ("dead units, %", 1),
+        "derivative_density": ("derivative density, %", 1),
+        "union_density": ("union density of a batch, %", 1),
+        "score": (score, 1),
+        "loss": ("test loss", 3),
+        "score without MLPs": (f"{score} without MLPs", 1),
+        "forward_left": ("forward multiply-adds left, %", 1),
+        "backward_left": ("backward multiply-adds left, %", 1),
+        "E": ("E", 2),
+        "norm_weight": ("weights of MLP norms", 3),
+        "other_norm_weight": ("weights of other norms", 3),
+    }
+    factors = {
+        "augmented_flatness_key": ("AF_K (numerator)", 6),
+        "coefficient_key": ("C_0 (denominator)", 6),
+        "input_norm": ("‖x‖²", 2),
+        "activation_gradient_active": ("E[g² | active]", 8),
+        "squared_derivative": ("E σ'²", 3),
+        "density_from_flatness": ("AF_K / (T d_ff C_0)", 4),
+        "pre_activation_std": ("sd of p", 3),
+    }
+    seen = _changes(table)
+    texts = seen.apply(lambda row: _interval_text(Interval(row["mean"], row.low, row.high)), axis=1)
+    changes = seen.assign(text=texts).pivot(index=KEYS[:2], columns="metric", values="text").rename(columns=NAMES)
+    order = list(dict.fromkeys(zip(seen.setting, seen.variant, strict=True)))
+    return {
+        "Densities and what they cost (means over layers ± sd over seeds)": show(table, main),
+        "Factors of the identity on test data, per sample (means over layers)": show(table, factors),
+        "Change against vanilla, % [95 % interval over seeds]": changes.loc[order, list(NAMES.values())].reset_index(),
+    }
+
+
+def _interval_text(interval: Interval) -> str:
+    return f"{interval.mean:+.1f} (one seed)" if interval.low == interval.high else str(interval)
+
+
+def verdict(data: pd.DataFrame) -> str:
+    """Return the verdict by the rule that experiments 03 and 05 state."""
+    table = finals(data)
+    seeds = table[table.variant.isin(["vanilla", "modified", CONTROL])].groupby(["setting", "variant"]).seed.nunique()
+    settings = [name for name in table.setting.unique() if len(seeds[name]) == 3 and seeds[name].min() >= 3]
+    if not settings:
+        return "not run at this scale"
+    found = {metric: [change(table, name, metric, "modified", "vanilla") for name in settings] for metric in PAPER}
+    if all(interval.high <= PAPER[metric] for metric, intervals in found.items() for interval in intervals):
+        head = "reproduced"
+    elif all(interval.high < 0 for intervals in found.values() for interval in intervals):
+        head = "direction reproduced"
+    else:
+        head = "not reproduced"
+    texts = []
+    for index, name in enumerate(settings):
+        beyond = change(table, name, "density", "modified", CONTROL)
+        answer = "beyond the control" if beyond.high < 0 else "not certainly beyond the control"
+        inference, training = found["density"][index], found["training_density"][index]
+        against = f"against vanilla with undecayed MLP norms {beyond} %: {answer}"
+        texts.append(f"{name}: inference {inference} %, training {training} %; {against}")
+    return f"{head}. {'. '.join(texts)}"
+
+
+def remarks(data: pd.DataFrame) -> str:
+    """Return what the effect is, in a paragraph a setting, from the numbers of the table."""
+    table, texts = finals(data), []
+    for setting, part in table.groupby("setting", sort=False):
+        means = part.groupby("variant").mean(numeric_only=True)
+        if {"vanilla", "modified", CONTROL} <= set(means.index):
+            texts.append(f"**{setting}.** {_remark(means)}")
+    return "\n\n".join(texts)
+
+
+def _remark(means: pd.DataFrame) -> str:
+    vanilla, modified, control = means.loc["vanilla"], means.loc["modified"], means.loc[CONTROL]
+
+    def ratio(metric: str) -> float:
+        return modified[metric] / vanilla[metric]
+
+    whole, alone = math.log(ratio("density")), math.log(control.density / vanilla.density)
+    text = (
+        f"With E = {vanilla.E:.1f}, test density goes from {100 * vanilla.density:.1f} % (vanilla) to "
+        f"{100 * modified.density:.1f} % (modified), {100 * (ratio('density') - 1):+.0f} %; leaving the norms that "
+        f"feed MLPs out of the decay of the vanilla network alone gives {100 * control.density:.1f} %, "
+        f"{100 * (control.density / vanilla.density - 1):+.0f} %"
+    )
+    text += f", that is {100 * alone / whole:.0f} % of the effect in logarithms. " if whole < 0 else ". "
+    text += (
+        f"Vanilla's norm weights end at {vanilla.norm_weight:.2f}, the restricted ones at {modified.norm_weight:.2f}. "
+        f"In the identity density = AF_K / (T d_ff C_0) the numerator changes by a factor "
+        f"{ratio('augmented_flatness_key'):.2g} and the denominator by {ratio('coefficient_key'):.2g}: the squared "
+        f"input norm by {ratio('input_norm'):.2g}, the activation gradient of active entries by "
+        f"{ratio('activation_gradient_active'):.2g}, σ'² by {ratio('squared_derivative'):.2g}. "
+        f"Dead units: {100 * vanilla.dead_units:.1f} % in vanilla, {100 * modified.dead_units:.1f} % in modified; "
+        f"among live units density changes by {100 * (ratio('live_density') - 1):+.0f} %. "
+    )
+    direction = "rises" if ratio("augmented_flatness_key") > 1 else "falls"
+    return text + f"AF_K {direction}; it depends on the scale of x, so that by itself it says nothing about flatness."
