@@ -202,7 +202,7 @@ def _hub_task(settings: ImageTask, device: torch.device) -> Task:
     kinds = {"mixup", "cutmix", "randaugment", "repeats"}
     augmentation = pictures.Augmentation(**{kind: getattr(settings, kind) for kind in kinds})
     workers = pictures.workers(device)
-    inputs = {"task": settings, "commit": pictures.commit(name)}
+    inputs = {"task": settings, "commit": hub.commit(pictures.PICTURES[name].repo, "dataset")}
     return Task(
         key=cache_key(inputs, (hub, pictures, vit_module, _network, _loss, _score)),
         model=partial(_network, settings, pictures.PICTURES[name].classes),
