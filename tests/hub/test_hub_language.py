@@ -239,6 +239,29 @@ def test_bad_bert_and_gpt2_repositories_are_named(hub):
     fails("has neither model.safetensors nor pytorch_model.bin", load)
 
 
+def test_tensors_that_a_model_does_not_have_are_named(hub):
+    """A file may hold heads that are not asked for, and masks of old checkpoints, but no layer beyond config.json's."""
+    folder = repository(hub, "model", GPT2)
+    change(folder, lambda tensors: tensors.update({"h.0.attn.masked_bias": torch.zeros(1)}))
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["wte.weight"].clone()}))
+    language.gpt2(GPT2)
+    change(folder, lambda tensors: tensors.update({"h.2.ln_1.bias": torch.zeros(16)}))
+    fails(f"model {GPT2} has 1 tensors that GPT2Model has not, the first is h.2.ln_1.bias", language.gpt2, GPT2)
+    change(repository(hub, "model", BERT), lambda tensors: tensors.update({"classifier.bias": torch.zeros(2)}))
+    fails(f"model {BERT} has 1 tensors that BertModel has not, the first is classifier.bias", language.encoder, BERT)
+
+
+def test_a_missing_tokenizer_is_named(hub):
+    """transformers would hand out one that knows no word."""
+    for repo, load, file in ((BERT, language.encoder, "vocab.txt"), (GPT2, language.gpt2, "merges.txt")):
+        folder = repository(hub, "model", repo)
+        expected = len(load(repo)[1])
+        (folder / "tokenizer.json").unlink()
+        assert len(load(repo)[1]) == expected
+        (folder / file).unlink()
+        fails(f"model {repo} has no tokenizer: neither tokenizer.json nor .*{file}", load, repo)
+
+
 # ---- T5
 
 
