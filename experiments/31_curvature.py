@@ -32,22 +32,20 @@ import torch.nn.functional as F
 from matplotlib.lines import Line2D
 from scipy.stats import spearmanr
 
-from common import evaluation, hessian, spectral
+from common import hessian
 from common.cache import cached_rows
 from common.lab import figures
 from common.lab.run import Experiment, run
 from common.lab.statistics import Interval, relative_change, spread
 from common.training import Recipe
-from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector, task_vectors, tuning
+from merging import MERGERS, apply, calibrate, mergers, task_vector, tuning
 from merging.calibration import SVC_MATRICES, published_alpha
 from merging.suites import vision
-from merging.suites.suite import Suite
-from sparsity import activations, blocks, find_blocks, flatness, probe, probes
+from sparsity import find_blocks, probe
 from sparsity.studies import study
 from sparsity.studies.images import IMAGENET, ImageTask
 
 ADAMW = (0.9, 0.999)
-CODE = (calibration, mergers, tuning, task_vectors, spectral, evaluation, Suite, hessian)
 
 
 @dataclass(frozen=True)
@@ -136,8 +134,7 @@ def measure_run(settings, run, trained, device):
     for step in run.snapshot_steps:
         inputs = dict(run=trained.key, step=step, images=settings.training_images, probes=settings.probes)
         build = partial(snapshot_rows, settings, run, trained, device, step)
-        code = (activations, blocks, flatness, probes, hessian, snapshot_rows, curvature, spaced)
-        found += cached_rows("curvature_training", inputs | dict(ggn=settings.ggn), build, code)
+        found += cached_rows("curvature_training", inputs | dict(ggn=settings.ggn), build)
     return found
 
 
@@ -188,8 +185,7 @@ def measure_models(settings, device, unit):
     suite = vision.suite(backbone, tasks, seed, settings.recipe, device)
     inputs = dict(suite=suite.key, method=method, seed=seed, images=settings.images, probes=settings.probes)
     build = partial(model_rows, settings, suite, method, seed)
-    code = (*CODE, model_rows, models_of, head_rows, curvature, spaced)
-    rows = cached_rows("curvature_merging", inputs | dict(ggn=settings.ggn), build, code)
+    rows = cached_rows("curvature_merging", inputs | dict(ggn=settings.ggn), build)
     return [dict(part="merging", seed=seed, suite=tasks, backbone=backbone) | row for row in rows]
 
 

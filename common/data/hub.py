@@ -15,8 +15,12 @@ import torch
 FORMATS = {".parquet": "parquet", ".gz": "json"}  # what `datasets` calls a format, by the last suffix of a file
 
 
-class HubError(OSError):
-    """A repository of the Hub cannot be had; the message is one line that says what to do."""
+class MissingResource(OSError):
+    """Something that is not part of this project cannot be had; the message is one line that says what to do."""
+
+
+class HubError(MissingResource):
+    """A repository of the Hub cannot be had."""
 
 
 def snapshot(repo: str, kind: Literal["model", "dataset"], patterns: Sequence[str]) -> Path:

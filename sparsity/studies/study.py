@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from common import training
 from common.cache import Artefact, artefact, cached_rows
 from common.training import Recipe
-from sparsity import activations, blocks, flatness, plugin_modules, plugins, probes, sums
 from sparsity.blocks import find_blocks, find_norms, without_mlps
 from sparsity.plugins import parameter_groups, sparsify
 from sparsity.probes import probe
@@ -140,13 +139,6 @@ def build(task: Task, variant: Variant, seed: int = 0) -> nn.Module:
     )
 
 
-# what decides how an activation computes; names and shapes of further ones may come and go
-ACTIVATION_CODE = (
-    activations.derivative, activations.jsrelu, activations._jsrelu, activations._JSReLU,
-    activations.JSReLU, activations.SquaredReLU, activations.SShaped, activations.Shifted,
-)  # fmt: skip
-
-
 # Training ------------------------------------------------------------------------------------------------------------
 
 
@@ -154,25 +146,11 @@ def train(run: Run, device: torch.device, description: str | None = None) -> Art
     """Return the trained network: an artefact with step-N.safetensors for each snapshot and curve.json."""
     task = make_task(run.task, device)
     inputs = {name: getattr(run, name) for name in ("recipe", "variant", "seed", "exempt", "log_every", "snapshots")}
-    sources = (
-        training,
-        *ACTIVATION_CODE,
-        blocks,
-        plugins,
-        plugin_modules,
-        probes,
-        sums,
-        flatness,
-        Recorder,
-        build,
-        _train,
-    )
+
     inputs |= {"task": task.key, "device": device.type}
     # checkpoints of networks with tied weights hold them once, which accelerate says on every save
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    return artefact(
-        "sparsity_run", inputs, sources, build=partial(_train, run, task, device, description), resumable=True
-    )
+    return artefact("sparsity_run", inputs, partial(_train, run, task, device, description), resumable=True)
 
 
 def _train(run: Run, task: Task, device: torch.device, description: str | None, folder: Path) -> None:
@@ -322,8 +300,7 @@ def measure(run: Run, trained: Artefact, device: torch.device, split: str = "tes
     """
     step = run.recipe.steps if step is None else step
     inputs = {"run": trained.key, "split": split, "step": step, "device": device.type}
-    sources = (*ACTIVATION_CODE, blocks, probes, sums, flatness, _measure)
-    return cached_rows("sparsity_measured", inputs, partial(_measure, run, trained, device, split, step), sources)
+    return cached_rows("sparsity_measured", inputs, partial(_measure, run, trained, device, split, step))
 
 
 def _measure(run: Run, trained: Artefact, device: torch.device, split: str, step: int) -> Iterator[dict[str, Any]]:

