@@ -30,7 +30,7 @@ from common.lab import figures
 from common.lab.run import Experiment, run
 from common.lab.statistics import relative_change, spread
 from common.training import Recipe
-from sparsity import activations, blocks, flatness, probe, probes, sums
+from sparsity import accumulators, activations, blocks, flatness, probe, probes
 from sparsity.studies import along_training, study, weights
 from sparsity.studies.along_training import RUN
 from sparsity.studies.images import IMAGENET, ImageTask
@@ -120,7 +120,7 @@ def measure_run(run, trained, device):
     more = {}
     for step in run.snapshot_steps:
         inputs = {"run": trained.key, "step": step, "device": device.type}
-        sources = (activations, blocks, probes, sums, flatness, weights, extra_rows)
+        sources = (activations, blocks, probes, accumulators, flatness, weights, extra_rows)
         more[step] = cached_rows("gradients", inputs, partial(extra_rows, run, trained, device, step), sources)
     return along_training.measure_saved("train", run, trained, device), more
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from common import training
 from common.cache import Artefact, artefact, cached_rows
 from common.training import Recipe
-from sparsity import activations, blocks, flatness, plugin_modules, plugins, probes, sums
+from sparsity import accumulators, activations, blocks, flatness, plugin_modules, plugins, probes
 from sparsity.blocks import find_blocks, find_norms, without_mlps
 from sparsity.plugins import parameter_groups, sparsify
 from sparsity.probes import probe
@@ -161,7 +161,7 @@ def train(run: Run, device: torch.device, description: str | None = None) -> Art
         plugins,
         plugin_modules,
         probes,
-        sums,
+        accumulators,
         flatness,
         Recorder,
         build,
@@ -322,7 +322,7 @@ def measure(run: Run, trained: Artefact, device: torch.device, split: str = "tes
     """
     step = run.recipe.steps if step is None else step
     inputs = {"run": trained.key, "split": split, "step": step, "device": device.type}
-    sources = (*ACTIVATION_CODE, blocks, probes, sums, flatness, _measure)
+    sources = (*ACTIVATION_CODE, blocks, probes, accumulators, flatness, _measure)
     return cached_rows("sparsity_measured", inputs, partial(_measure, run, trained, device, split, step), sources)
 
 
