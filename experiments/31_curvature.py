@@ -31,24 +31,21 @@ import torch.nn.functional as F
 from matplotlib.lines import Line2D
 from scipy.stats import spearmanr
 
-from common import evaluation, hessian, spectral
+from common import hessian
 from common.cache import cached_rows
 from common.lab import figures
 from common.lab.curvature import curvature_rows, evenly_spaced
 from common.lab.run import Experiment, run
 from common.lab.statistics import Interval, relative_change, spread
 from common.training import Recipe
-from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector, task_vectors, tuning
+from merging import MERGERS, apply, calibrate, mergers, task_vector, tuning
 from merging.calibration import SVC_MATRICES, published_alpha
 from merging.suites import vision
-from merging.suites.suite import Suite
 from sparsity.studies.curvature import measure_curvature
 from sparsity.studies.images import ImageTask
 from sparsity.studies.measurement import measure_all
 from sparsity.studies.recipes import VIT
 from sparsity.studies.runs import check_variants, plan_setting
-
-CODE = (calibration, mergers, tuning, task_vectors, spectral, evaluation, Suite, hessian)
 
 
 @dataclass(frozen=True)
@@ -124,8 +121,7 @@ def measure_models(settings, device, unit):
     suite = vision.suite(backbone, tasks, seed, settings.recipe, device)
     inputs = dict(suite=suite.key, method=method, seed=seed, images=settings.images, probes=settings.probes)
     build = partial(model_rows, settings, suite, method, seed)
-    code = (*CODE, model_rows, models_of, head_rows, curvature_rows, evenly_spaced)
-    rows = cached_rows("curvature_merging", inputs | dict(ggn=settings.ggn), build, code)
+    rows = cached_rows("curvature_merging", inputs | dict(ggn=settings.ggn), build)
     return [dict(part="merging", seed=seed, suite=tasks, backbone=backbone) | row for row in rows]
 
 

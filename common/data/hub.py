@@ -34,8 +34,12 @@ VALIDATION_FRACTION, VALIDATION_SEED = 0.1, 0
 LIMIT_SEED = 0
 
 
-class HubError(OSError):
-    """A repository of the Hub cannot be had; the message is one line that says what to do."""
+class MissingResource(OSError):
+    """Something that is not part of this project cannot be had; the message is one line that says what to do."""
+
+
+class HubError(MissingResource):
+    """A repository of the Hub cannot be had."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ byte-level BPE trained on the training files). Sentinels of span corruption are 
 import hashlib
 import json
 import platform
-import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ def corpus(megabytes: float = 8.0, vocabulary: int = 0) -> Corpus:
         (folder / "text.json").write_text(json.dumps({"digest": digest}))
 
     inputs = {"megabytes": megabytes, "vocabulary": vocabulary, "versions": versions()}
-    folder = artefact("corpus", inputs, [sys.modules[__name__]], build=build).path
+    folder = artefact("corpus", inputs, build).path
     digest = json.loads((folder / "text.json").read_text())["digest"]
     return Corpus(load_file(folder / "tokens.safetensors"), vocabulary or SPECIAL + BYTES, digest)
 

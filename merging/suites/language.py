@@ -150,7 +150,7 @@ def suite(name: str, tasks: int, seed: int, recipe: TextRecipe, device: torch.de
     networks = tuple(_network(base, text, expert.head).to(device) for text, expert in zip(texts, experts, strict=True))
     limits = {"test": recipe.test_texts or None, "validation": recipe.validation_texts or None}
     facts = {"base": base.name, "experts": [expert.key for expert in experts], "tasks": [text.key for text in texts]}
-    key = cache_key(facts | {"limits": limits}, (text_experts.Base, text_experts.evaluation_batches, language))
+    key = cache_key(facts | {"limits": limits}, suite)
     return Suite(
         key,
         tuple(text.name for text in texts),

@@ -34,7 +34,7 @@ def base(steps: int = 300) -> Base:
     """
     tasks = [package_texts.task(name) for name in package_texts.TASKS]
     inputs = {"steps": steps, "tasks": [task.key for task in tasks]}
-    found = artefact("package_t5", inputs, (training, t5.t5, package_texts, _train), build=partial(_train, steps))
+    found = artefact("package_t5", inputs, partial(_train, steps))
     model = t5.t5(VOCABULARY, *SIZES)
     model.load_state_dict(load_file(found.path / "model.safetensors"), strict=False)  # tied tensors are there once
     return Base(f"package_t5/{found.key}", model.eval(), _tokenizer(found.path), pooling="")

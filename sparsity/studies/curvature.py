@@ -9,9 +9,7 @@ import torch.nn.functional as F
 
 from common import hessian
 from common.cache import Artefact, cached_rows
-from common.lab import curvature
 from common.lab.curvature import curvature_rows, evenly_spaced
-from sparsity import accumulators, activations, blocks, flatness, probes
 from sparsity.blocks import find_blocks
 from sparsity.probes import probe
 from sparsity.studies.measurement import Rows, load
@@ -37,8 +35,7 @@ def measure_curvature(images: int, draws: int, ggn: str, run: Run, trained: Arte
     for step in run.snapshot_steps:
         inputs = dict(run=trained.key, step=step, images=images, probes=draws, ggn=ggn)
         build = partial(_measure, images, draws, ggn, run, trained, device, step)
-        code = (activations, accumulators, blocks, flatness, probes, hessian, curvature, _measure)
-        found += cached_rows("curvature_training", inputs, build, code)
+        found += cached_rows("curvature_training", inputs, build)
     return found
 
 

@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 
 from common.cache import Artefact, cached_rows
-from sparsity import accumulators, activations, blocks, flatness, probes
 from sparsity.probes import probe
 from sparsity.studies import weights
 from sparsity.studies.measurement import Rows, load
@@ -29,8 +28,7 @@ def measure_gradients(run: Run, trained: Artefact, device: torch.device, step: i
         "norm: KIND" of the whole network.
     """
     inputs = {"run": trained.key, "step": step, "device": device.type}
-    sources = (activations, blocks, probes, accumulators, flatness, weights, _measure)
-    return cached_rows("gradients", inputs, partial(_measure, run, trained, device, step), sources)
+    return cached_rows("gradients", inputs, partial(_measure, run, trained, device, step))
 
 
 def _measure(run: Run, trained: Artefact, device: torch.device, step: int) -> Iterator[dict[str, Any]]:

