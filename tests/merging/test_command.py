@@ -123,9 +123,9 @@ def test_a_disk_that_fills_up_is_named_and_the_same_command_continues(models, tm
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_two_processes_of_a_launcher_share_the_tensors(models, tmp_path):
+def test_two_processes_of_a_launcher_share_the_shards(models, tmp_path):
     folders, _ = models
-    flags = flags_of(folders, "tsv_m", "--svc", "--report")
+    flags = flags_of(folders, "tsv_m", "--svc", "--report", "--shard-size", "2KB")
     assert main([*flags, "--out", str(tmp_path / "one")]) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "-m", "merging", *flags, "--out", str(tmp_path / "two")]
