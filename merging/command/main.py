@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -44,7 +45,7 @@ from merging.command.recipe import Recipe, identity, read_recipe, shard_bytes
 from merging.command.shards import Output, remove_journal, write_text
 from merging.command.storage import Plan, Step
 from merging.command.stream import Streamer
-from merging.command.thresholds import Election, global_election
+from merging.command.thresholds import decided_together
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter, open_adapter
 
@@ -152,8 +153,7 @@ def _carry_out(
         output = Output(out, made_from, tensors, sum(tensor.size for tensor in tensors), rank, "adapter_model")
     else:
         output = Output(out, made_from, tensors, shard_bytes(plan.recipe.shard_size), rank)
-    election = _election(plan, output, device, jobs, rank)
-    streamer = Streamer(plan, device, election)
+    streamer = Streamer(plan, device, _decided(plan, output, device, jobs, rank))
     own = sorted(kind.steps, key=lambda step: -step.size)[rank::ranks] if ranks > 1 else kind.steps
     names = {step.name: {step.name, *(tensor.name for tensor in made[step.name])} for step in kind.steps}
     done = output.intact(name for step in own for name in names[step.name])
@@ -186,17 +186,15 @@ def _hand_back_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
 
 
-def _election(plan: Plan, output: Output, device: torch.device, jobs: int, rank: int) -> Election | None:
-    """Return the election of global TIES, which rank 0 holds once, also for later attempts; None for other methods."""
-    path = output.journal / "election.json"
+def _decided(plan: Plan, output: Output, device: torch.device, jobs: int, rank: int) -> Any | None:
+    """Return what the method decides over all tensors together, which rank 0 does once, also for later attempts."""
+    path = output.journal / "decided.json"
     every = lambda function, items: _in_threads(function, list(items), jobs)  # noqa: E731
     if rank == 0 and not path.exists():
-        found = global_election(plan, device, every)
-        write_text(path, json.dumps(found and dataclasses.asdict(found)))
+        write_text(path, json.dumps(decided_together(plan, device, every)))
     while not path.exists():
         time.sleep(0.1)
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return values and Election(tuple(values["thresholds"]), values["majority"])
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _in_threads(function: Callable, items: Iterable, jobs: int) -> Iterator:

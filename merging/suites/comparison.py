@@ -18,8 +18,7 @@ from common.lab.statistics import paired_interval, spread, with_bounds
 from merging import adapters, calibration, lowrank, mergers, task_vectors, tuning
 from merging.adapters import Adapter, fold_adapter, merge_adapters
 from merging.calibration import SVC_MATRICES, calibrate, published_alpha
-from merging.lowrank import ON_ENTRIES
-from merging.mergers import MERGERS, weight_average
+from merging.mergers import MERGERS, merger, weight_average
 from merging.suites import suite as suite_module
 from merging.suites.suite import Rows, Suite
 from merging.task_vectors import TaskVector, apply, combine, task_vector
@@ -60,17 +59,18 @@ def adapter_forms(
     Args:
         adapters: the K adapters whose updates of the base are `updates`.
         base: state of what they change.
-        method, seed, alphas: as for `dense_forms`. TIES and DARE on LoRA, which have no factored form, are left to it.
+        method, seed, alphas: as for `dense_forms`, to which mergers without a factored form (TIES, DARE) are left on
+            LoRA.
     """
-    if adapters[0].kind == "lora" and method in ON_ENTRIES:
+    own = merger(method)
+    if adapters[0].kind == "lora" and not own.factored:
         return dense_forms(method, updates, seed, alphas)
-    options = {"seed": seed} if method == "dare" else {}
 
-    def update(svc: dict[str, float] | None) -> TaskVector:
-        merged = merge_adapters(adapters, method, svc, base=base, **options)
+    def update(svc: calibration.SVC | None) -> TaskVector:
+        merged = merge_adapters(adapters, method, svc, base=base, **own.known(seed=seed))
         return task_vector(fold_adapter(merged, base), base)
 
-    return {None: update(None)} | {alpha: update({"alpha": alpha}) for alpha in alphas}
+    return {None: update(None)} | {alpha: update(calibration.SVC(alpha)) for alpha in alphas}
 
 
 def suite_rows(
