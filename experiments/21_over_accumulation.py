@@ -30,7 +30,7 @@ from common.cache import cached_rows
 from common.lab import figures
 from common.lab.run import Experiment, run
 from common.lab.statistics import spread
-from merging import MERGERS, calibrate, calibration, diagnose, diagnosis, mergers, task_vector, task_vectors
+from merging import MERGERS, calibrate, calibration, diagnose, diagnosis, mergers, task_vector
 from merging.suites import unrelated, vision
 
 SUM, CHANCE = "plain_sum", "unrelated"  # the latter: the plain sum of unrelated updates
@@ -79,9 +79,7 @@ def measure_unit(settings, device, unit):
     methods = list(dict.fromkeys((*LINEAR, *(settings.methods if is_detailed else ()), CHANCE)))
     inputs = {"suite": suite.key, "methods": methods, "seed": seed, "depth": depth}
     build = partial(unit_rows, suite, methods, seed, depth)
-    code = (spectral, calibration, unrelated, mergers, diagnosis, task_vectors)
-    code += (unit_rows, method_rows, layer_rows, pair_rows, expert_rows)
-    rows = cached_rows("over_accumulation", inputs, build, code)
+    rows = cached_rows("over_accumulation", inputs, build)
     return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]
 
 

@@ -12,22 +12,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from common import evaluation, spectral
 from common.cache import cached_rows
 from common.lab.statistics import paired_interval, spread, with_bounds
-from merging import adapters, calibration, lowrank, mergers, task_vectors, tuning
+from merging import mergers, tuning
 from merging.adapters import Adapter, fold_adapter, merge_adapters
 from merging.calibration import SVC_MATRICES, calibrate, published_alpha
 from merging.mergers import MERGERS, merger, weight_average
-from merging.suites import suite as suite_module
 from merging.suites.suite import Rows, Suite
 from merging.task_vectors import TaskVector, apply, combine, task_vector
 
 Forms = Mapping[float | None, TaskVector]  # α → calibrated update; None → the merged update itself
 
 REFERENCES = ("pretrained", "expert")
-# what decides the rows
-CODE = (adapters, lowrank, calibration, mergers, tuning, task_vectors, spectral, evaluation, suite_module)
 
 
 def dense_forms(
@@ -66,11 +62,11 @@ def adapter_forms(
     if adapters[0].kind == "lora" and not own.factored:
         return dense_forms(method, updates, seed, alphas)
 
-    def update(svc: calibration.SVC | None) -> TaskVector:
+    def update(svc: dict[str, float] | None) -> TaskVector:
         merged = merge_adapters(adapters, method, svc, base=base, **own.known(seed=seed))
         return task_vector(fold_adapter(merged, base), base)
 
-    return {None: update(None)} | {alpha: update(calibration.SVC(alpha)) for alpha in alphas}
+    return {None: update(None)} | {alpha: update({"alpha": alpha}) for alpha in alphas}
 
 
 def suite_rows(
@@ -91,11 +87,11 @@ def suite_rows(
     """
     labels = dict(labels or {})
     updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
-    rows = cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, suite_module))
+    rows = cached_rows("reference_models", {"suite": suite.key}, suite.own_rows)
     for method in methods:
         inputs = {"suite": suite.key, "method": method, "seed": seed, "labels": labels}
         build = partial(merger_rows, suite, updates, method, seed, merge)
-        rows += cached_rows("merger_variants", inputs, build, (*CODE, merger_rows, variants, validation_scores))
+        rows += cached_rows("merger_variants", inputs, build)
     yield from ({**row, **labels} for row in rows)
 
 

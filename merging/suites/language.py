@@ -78,7 +78,7 @@ def _t5(recipe: TextRecipe, repositories: tuple[str, ...]) -> Base:
 
 def _at_commit(repository: str, kind: Literal["model", "dataset"] = "model") -> str:
     """Name a repository as it is now, so that nothing stale is found in the cache after it has changed."""
-    return f"{repository}@{hub.snapshot(repository, kind, ['README.md', '*config.json']).name}"
+    return f"{repository}@{hub.commit(repository, kind)}"
 
 
 @cache
@@ -150,7 +150,7 @@ def suite(name: str, tasks: int, seed: int, recipe: TextRecipe, device: torch.de
     networks = tuple(_network(base, text, expert.head).to(device) for text, expert in zip(texts, experts, strict=True))
     limits = {"test": recipe.test_texts or None, "validation": recipe.validation_texts or None}
     facts = {"base": base.name, "experts": [expert.key for expert in experts], "tasks": [text.key for text in texts]}
-    key = cache_key(facts | {"limits": limits}, (text_experts.Base, text_experts.evaluation_batches, language))
+    key = cache_key(facts | {"limits": limits}, suite)
     return Suite(
         key,
         tuple(text.name for text in texts),

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -177,8 +177,7 @@ def probe(base: Base, task: TextTask, recipe: TextRecipe, device: torch.device) 
     """
     texts = (recipe.probe_texts, recipe.test_texts)
     inputs = {"base": base.name, "task": task.key, "texts": texts, "device": device.type}
-    build = partial(_probe, base, task, recipe, device)
-    return artefact("text_probe", inputs, (_probe, features, language.Classifier, Base), build=build)
+    return artefact("text_probe", inputs, partial(_probe, base, task, recipe, device))
 
 
 def _probe(base: Base, task: TextTask, recipe: TextRecipe, device: torch.device, folder: Path) -> None:
@@ -214,13 +213,12 @@ def features(base: Base, task: TextTask, examples: Examples, device: torch.devic
 
 def expert(
     base: Base, task: TextTask, way: tuple[Tuned, float], seed: int, recipe: TextRecipe, device: torch.device
-) -> tuple[str, dict[str, Any], tuple[Any, ...]]:
-    """Return kind, inputs and code of an expert's artefact, which `fine_tune` builds; arguments as there."""
+) -> tuple[str, dict[str, Any], Callable[[Path], None]]:
+    """Return kind, inputs and builder of an expert's artefact; arguments as for `fine_tune`."""
     own = {"recipe": recipe.training(base, way), "head": recipe.head, "probe_texts": recipe.probe_texts}
     inputs = {"base": base.name, "task": task.key, "tuned": way[0], "seed": seed, "device": device.type} | own
     inputs |= {"rank": recipe.rank} if way[0] == "lora" else {}
-    code = (training, adapted, language.Classifier, Base, Trainee, LikeLengths, training_batches, _fine_tune)
-    return "text_expert", inputs, code
+    return "text_expert", inputs, partial(_fine_tune, base, task, way, seed, recipe, device)
 
 
 def fine_tune(
@@ -236,8 +234,7 @@ def fine_tune(
         recipe: further settings.
         device: where it is trained.
     """
-    build = partial(_fine_tune, base, task, way, seed, recipe, device)
-    return artefact(*expert(base, task, way, seed, recipe, device), build=build)
+    return artefact(*expert(base, task, way, seed, recipe, device))
 
 
 def _fine_tune(

@@ -3,7 +3,6 @@
 Two texts: "python" (common.data.text, no download) and "c4" (sparsity.studies.data.c4, the paper scale).
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -68,10 +67,9 @@ def _python_task(settings: TextTask, device: torch.device) -> Task:
     shape = corruption.shape_for(settings.length)
     sentinels = corpus.vocabulary + shape.spans  # sentinels are the last ids, as in T5
     sizes = (settings.width, settings.depth, settings.heads, settings.d_ff, settings.dropout)
-    sources = (text, corruption, models.t5, sys.modules[__name__])
     rows = settings.evaluation_rows
     return Task(
-        key=cache_key({"task": settings, "text": corpus.digest}, sources),
+        key=cache_key({"task": settings, "text": corpus.digest}, _python_task),
         model=partial(models.t5, sentinels, *sizes),
         loss=loss,
         loader=partial(_python_loader, corpus.tokens["train"], shape, sentinels),
@@ -113,10 +111,9 @@ def _c4_task(settings: TextTask, device: torch.device) -> Task:
         most = f"{models.SENTINELS} sentinels of the tokenizer"
         raise ValueError(f"length={settings.length} has {shape.spans} spans, more than the {most}")
     rows = partial(DocumentRows, tokenizer, shape)
-    sources = (c4, corruption, models, sys.modules[__name__])
     count = settings.evaluation_rows
     return Task(
-        key=cache_key({"task": settings}, sources),
+        key=cache_key({"task": settings}, _c4_task),
         model=partial(models.t5_like, settings.model, len(tokenizer)),
         loss=loss,
         loader=partial(_c4_loader, rows, settings.documents, 0 if device.type == "cpu" else c4.WORKERS),

@@ -10,7 +10,6 @@ import ast
 import hashlib
 import json
 import re
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -199,8 +198,7 @@ def _tables() -> dict[str, dict[str, list]]:
     def build(folder: Path) -> None:
         (folder / "tasks.json").write_text(json.dumps(_read_tasks()))
 
-    sources = [sys.modules[__name__], text]
-    folder = artefact("package_texts", {"versions": text.versions()}, sources, build=build).path
+    folder = artefact("package_texts", {"versions": text.versions()}, build).path
     return json.loads((folder / "tasks.json").read_text())
 
 
