@@ -269,7 +269,7 @@ def projection_coefficients(left: Tensor, right: Tensor, updates: Iterable[Tenso
 
     With the UNIT vector u_r along column r of `left`, b_r = u_rᵀ (left @ right) and a_ir = u_rᵀ τ_i:
 
-        s_ir = <b_r, a_ir> / max(‖a_ir‖², 1e-12)                               (arXiv 2602.05536, eq. 8)
+        s_ir = <b_r, a_ir> / max(‖a_ir‖², 1e-12)
 
     1 means that the matrix holds update i as it is, above 1 over-counted, below 0 opposed. The columns may have any
     length, as those of `spectral_factors` do: it is divided out of every result. A column of zeros gives zeros.

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from common.cache import cached_rows
+from common.lab.figures import INK, MUTED, Style
 from common.lab.statistics import paired_interval, spread, with_bounds
 from merging import mergers, tuning
 from merging.adapters import Adapter, fold_adapter, merge_adapters
@@ -24,6 +25,19 @@ from merging.task_vectors import TaskVector, apply, combine, task_vector
 Forms = Mapping[float | None, TaskVector]  # α → calibrated update; None → the merged update itself
 
 REFERENCES = ("pretrained", "expert")
+CONDITIONS = {  # beside the mergers, in figures
+    "pretrained": Style("pretrained", "#B3B3B3"),
+    "expert": Style("experts", INK),
+    "none": Style("base", MUTED),
+    "output": Style("+ SVC", "#0072B2"),
+    "input": Style("+ SVC, input space", "#D55E00"),
+    "unrelated": Style("sum of unrelated updates", "#A6A6A6"),
+}
+
+
+def merging_styles() -> dict[str, Style]:
+    """Return how mergers, references and conditions are written and coloured in the figures of experiments."""
+    return CONDITIONS | {name: Style(merger(name).title, merger(name).colour) for name in MERGERS}
 
 
 def dense_forms(
