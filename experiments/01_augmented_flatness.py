@@ -36,7 +36,7 @@ from sparsity.studies import snapshots
 from sparsity.studies.images import IMAGENET, ImageTask
 from sparsity.studies.measurement import curve, measure_all
 from sparsity.studies.recipes import ADAMW, VIT
-from sparsity.studies.runs import RUN, check_variants, plan_setting
+from sparsity.studies.runs import RUN, STYLES, check_variants, plan_setting
 from sparsity.studies.snapshots import ERRORS
 
 ERROR_GOAL = 1e-5
@@ -425,7 +425,7 @@ DEVIATIONS = (
 
 EXPERIMENT = Experiment(
     __doc__, SCALES, measure, draw, compare, verdict, published="sparsity_augmented_flatness_imagenet",
-    tables=tables, remarks=remarks, deviations=DEVIATIONS,
+    tables=tables, remarks=remarks, deviations=DEVIATIONS, styles=STYLES,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from sparsity.studies.images import ImageTask
 from sparsity.studies.measurement import curve, measure_all
 from sparsity.studies.measurement import measure as measure_snapshot
 from sparsity.studies.recipes import ADAMW
-from sparsity.studies.runs import Run, Variant
+from sparsity.studies.runs import STYLES, Run, Variant
 
 FAMILIES = {"squared_relu": "σ₀ = squared ReLU", "jsrelu": "σ₀ = JSReLU"}
 SHIFTS = ((1.6, 1.6), (1.6, -1.6), (-1.6, 1.6), (-1.6, -1.6))  # the last two mirror the second and the first
@@ -283,7 +283,7 @@ def draw_by_shift(table):
     )  # fmt: skip
 
 
-@figures.styled
+@figures.plot_style
 def draw_activations(data):
     """σ and σ' of every activation: a function drawing, for which the table only says which shifts there are."""
     mixture = Mixture(make("relu"), make("jsrelu"))
@@ -342,7 +342,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, tables=tables, remarks=remarks, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    remarks=remarks,
+    deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from sparsity.studies.recipes import (
     SMOKE_RECIPE,
     VIT,
 )
-from sparsity.studies.runs import plan_density_tables
+from sparsity.studies.runs import STYLES, plan_density_tables
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ EXPERIMENT = Experiment(
     verdict=density_tables.verdict,
     published="sparsity",
     deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

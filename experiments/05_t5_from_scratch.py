@@ -23,7 +23,7 @@ from common.training import Recipe
 from sparsity.plugins import PROTOCOLS
 from sparsity.studies import density_tables
 from sparsity.studies.recipes import T5
-from sparsity.studies.runs import plan_density_tables
+from sparsity.studies.runs import STYLES, plan_density_tables
 from sparsity.studies.span_corruption import TextTask
 
 
@@ -81,6 +81,7 @@ EXPERIMENT = Experiment(
     verdict=density_tables.verdict,
     published="sparsity",
     deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from sparsity.studies.gradients import histogram_rows, measure_gradients
 from sparsity.studies.images import ImageTask
 from sparsity.studies.measurement import measure_all
 from sparsity.studies.recipes import VIT
-from sparsity.studies.runs import RUN, check_variants, plan_setting
+from sparsity.studies.runs import RUN, STYLES, check_variants, plan_setting
 
 BOTH = ("vanilla", "modified")
 NEEDED = "activation_gradient"  # > 0 where there are gradients
@@ -280,7 +280,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, tables=tables, remarks=remarks, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    remarks=remarks,
+    deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from common.lab.run import Experiment, run
 from common.models.t5 import t5
 from sparsity import JSReLU, find_blocks, probe, sparsify
 from sparsity.studies.models.vit import vit
+from sparsity.studies.runs import STYLES
 
 CYCLE = 10  # turns
 ALONE = "activation alone"
@@ -441,7 +442,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, tables=tables, remarks=remarks, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    remarks=remarks,
+    deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from common.lab.run import Experiment, run
 from common.lab.statistics import paired_interval, spread, with_bounds
 from merging import MERGERS, apply, calibrate, calibration, iso_basis, mergers, task_vector, task_vectors
 from merging.calibration import SVC_MATRICES, published_alpha
-from merging.suites import reference, vision
+from merging.suites import comparison, reference, vision
 
 SHARES_OF_1 = (1 / 4, 1 / 2, 1.0, 2.0)  # α = share / K, and
 ALPHAS = (0.5, 1.0, 2.0, 4.0)
@@ -457,7 +457,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, published="merging", tables=tables, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    published="merging",
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=comparison.merging_styles(),
 )
 
 if __name__ == "__main__":

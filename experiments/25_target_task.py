@@ -26,7 +26,7 @@ from common.lab.report import published_accuracy
 from common.lab.run import Experiment, run
 from common.lab.statistics import paired_interval, spread, with_bounds
 from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector
-from merging.suites import vision
+from merging.suites import comparison, vision
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, published="merging", tables=tables, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    published="merging",
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=comparison.merging_styles(),
 )
 
 if __name__ == "__main__":

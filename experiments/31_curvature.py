@@ -41,11 +41,12 @@ from common.training import Recipe
 from merging import MERGERS, apply, calibrate, mergers, task_vector, tuning
 from merging.calibration import SVC_MATRICES, published_alpha
 from merging.suites import vision
+from merging.suites.comparison import merging_styles
 from sparsity.studies.curvature import measure_curvature
 from sparsity.studies.images import ImageTask
 from sparsity.studies.measurement import measure_all
 from sparsity.studies.recipes import VIT
-from sparsity.studies.runs import check_variants, plan_setting
+from sparsity.studies.runs import STYLES, check_variants, plan_setting
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def draw(data):
     }  # fmt: skip
 
 
-@figures.styled
+@figures.plot_style
 def scatter(rows, x, y, xlabel, ylabel, by="variant", filled=None):
     """Points in logarithmic axes, a colour for each value of `by`; where `filled` is "none" they are hollow."""
     figure, axes = figures.new_figure(width=5.4, height=3.4)
@@ -396,7 +397,17 @@ DEVIATIONS = (
     "Training part: step 0 is left out, where a head of zeros makes all gradients of the MLPs vanish.",
 )
 
-EXPERIMENT = Experiment(__doc__, SCALES, measure, draw, compare, verdict, tables=tables, deviations=DEVIATIONS)
+EXPERIMENT = Experiment(
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=STYLES | merging_styles(),
+)
 
 if __name__ == "__main__":
     run(EXPERIMENT)

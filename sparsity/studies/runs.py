@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from common.lab.figures import INK, MUTED, Style
 from common.training import Recipe
 from sparsity.studies.images import ImageTask
 from sparsity.studies.span_corruption import TextTask
@@ -47,6 +48,17 @@ VARIANTS: dict[str, Variant] = {
     "JSReLU alone": Variant("jsrelu"),
     "zeroth bias alone": Variant(zeroth_bias=True),
     "squared ReLU": Variant("squared_relu"),
+}
+STYLES = {  # in figures
+    "vanilla": Style("vanilla", MUTED),
+    "modified": Style("modified", "#0072B2"),
+    "vanilla, MLP norms undecayed": Style("vanilla, MLP norms undecayed", "#D55E00"),
+    "vanilla, all norms undecayed": Style("vanilla, all norms undecayed", "#E69F00"),
+    "modified, all norms undecayed": Style("modified, all norms undecayed", "#56B4E9"),
+    "restricted norm alone": Style("restricted norm alone", "#009E73"),
+    "JSReLU alone": Style("JSReLU alone", "#7A5195"),
+    "zeroth bias alone": Style("zeroth bias alone", "#CC79A7"),
+    "squared ReLU": Style("squared ReLU", INK),
 }
 CONTROLS = tuple(VARIANTS)[:5]  # what every density table needs, with several seeds
 

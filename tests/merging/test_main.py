@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from merging import MERGERS, apply, calibrate, checkpoints, iso_basis, task_vector
+from merging import MERGERS, apply, calibrate, checkpoints, iso_basis, merger, task_vector
 from merging.checkpoints import open_checkpoint
 from merging.command import changes, stream, thresholds
 from merging.command.main import main, merge, parse
@@ -70,7 +70,7 @@ def in_memory(base, experts, method, svc=False, alpha=None, final_scale=1.0, **o
     vectors = [task_vector(expert, base) for expert in experts]
     merged = MERGERS[method](vectors, **options)
     if svc:
-        bases = iso_basis(vectors, method) if method.startswith("iso") else None
+        bases = iso_basis(vectors, method) if merger(method).basis else None
         bases = bases and {k: v for k, v in bases.items() if "embedding" not in k and "text_proj" not in k}
         merged = calibrate(merged, vectors, alpha=alpha, bases=bases)
     return apply(base, merged, final_scale)
@@ -99,7 +99,7 @@ def test_every_merger_streams_as_in_memory(tmp_path, method, svc):
     experts = experts_of(base)
     where, others = models(tmp_path, base, experts)
     merge(Recipe(where, others, method, svc=svc, final_scale=0.7), tmp_path / "out")
-    alpha = 1.0 if method == "tsv_m" else None
+    alpha = MERGERS[method].alpha
     expected = in_memory(base, experts, method, svc, alpha, final_scale=0.7)
     assert_equal(weights(tmp_path / "out"), expected)
 
@@ -112,7 +112,7 @@ def test_tensors_merged_range_by_range_are_the_same(tmp_path, method, svc, monke
     where, others = models(tmp_path, base, experts)
     monkeypatch.setattr(changes, "RANGE", 25)
     merge(Recipe(where, others, method, svc=svc), tmp_path / "out")
-    assert_close(weights(tmp_path / "out"), in_memory(base, experts, method, svc, 1.0 if method == "tsv_m" else None))
+    assert_close(weights(tmp_path / "out"), in_memory(base, experts, method, svc, MERGERS[method].alpha))
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -142,7 +142,7 @@ def test_thresholds_of_any_magnitude_are_exact(tmp_path):
         rank = 150 - math.floor(keep * 150) or 1
         expected = [float(e["w"].abs().flatten().kthvalue(rank).values) for e in experts]
         plan = plan_of(tmp_path, base, experts, method="ties", set=("*:scope=global", f"*:keep={keep}"))
-        assert list(thresholds.global_election(plan, torch.device("cpu")).thresholds) == expected
+        assert thresholds.decided_together(plan, torch.device("cpu"))["thresholds"] == expected
 
 
 def test_masks_depend_on_seed_expert_and_name_alone(tmp_path, monkeypatch):
@@ -537,7 +537,7 @@ def test_stacks_of_experts_are_merged_matrix_by_matrix(tmp_path, method):
     merge(Recipe(where, others, method, svc=True), tmp_path / "out")
     apart = [{f"experts.down[{i}]": expert["experts.down"][i] for i in range(3)} for expert in experts]
     start = {name: torch.zeros(8, 6) for name in apart[0]}
-    expected = in_memory(start, apart, method, svc=True, alpha=1.0 if method == "tsv_m" else None)
+    expected = in_memory(start, apart, method, svc=True, alpha=MERGERS[method].alpha)
     assert_equal(weights(tmp_path / "out"), {"experts.down": torch.stack([*expected.values()])})
 
 
