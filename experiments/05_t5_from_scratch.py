@@ -22,7 +22,7 @@ from common.lab.run import Experiment, run
 from common.training import Recipe
 from sparsity.plugins import PROTOCOLS
 from sparsity.studies import density_tables, study
-from sparsity.studies.span_corruption import TextTask
+from sparsity.studies.span_corruption import SpanCorruption
 
 ADAMW = (0.9, 0.999)
 
@@ -31,7 +31,7 @@ ADAMW = (0.9, 0.999)
 class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)  # of vanilla, modified and the controls
     single_seeds: tuple[int, ...] = (0,)  # of each plug-in alone and of the rivals
-    task: TextTask = TextTask(depth=1)
+    task: SpanCorruption = SpanCorruption(depth=1)
     recipes: tuple[Recipe, ...] = (  # the first with all variants, the others as vanilla, modified and one control
         Recipe(1200, 16, 3e-3, warmup=0.07, weight_decay=1.4, betas=ADAMW),
         Recipe(1200, 16, 1e-2, warmup=0.1, weight_decay=0.5, betas=ADAMW, schedule="inverse_sqrt"),
@@ -43,14 +43,14 @@ class Settings:
 SCALES = {
     "smoke": Settings(
         seeds=(0,),
-        task=TextTask(width=16, depth=1, heads=2, d_ff=32, megabytes=0.5, evaluation_rows=32),
+        task=SpanCorruption(width=16, depth=1, heads=2, d_ff=32, megabytes=0.5, evaluation_rows=32),
         recipes=(Recipe(4, 4, 3e-3), Recipe(4, 4, 1e-2, schedule="inverse_sqrt")),
         log_every=2,
     ),
     "laptop": Settings(),
     "workstation": Settings(
         single_seeds=(),
-        task=TextTask(),
+        task=SpanCorruption(),
         recipes=(
             Recipe(3000, 16, 3e-3, warmup=0.05, weight_decay=0.92, betas=ADAMW),
             Recipe(3000, 16, 1e-2, warmup=0.1, weight_decay=0.27, betas=ADAMW, schedule="inverse_sqrt"),
@@ -60,7 +60,7 @@ SCALES = {
     ),
     "paper": Settings(
         seeds=(0,),
-        task=TextTask("c4", length=512, model="google-t5/t5-base"),
+        task=SpanCorruption("c4", length=512, model="google-t5/t5-base"),
         recipes=(Recipe(100_000, 256, 1e-2, warmup=0.1, weight_decay=1e-3, betas=ADAMW, schedule="inverse_sqrt"),),
         log_every=50,
     ),

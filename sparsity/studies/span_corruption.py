@@ -27,7 +27,7 @@ IGNORED = -100  # what transformers' loss leaves out
 
 
 @dataclass(frozen=True)
-class TextTask:
+class SpanCorruption:
     """Which text, in which tokens, for which T5."""
 
     data: str = "python"  # "python" or "c4"
@@ -44,7 +44,7 @@ class TextTask:
     model: str = ""  # repository whose configuration and tokenizer are taken, for "c4"; sizes above then have no effect
 
 
-def text_task(settings: TextTask, device: torch.device) -> Task:
+def span_corruption_task(settings: SpanCorruption, device: torch.device) -> Task:
     """Return the task of these settings; its evaluation batches are on `device`.
 
     Batches are {"input_ids": (B, T), "attention_mask": (B, T) 0/1, "labels": (B, S) with −100 at padding}. The loss is
@@ -62,7 +62,7 @@ def text_task(settings: TextTask, device: torch.device) -> Task:
     raise ValueError(f"unknown data {settings.data!r}; there are python and c4")
 
 
-def _python_task(settings: TextTask, device: torch.device) -> Task:
+def _python_task(settings: SpanCorruption, device: torch.device) -> Task:
     corpus = text.corpus(settings.megabytes, settings.vocabulary)
     shape = corruption.shape_for(settings.length)
     sentinels = corpus.vocabulary + shape.spans  # sentinels are the last ids, as in T5
@@ -103,7 +103,7 @@ def _python_loader(tokens: Tensor, shape: corruption.Shape, sentinels: int, reci
     return DataLoader(windows, batch_sampler=ShuffledBatches(len(windows), recipe, seed), collate_fn=as_it_is)
 
 
-def _c4_task(settings: TextTask, device: torch.device) -> Task:
+def _c4_task(settings: SpanCorruption, device: torch.device) -> Task:
     if not settings.model:
         raise ValueError("data='c4' needs model=, the repository of a T5, such as google-t5/t5-base")
     tokenizer, shape = models.t5_tokenizer(settings.model), corruption.shape_for(settings.length)

@@ -25,7 +25,7 @@ from sparsity.blocks import find_blocks, find_norms, without_mlps
 from sparsity.plugins import parameter_groups, sparsify
 from sparsity.probes import probe
 from sparsity.studies.images import ImageTask, image_task
-from sparsity.studies.span_corruption import TextTask, text_task
+from sparsity.studies.span_corruption import SpanCorruption, span_corruption_task
 from sparsity.studies.task import Task
 
 Rows = list[dict[str, Any]]
@@ -81,7 +81,7 @@ class Run:
         snapshots: how many times weights are kept, from step 0 to the last, the denser the earlier.
     """
 
-    task: ImageTask | TextTask
+    task: ImageTask | SpanCorruption
     recipe: Recipe
     variant: Variant = VARIANTS["vanilla"]
     seed: int = 0
@@ -97,7 +97,7 @@ class Run:
 
 
 def plan(
-    cells: Sequence[tuple[str, ImageTask | TextTask, Recipe]],
+    cells: Sequence[tuple[str, ImageTask | SpanCorruption, Recipe]],
     seeds: Sequence[int],
     single_seeds: Sequence[int],
     l1: Sequence[float],
@@ -121,9 +121,9 @@ def plan(
                     yield labels, Run(task, recipe, variant, seed, **options)
 
 
-def make_task(settings: ImageTask | TextTask, device: torch.device) -> Task:
+def make_task(settings: ImageTask | SpanCorruption, device: torch.device) -> Task:
     """Return the task that the settings describe."""
-    return image_task(settings, device) if isinstance(settings, ImageTask) else text_task(settings, device)
+    return image_task(settings, device) if isinstance(settings, ImageTask) else span_corruption_task(settings, device)
 
 
 def build(task: Task, variant: Variant, seed: int = 0) -> nn.Module:

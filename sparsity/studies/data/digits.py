@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-PIXELS, CLASSES = 8, 10
+CLASSES = 10
 SIZES = {"train": 1197, "validation": 200, "test": 400}
 SPLIT_SEED = 0
 
