@@ -42,12 +42,13 @@ def code_of(*things: Any) -> tuple[str, ...]:
     """
     waiting = [place for thing in things for place in _places(thing)]
     found: dict[Place, str] = {}
+    modules = _modules()
     while waiting:
         place = waiting.pop()
         if place not in found:
             found[place] = _source(place)
             waiting += _reached(place)
-            waiting += _entered(place)
+            waiting += _entered(place, modules)
     return tuple(sorted(set(found.values())))
 
 
@@ -126,20 +127,21 @@ def _name_at(file: Path, line: int) -> str:
     return ""
 
 
-def _entered(place: Place) -> Iterator[Place]:
+def _entered(place: Place, modules: Mapping[Path, types.ModuleType]) -> Iterator[Place]:
     """Yield what a table of this name holds at present, which other files may have entered."""
     file, name = place
     if all(isinstance(statement, (*SCOPES, ast.ClassDef)) for statement in _definitions(file)[name]):
         return
-    module = _modules().get(file)
+    module = modules.get(file)
     value = vars(module).get(name) if module else None
     if isinstance(value, dict | list | set):
         yield from _places(value)
 
 
 def _modules() -> dict[Path, types.ModuleType]:
-    files = {module: getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return {_resolved(file): module for module, file in files.items() if file}
+    """Return the imported modules by their files."""
+    files = ((getattr(module, "__file__", None), module) for module in list(sys.modules.values()))
+    return {_resolved(file): module for file, module in files if file}
 
 
 @functools.cache

@@ -32,14 +32,13 @@ from common.lab.results import published as published_table
 from common.lab.run import Experiment, run
 from common.lab.statistics import relative_change, spread
 from common.training import Recipe
-from sparsity.flatness import ratio
-from sparsity.studies import along_training, study
-from sparsity.studies.along_training import RUN
+from sparsity.studies import snapshots
 from sparsity.studies.images import IMAGENET, ImageTask
-from sparsity.studies.study import VARIANTS, Run
+from sparsity.studies.measurement import curve, measure_all
+from sparsity.studies.recipes import ADAMW, VIT
+from sparsity.studies.runs import RUN, check_variants, plan_setting
+from sparsity.studies.snapshots import ERRORS
 
-ADAMW = (0.9, 0.999)
-DIGITS = ImageTask("digits", depth=2)
 ERROR_GOAL = 1e-5
 AUTHORS = "authors, ImageNet"
 AUTHORS_ENTRIES = 197 * 3072  # T · d_ff of ViT-B/16
@@ -53,7 +52,6 @@ METRICS = (
 KEY = ("augmented_flatness_key", "coefficient_key")
 VALUE = ("augmented_flatness_value", "coefficient_value", "activation_norm")
 FACTORS = ("density", *KEY, "input_norm", "activation_gradient_active", "rest")
-ERRORS = ("key", "key, authors' C_0", "value", "value, authors' C_2")
 NAMES = {
     "density": "density", "augmented_flatness_key": "AF_K", "coefficient_key": "C_0",
     "augmented_flatness_value": "AF_V", "coefficient_value": "C_2", "activation_norm": "E ‖a‖²",
@@ -68,46 +66,37 @@ class Settings:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[str, ...] = ("vanilla", "modified")
-    task: ImageTask = DIGITS
-    recipe: Recipe = Recipe(2400, 16, 3e-3, warmup=0.07, weight_decay=1.25, betas=ADAMW)
-    log_every: int = 80
-    study_task: ImageTask = DIGITS  # of the two below: vanilla, the first seed, one option changed at a time
-    study_recipe: Recipe = Recipe(2400, 16, 3e-3, warmup=0.07, weight_decay=1.25, betas=ADAMW)
+    task: ImageTask = VIT["laptop"]["task"]
+    recipe: Recipe = VIT["laptop"]["recipe"]
+    log_every: int = VIT["laptop"]["log_every"]
+    study_task: ImageTask = VIT["laptop"]["task"]  # of the two below: vanilla, first seed, one option changed at a time
+    study_recipe: Recipe = VIT["laptop"]["recipe"]
     learning_rates: tuple[float, ...] = ()
     batch_sizes: tuple[int, ...] = ()  # at the same number of training images
 
     def __post_init__(self):
-        if unknown := [name for name in self.variants if name not in VARIANTS]:
-            raise ValueError(f"unknown variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+        check_variants(self.variants)
 
 
-GLYPHS = ImageTask("glyphs")
-GLYPH_RECIPE = Recipe(5500, 32, 3e-3, warmup=0.036, weight_decay=0.48, betas=ADAMW)
 SCALES = {
     "smoke": Settings(
         seeds=(0,),
-        task=replace(DIGITS, width=16, depth=2),
-        recipe=Recipe(6, 16, 3e-3, weight_decay=1.0, betas=ADAMW),
-        log_every=3,
-        study_task=replace(DIGITS, width=16, depth=2),
-        study_recipe=Recipe(6, 16, 3e-3, weight_decay=1.0, betas=ADAMW),
+        **VIT["smoke"],
+        study_task=VIT["smoke"]["task"],
+        study_recipe=VIT["smoke"]["recipe"],
         learning_rates=(1e-3,),
     ),
     "laptop": Settings(),
     "workstation": Settings(
-        task=GLYPHS,
-        recipe=GLYPH_RECIPE,
-        log_every=110,
-        study_task=GLYPHS,
-        study_recipe=GLYPH_RECIPE,
+        **VIT["workstation"],
+        study_task=VIT["workstation"]["task"],
+        study_recipe=VIT["workstation"]["recipe"],
         learning_rates=(1e-2, 1e-3),
         batch_sizes=(16, 64),
     ),
     "paper": Settings(
         seeds=(0,),
-        task=IMAGENET,
-        recipe=Recipe(187_500, 2048, 3e-3, warmup=0, weight_decay=0.3, betas=ADAMW, stairs=300, precision="fp16"),
-        log_every=100,
+        **VIT["paper"],
         study_task=replace(IMAGENET, data="cifar10", pixels=224, patch=16, randaugment=0),
         study_recipe=Recipe(58_500, 128, 1e-4, warmup=0, weight_decay=0.05, betas=ADAMW, stairs=150, precision="fp16"),
         learning_rates=(1e-3, 1e-4, 1e-5),
@@ -117,62 +106,42 @@ SCALES = {
 
 
 def measure(settings, context):
-    labels, runs = zip(*plan(settings), strict=True)
-    with context.stage("train and measure"):
-        results = study.measure_all(runs, context, measure_along)
-    for label, (snapshots, curve) in zip(labels, results, strict=True):
-        for step, measured in snapshots.items():
-            yield from snapshot_rows(label, step, measured)
-        yield from curve_rows(label, curve, is_whole=label["setting"] == labels[0]["setting"])
+    main = settings.task.data
+    for labels, (by_step, logged) in measure_all(plan(settings), context, measure_run):
+        for step, measured in by_step.items():
+            yield from snapshot_rows(labels, step, measured)
+        yield from curve_rows(labels, logged, is_whole=labels["setting"] == main)
 
 
 def plan(settings):
     """Yield the labels and the description of every run: the main setting, then the study's."""
     options = dict(log_every=settings.log_every)
-    main = settings.task.data
-    for variant in settings.variants:
-        for seed in settings.seeds:
-            labels = {"setting": main, "variant": variant, "seed": seed}
-            yield labels, Run(settings.task, settings.recipe, VARIANTS[variant], seed, **options)
+    seeds = dict.fromkeys(settings.variants, settings.seeds)
+    yield from plan_setting(settings.task.data, settings.task, settings.recipe, seeds, **options)
     base = settings.study_recipe
     images = base.steps * base.batch_size
     others = [replace(base, learning_rate=rate) for rate in settings.learning_rates]
     others += [replace(base, batch_size=size, steps=images // size) for size in settings.batch_sizes]
     for recipe in dict.fromkeys([base, *others] if others else []):
         name = f"{settings.study_task.data}, lr {recipe.learning_rate:g}, batch {recipe.batch_size}"
-        labels = {"setting": name, "variant": "vanilla", "seed": settings.seeds[0]}
-        yield labels, Run(settings.study_task, recipe, VARIANTS["vanilla"], settings.seeds[0], **options)
+        yield from plan_setting(name, settings.study_task, recipe, {"vanilla": settings.seeds[:1]}, **options)
 
 
-def measure_along(run, trained, device):
-    return along_training.measure_saved("train", run, trained, device), study.curve(trained)
+def measure_run(run, trained, device):
+    return snapshots.measure_snapshots("train", run, trained, device), curve(trained)
 
 
 def snapshot_rows(labels, step, measured):
-    layers = along_training.by_layer(measured)
+    layers = snapshots.by_layer(measured)
     whole = {"all": layers.pop("all")}
-    layers = {name: values | errors(values) for name, values in layers.items()}
-    yield from along_training.saved_rows(
-        labels, step, whole | layers, (*METRICS, *(f"error: {name}" for name in ERRORS))
-    )
+    layers = {name: values | snapshots.identity_errors(values) for name, values in layers.items()}
+    metrics = (*METRICS, *(f"error: {name}" for name in ERRORS))
+    yield from snapshots.snapshot_rows(labels, step, whole | layers, metrics)
 
 
-def errors(values):
-    """Relative errors of the identities, with the exact coefficients and with the authors'."""
-    density, norm = values["density"], values["activation_norm"]
-    entries = values["tokens"] * values["units"]
-    given = (
-        (values["density_from_flatness"], density),  # less what active entries that count as zero add to AF_K
-        (ratio(values["augmented_flatness_key"], values["coefficient_key_authors"] * entries), density),
-        (values["activation_norm_from_flatness"], norm),
-        (ratio(values["augmented_flatness_value"], values["coefficient_value_authors"]), norm),
-    )
-    return {f"error: {name}": ratio(*pair) - 1 for name, pair in zip(ERRORS, given, strict=True)}
-
-
-def curve_rows(labels, curve, is_whole):
+def curve_rows(labels, logged, is_whole):
     """Layer means of single logged training batches; of the study's runs only E at the end."""
-    entries = pd.DataFrame(curve)
+    entries = pd.DataFrame(logged)
     means = entries.drop(columns="layer").groupby("step").mean()
     wanted = ("density", "augmented_flatness_key", "coefficient_key", "decay") if is_whole else ("decay",)
     for step, values in means.iterrows() if is_whole else means.tail(1).iterrows():
@@ -189,35 +158,26 @@ def main_setting(data):
 
 
 def by_layer(data):
-    return along_training.layer_table(data, needed=KEY[0])
+    return snapshots.layer_table(data, needed=KEY[0])
 
 
 def layer_means(data):
-    means = along_training.layer_means(data, needed=KEY[0])
+    means = snapshots.layer_means(data, needed=KEY[0])
     return means.assign(ratio=means.density_from_flatness)
 
 
 def batch_means(data):
     rows = data[data.split == "training batches"]
     table = rows.pivot(index=[*RUN, "step"], columns="metric", values="value").reset_index()
-    return along_training.in_order(table[table.augmented_flatness_key > 0], data)
+    return snapshots.in_order(table[table.augmented_flatness_key > 0], data)
 
 
 def moved(data):
-    """Δ ln of density and of its factors from the first to the last saved step, means over layers: a row a run.
-
-    Layers that are dead at either end have no logarithm and are left out; `layers` counts those that are in.
-    """
+    """Δ ln of density and of its factors from the first to the last saved step, means over layers: a row per run."""
     table = by_layer(data)
     # C_0 = ‖x‖² · g² · rest
     table = table.assign(rest=table.coefficient_key / table.input_norm / table.activation_gradient_active)
-    ends = [table[table.step == table.groupby(RUN).step.transform(end)] for end in ("min", "max")]
-    first, last = (end.set_index([*RUN, "layer"])[list(FACTORS)] for end in ends)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(last / first)
-    logs = logs[np.isfinite(logs).all(axis=1)]
-    means = logs.groupby(RUN, sort=False).mean().assign(layers=logs.groupby(RUN).size())
-    return along_training.in_order(means.reset_index(), data)
+    return snapshots.log_changes(table, FACTORS)
 
 
 def change(logs, variant, metric):
@@ -227,7 +187,7 @@ def change(logs, variant, metric):
 
 
 def relative(table, metrics, by=()):
-    return in_thousands(along_training.relative(table, metrics, by))
+    return in_thousands(snapshots.relative(table, metrics, by))
 
 
 def in_thousands(table):
@@ -387,7 +347,7 @@ def study_table(data):
     logs, rows = moved(data[data.setting != data.setting.iloc[0]]), []
     for _, row in logs.iterrows():
         own = data[(data.setting == row.setting) & (data.seed == row.seed)]
-        saved = own[own.split == along_training.SAVED]
+        saved = own[own.split == snapshots.SAVED]
         last = saved[saved.step == saved.step.max()].groupby("metric").value.mean()
         decay = own[own.metric == "decay"].value.max()
         shown = {"setting": row.setting, "E": f"{decay:.2f}", "training accuracy, %": f"{last.score:.1f}"}

@@ -30,10 +30,13 @@ from common.lab.run import Experiment, run
 from common.lab.statistics import relative_change
 from common.training import Recipe
 from sparsity.activations import Mixture, derivative, make, shifted_name
-from sparsity.studies import density_tables, study
+from sparsity.studies import density_tables
 from sparsity.studies.images import ImageTask
+from sparsity.studies.measurement import curve, measure_all
+from sparsity.studies.measurement import measure as measure_snapshot
+from sparsity.studies.recipes import ADAMW
+from sparsity.studies.runs import Run, Variant
 
-ADAM = (0.9, 0.999)
 FAMILIES = {"squared_relu": "σ₀ = squared ReLU", "jsrelu": "σ₀ = JSReLU"}
 SHIFTS = ((1.6, 1.6), (1.6, -1.6), (-1.6, 1.6), (-1.6, -1.6))  # the last two mirror the second and the first
 RELU, PLAIN, UNSHIFTED = "ReLU", "σ₀ itself", "S, not shifted"
@@ -46,7 +49,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)  # of S, shifted or not
     single_seeds: tuple[int, ...] = (0,)  # of σ₀ itself and of ReLU
     task: ImageTask = ImageTask("digits")
-    recipe: Recipe = Recipe(1400, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAM, schedule="constant")
+    recipe: Recipe = Recipe(1400, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant")
     log_every: int = 100
 
 
@@ -54,31 +57,28 @@ SCALES = {
     "smoke": Settings(
         seeds=(0,),
         task=ImageTask("digits", width=16, depth=2),
-        recipe=Recipe(6, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAM, schedule="constant"),
+        recipe=Recipe(6, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
         log_every=3,
     ),
     "laptop": Settings(),
     "workstation": Settings(
         task=ImageTask("glyphs"),
-        recipe=Recipe(5500, 32, 1e-3, warmup=0.05, weight_decay=0.0, betas=ADAM, schedule="constant"),
+        recipe=Recipe(5500, 32, 1e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
         log_every=250,
     ),
     "paper": Settings(
         task=ImageTask(
             "cifar10", pixels=224, patch=16, width=768, depth=12, heads=12, pooling="token", normalised=False
         ),
-        recipe=Recipe(70_300, 64, 1e-4, warmup=0.05, weight_decay=0.0, betas=ADAM, schedule="constant"),
+        recipe=Recipe(70_300, 64, 1e-4, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
         log_every=100,
     ),
 }
 
 
 def measure(settings, context):
-    labels, runs = zip(*plan(settings), strict=True)
-    with context.stage("train and measure"):
-        results = study.measure_all(runs, context, measure_one)
-    for label, rows in zip(labels, results, strict=True):
-        yield from ({**label, **row} for row in rows)
+    for labels, rows in measure_all(plan(settings), context, measure_run):
+        yield from ({**labels, **row} for row in rows)
 
 
 def plan(settings):
@@ -89,25 +89,25 @@ def plan(settings):
         cases.append((f"s_{inner}", family, UNSHIFTED, settings.seeds))
         cases += [(shifted_name(f"s_{inner}", *shift), family, shown(*shift), settings.seeds) for shift in SHIFTS]
     for activation, family, shift, seeds in cases:
-        variant = study.Variant(activation, zeroth_bias=True, clip=None)
+        variant = Variant(activation, zeroth_bias=True, clip=None)
         for seed in seeds:
             labels = dict(zip(RUN, (activation, family, shift, seed), strict=True))
             options = dict(log_every=settings.log_every, snapshots=2)
-            yield labels, study.Run(settings.task, settings.recipe, variant, seed, **options)
+            yield labels, Run(settings.task, settings.recipe, variant, seed, **options)
 
 
 def shown(dx, dy):
     return f"dx {dx:+g}, dy {dy:+g}".replace("-", "−")
 
 
-def measure_one(run, trained, device):
+def measure_run(run, trained, device):
     """Rows of a run: on test data before (step 0) and after training, each layer; along training, means over layers."""
     rows = []
     for step in (0, run.recipe.steps):
-        found = study.measure(run, trained, device, step=step)
+        found = measure_snapshot(run, trained, device, step=step)
         kept = [row for row in found if row["metric"] in METRICS or (row["layer"] == "all" and step)]
         rows += [{"split": "test", "step": step, **row} for row in kept]
-    means = pd.DataFrame(study.curve(trained)).drop(columns="layer").groupby("step").mean()
+    means = pd.DataFrame(curve(trained)).drop(columns="layer").groupby("step").mean()
     for step, values in means.iterrows():
         for metric in (*METRICS[:3], "loss"):
             rows.append({"split": "train", "step": step, "layer": "all", "metric": metric, "value": values[metric]})

@@ -6,19 +6,21 @@ the authors' figures.
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
+from common.cache import Artefact
 from common.lab import figures
+from common.lab.run import Context
 from common.lab.statistics import Interval, relative_change, spread
 from sparsity.flatness import remaining_multiply_adds
-from sparsity.studies import study
-from sparsity.studies.study import CONTROLS, Run
-
-KEYS = ["setting", "variant", "seed"]
+from sparsity.studies import measurement
+from sparsity.studies.measurement import Rows, curve, measure_all
+from sparsity.studies.runs import CONTROLS, RUN, Plan, Run
 
 TEST_METRICS = (
     "density", "derivative_density", "live_density", "dead_units", "union_density", "density_from_flatness",
@@ -31,32 +33,33 @@ CURVE_METRICS = (
 )  # fmt: skip
 
 
-def measure(runs: Iterable[tuple[dict[str, Any], Run]], context: Any) -> Iterator[dict[str, Any]]:
+def measure(plan: Plan, context: Context) -> Iterator[dict[str, Any]]:
     """Train and measure the runs of a plan, in parallel processes, and yield the table's rows.
 
     Args:
-        runs: labels and description of each, as `sparsity.studies.study.plan` gives them.
+        plan: see `sparsity.studies.runs.plan_density_tables`.
         context: of the experiment.
     """
-    labels, runs = zip(*runs, strict=True)
-    with context.stage("train and measure"):
-        results = study.measure_all(runs, context, study.measure_with_curve)
-    for label, (measured, curve) in zip(labels, results, strict=True):
-        yield from run_rows(label, measured, curve)
+    for labels, (measured, logged) in measure_all(plan, context, _test_and_curve):
+        yield from run_rows(labels, measured, logged)
 
 
-def run_rows(labels: Mapping[str, Any], measured: Sequence[Mapping], curve: Sequence[Mapping]) -> Iterator[dict]:
+def _test_and_curve(run: Run, trained: Artefact, device: torch.device) -> tuple[Rows, Rows]:
+    return measurement.measure(run, trained, device), curve(trained)
+
+
+def run_rows(labels: Mapping[str, Any], measured: Sequence[Mapping], logged: Sequence[Mapping]) -> Iterator[dict]:
     """Yield the table's rows of one run: its test measurements by layer, and its training curve as layer means.
 
     Args:
         labels: setting, variant, seed and what else tells runs apart.
-        measured: what `sparsity.studies.study.measure` returns.
-        curve: what `sparsity.studies.study.curve` returns.
+        measured: what `sparsity.studies.measurement.measure` returns.
+        logged: what `sparsity.studies.measurement.curve` returns.
     """
     for row in measured:
         if row["layer"] == "all" or row["metric"] in TEST_METRICS:
             yield {**labels, "split": "test", **row}
-    entries = pd.DataFrame(curve)
+    entries = pd.DataFrame(logged)
     means = entries.drop(columns="layer").groupby("step").mean()  # a column of layers or of the whole: no matter
     for step, values in means.iterrows():
         for metric in CURVE_METRICS:
@@ -68,11 +71,11 @@ def finals(data: pd.DataFrame) -> pd.DataFrame:
 
     Training density is the mean over the logged steps of the whole run, without the very first one.
     """
-    test = data[data.split == "test"].groupby([*KEYS, "metric"], sort=False).value.mean().unstack()
+    test = data[data.split == "test"].groupby([*RUN, "metric"], sort=False).value.mean().unstack()
     train = data[(data.split == "train") & (data.step > 1)]
-    along = train.groupby([*KEYS, "metric"], sort=False).value.mean().unstack()
-    last = train[train.step == train.groupby(KEYS).step.transform("max")]
-    last = last.groupby([*KEYS, "metric"], sort=False).value.mean().unstack()
+    along = train.groupby([*RUN, "metric"], sort=False).value.mean().unstack()
+    last = train[train.step == train.groupby(RUN).step.transform("max")]
+    last = last.groupby([*RUN, "metric"], sort=False).value.mean().unstack()
     table = test.assign(
         training_density=along.density,
         training_derivative_density=along.derivative_density,
@@ -101,7 +104,7 @@ def show(table: pd.DataFrame, columns: Mapping[str, tuple[str, int]]) -> pd.Data
         columns: metric → (heading, digits after the point).
     """
     rows = []
-    for (setting, variant), part in table.groupby(KEYS[:2], sort=False):
+    for (setting, variant), part in table.groupby(RUN[:2], sort=False):
         cells = {heading: spread(part[metric], digits) for metric, (heading, digits) in columns.items()}
         rows.append({"setting": setting, "variant": variant, **cells, "seeds": len(part)})
     return pd.DataFrame(rows)
@@ -128,7 +131,7 @@ def draw(data: pd.DataFrame, score: str = "accuracy, %", metric: str = "score") 
     names = {name: place for place, name in enumerate(layers.layer.unique(), 1)}
     layers = layers.assign(number=layers.layer.map(names), percent=100 * layers.value)
     curves = data[(data.split == "train") & data.variant.isin(CONTROLS)]
-    keys = [*KEYS, "step"]
+    keys = [*RUN, "step"]
     curves = curves.pivot(index=keys, columns="metric", values="value").reset_index()
     curves = curves.assign(percent=100 * curves.density, E=curves.decay.round(3))
     curves = curves.sort_values("variant", key=lambda column: column.map(CONTROLS.index), kind="stable")
@@ -160,7 +163,7 @@ def draw(data: pd.DataFrame, score: str = "accuracy, %", metric: str = "score") 
 def _changes(table: pd.DataFrame) -> pd.DataFrame:
     """Return the changes against vanilla as rows of intervals; those of one seed are points."""
     rows = []
-    for (setting, variant), _ in table.groupby(KEYS[:2], sort=False):
+    for (setting, variant), _ in table.groupby(RUN[:2], sort=False):
         for metric in PAPER:
             found = change(table, setting, metric, variant, "vanilla") if variant != "vanilla" else None
             if found:
@@ -226,7 +229,7 @@ def tables(data: pd.DataFrame, score: str) -> dict[str, pd.DataFrame]:
     }
     seen = _changes(table)
     texts = seen.apply(lambda row: _interval_text(Interval(row["mean"], row.low, row.high)), axis=1)
-    changes = seen.assign(text=texts).pivot(index=KEYS[:2], columns="metric", values="text").rename(columns=NAMES)
+    changes = seen.assign(text=texts).pivot(index=RUN[:2], columns="metric", values="text").rename(columns=NAMES)
     order = list(dict.fromkeys(zip(seen.setting, seen.variant, strict=True)))
     return {
         "Densities and what they cost (means over layers ± sd over seeds)": show(table, main),
