@@ -1,7 +1,7 @@
 """Python text that every machine has: sources, with their docstrings, of the standard library and installed packages.
 
-Files are shuffled and split by a hash of their module path, so that no file is on two sides and a further file moves
-no other. Texts differ between versions of Python and of the packages: `Corpus.digest` says which one it was.
+Files are shuffled and split by a hash of their module path, so that no file is in two splits and a new file moves no
+other. Texts differ between versions of Python and of the packages: `Corpus.digest` says which one it was.
 
 Token ids are laid out as T5's: padding 0, end of text 1, unknown 2, then the symbols (bytes, or the pieces of a
 byte-level BPE trained on the training files). Sentinels of span corruption are not among them: they come after.
@@ -95,7 +95,7 @@ def source_files() -> Iterator[tuple[str, Path]]:
 
 
 def split_of(name: str) -> str:
-    """Return the split of a module path: it depends on nothing else."""
+    """Return the split of a file, which depends on its module path alone."""
     place, above = _place(name), 0.0
     for split, share in SHARES.items():
         above += share

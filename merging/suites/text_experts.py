@@ -34,7 +34,7 @@ class TextRecipe:
     """How experts are trained, and how many texts score them (0: all)."""
 
     steps: int = 40
-    t5_steps: int = 150  # of a T5, in place of them
+    t5_steps: int = 150  # in place of `steps` where the base is a T5
     batch_size: int = 32
     rank: int = 8  # of LoRA
     base_steps: int = 300  # of the T5 that is trained here

@@ -48,9 +48,9 @@ def span_corruption_task(settings: SpanCorruption, device: torch.device) -> Task
     """Return the task of these settings; its evaluation batches are on `device`.
 
     Batches are {"input_ids": (B, T), "attention_mask": (B, T) 0/1, "labels": (B, S) with −100 at padding}. The loss is
-    the mean cross-entropy over target tokens in nats (sentinels and END included): T5's own, and the mean over samples
-    too, as all rows have equally many. The score is each sample's mean cross-entropy a token, and the share of its
-    target tokens that are the likeliest given those before, in %.
+    T5's own: the mean cross-entropy over target tokens in nats, sentinels and END included. It is the mean over samples
+    as well, since all rows have equally many target tokens. The score is each sample's mean cross-entropy per token,
+    and the share of its target tokens that are the likeliest given those before them, in %.
 
     Raises:
         ValueError: unknown data, or sizes that do not fit.
@@ -127,7 +127,7 @@ def _c4_task(settings: SpanCorruption, device: torch.device) -> Task:
 
 
 class DocumentRows(Dataset):
-    """Corrupted rows of documents: those of a batch are concatenated and cut, so that n make at most n rows.
+    """Corrupted rows: the n documents of a batch are concatenated and cut into at most n rows.
 
     The authors pad to n rows and learn to predict the padding. Here rows that would hold padding are left out.
     """
@@ -139,7 +139,7 @@ class DocumentRows(Dataset):
         return len(self.documents)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return the rows of these documents; row i is corrupted by the number of the i-th."""
+        """Return the rows of these documents; the corruption of row i depends on the number of the i-th of them."""
         lines = self.tokenizer(self.documents.texts(indices), return_attention_mask=False)["input_ids"]
         tokens = torch.tensor([token for line in lines for token in line])
         count, raw = min(len(indices), len(tokens) // self.shape.raw), self.shape.raw
@@ -180,7 +180,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def score(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each sample's mean cross-entropy a target token (nats) and its share of tokens predicted right (%)."""
+    """Return each sample's mean cross-entropy per target token (nats) and its share of tokens predicted right (%)."""
     labels = batch["labels"]
     logits = model(**batch, use_cache=False).logits.float()  # (B, S, V)
     real = labels != IGNORED
