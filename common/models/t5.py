@@ -10,6 +10,7 @@ from common.data.text import END, PAD
 from common.models.hub import configuration, load_tokenizer
 
 SENTINELS = 100  # of T5's tokenizers
+IGNORED = -100  # the label that transformers' loss leaves out
 
 
 def t5(vocabulary: int, width: int, depth: int, heads: int, d_ff: int, dropout: float = 0.0) -> nn.Module:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.cache import cache_key
 from common.data import text
 from common.models import t5 as models
+from common.models.t5 import IGNORED
 from common.training import Recipe, ShuffledBatches
 from sparsity.studies.data import c4, corruption
 from sparsity.studies.task import Batch, Task, as_it_is
@@ -23,7 +24,6 @@ from sparsity.studies.task import Batch, Task, as_it_is
 OVERLAP = 8  # training windows begin every raw length / 8 tokens
 EVALUATION_BATCH = 128
 EVALUATION_SEED = 10_000
-IGNORED = -100  # what transformers' loss leaves out
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def _tables() -> dict[str, dict[str, list]]:
 def _read_tasks() -> dict[str, dict[str, list]]:
     found = {name: {} for name in READERS}  # text in lower case → splits with (text, class)
     for source in _sources():
-        split = _split_of(source.name)
+        split = text.split_at(_number(source.name + "/split") / 2**32, SHARES)
         for name, (read, classes) in READERS.items():
             for words, label in read(source):
                 if label in classes and len(words) >= SHORTEST:
@@ -244,15 +244,6 @@ def _sources() -> Iterator[Source]:
             continue
         taken[package] += 1
         yield Source(name, content.splitlines(), list(ast.walk(tree)))
-
-
-def _split_of(name: str) -> str:
-    place, above = _number(name + "/split") / 2**32, 0.0
-    for split, share in SHARES.items():
-        above += share
-        if place < above:
-            return split
-    return split
 
 
 def _number(words: str) -> int:
