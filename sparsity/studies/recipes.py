@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from common.training import Recipe
 from sparsity.studies.images import IMAGENET, ImageTask
-from sparsity.studies.span_corruption import TextTask
+from sparsity.studies.span_corruption import SpanCorruption
 
 ADAMW = (0.9, 0.999)  # β₁ and β₂, the defaults of AdamW, which the authors keep
 
@@ -46,12 +46,12 @@ VIT = {
 # T5 on span corruption: half a cosine at a moderate rate, and the authors' inverse square root at a high one.
 T5 = {
     "smoke": dict(
-        task=TextTask(width=16, depth=1, heads=2, d_ff=32, megabytes=0.5, evaluation_rows=32),
+        task=SpanCorruption(width=16, depth=1, heads=2, d_ff=32, megabytes=0.5, evaluation_rows=32),
         recipes=(Recipe(4, 4, 3e-3), Recipe(4, 4, 1e-2, schedule="inverse_sqrt")),
         log_every=2,
     ),
     "laptop": dict(
-        task=TextTask(depth=1),
+        task=SpanCorruption(depth=1),
         recipes=(
             Recipe(1200, 16, 3e-3, warmup=0.07, weight_decay=1.4, betas=ADAMW),
             Recipe(1200, 16, 1e-2, warmup=0.1, weight_decay=0.5, betas=ADAMW, schedule="inverse_sqrt"),
@@ -59,7 +59,7 @@ T5 = {
         log_every=50,
     ),
     "workstation": dict(
-        task=TextTask(depth=2),
+        task=SpanCorruption(depth=2),
         recipes=(
             Recipe(3000, 16, 3e-3, warmup=0.05, weight_decay=0.92, betas=ADAMW),
             Recipe(3000, 16, 1e-2, warmup=0.1, weight_decay=0.27, betas=ADAMW, schedule="inverse_sqrt"),
@@ -67,7 +67,7 @@ T5 = {
         log_every=100,
     ),
     "paper": dict(
-        task=TextTask("c4", length=512, model="google-t5/t5-base"),
+        task=SpanCorruption("c4", length=512, model="google-t5/t5-base"),
         recipes=(Recipe(100_000, 256, 1e-2, warmup=0.1, weight_decay=1e-3, betas=ADAMW, schedule="inverse_sqrt"),),
         log_every=50,
     ),

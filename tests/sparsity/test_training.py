@@ -11,7 +11,7 @@ from common.training import Recipe
 from sparsity.studies.images import ImageTask
 from sparsity.studies.measurement import curve, load, measure
 from sparsity.studies.runs import VARIANTS, Run, Variant
-from sparsity.studies.span_corruption import TextTask
+from sparsity.studies.span_corruption import SpanCorruption
 from sparsity.studies.training import Recorder, build, make_task, train
 
 CPU = torch.device("cpu")
@@ -53,7 +53,8 @@ def test_all_variants_start_from_the_same_weights():
         assert all(other[key].equal(tensor) for key, tensor in start.items())
 
 
-TEXT = TextTask(width=16, depth=1, heads=2, d_ff=32, megabytes=0.3, evaluation_rows=16)  # a T5: its weights are tied
+# a T5: its weights are tied
+TEXT = SpanCorruption(width=16, depth=1, heads=2, d_ff=32, megabytes=0.3, evaluation_rows=16)
 
 
 @pytest.mark.parametrize("task", [DIGITS, TEXT], ids=["vit", "t5"])
