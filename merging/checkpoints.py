@@ -3,24 +3,20 @@
 Accepted are a folder of safetensors (single, or sharded with an index), a bare `.safetensors` file, and state dicts of
 torch.save (`.bin`, `.pt`, `.pth`; sharded with an index too), the latter through `weights_only` loading alone. Nothing
 is known here about architectures: a checkpoint is names, dtypes, shapes, and where the bytes are.
-
-Safetensors format: 8 bytes N (little endian), N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}} with
-offsets counted from byte 8 + N, then the data.
 """
 
 import json
 import math
-import mmap
 import pickle
-import threading
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.data.hub import snapshot
@@ -38,43 +34,7 @@ PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_ENDINGS = (".safetensors", *PICKLE_ENDINGS, ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".index.json")
 HUB_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
-LARGEST_HEADER = 100_000_000  # bytes, the limit of the reference implementation
-COPIED = 2**21  # entries mapped at a time
-FAULT_AROUND = 2**16  # bytes: Linux maps that many about every page that is touched
-
-_quiet = threading.Lock()
-
-
-class File:
-    """A file of weights: mapped when it is first read, and its pages handed back after each use."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.size = path.stat().st_size
-
-    @cached_property
-    def _bytes(self) -> mmap.mmap:
-        with self.path.open("rb") as stream:
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def read(self, dtype: torch.dtype, count: int, offset: int, to: torch.dtype, device: torch.device) -> Tensor:
-        """Return `count` numbers from byte `offset` on as a new tensor of dtype `to`; no mapped page stays resident."""
-        copy = torch.empty(count, dtype=to, device=device)
-        if not count:
-            return copy
-        with _quiet, warnings.catch_warnings():  # "the buffer is not writable": nobody writes to it
-            warnings.simplefilter("ignore", UserWarning)
-            mapped = torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=offset)
-        for start in range(0, count, COPIED):
-            stop = min(start + COPIED, count)
-            copy[start:stop].copy_(mapped[start:stop])
-            self._release(offset + start * dtype.itemsize, (stop - start) * dtype.itemsize)
-        return copy
-
-    def _release(self, offset: int, size: int) -> None:
-        if hasattr(mmap, "MADV_DONTNEED"):
-            start = max(0, offset - FAULT_AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._bytes.madvise(mmap.MADV_DONTNEED, start, min(offset + size + FAULT_AROUND, self.size) - start)
+COPIED = 2**21  # entries read at a time
 
 
 @dataclass(frozen=True)
@@ -84,8 +44,8 @@ class Entry:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file: File = field(repr=False, compare=False)
-    offset: int = field(repr=False, compare=False)  # bytes from the start of the file
+    path: Path = field(repr=False, compare=False)
+    offset: int | None = field(default=None, repr=False, compare=False)  # of its first byte in a file of torch.save
 
     @property
     def count(self) -> int:
@@ -100,12 +60,14 @@ class Entry:
     @property
     def where(self) -> str:
         """File and tensor, for messages."""
-        return f"{self.file.path}: {self.name!r}"
+        return f"{self.path}: {self.name!r}"
 
     def read(
         self, start: int = 0, stop: int | None = None, to: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> Tensor:
         """Return the entries from `start` to `stop` of the flattened tensor, (stop − start,), as a new tensor.
+
+        Beside the result no more than COPIED entries of the file are in memory at a time.
 
         Args:
             start, stop: a range of the flattened tensor; by default all of it.
@@ -113,8 +75,18 @@ class Entry:
             device: where the result is.
         """
         stop = self.count if stop is None else stop
-        offset = self.offset + start * self.dtype.itemsize
-        return self.file.read(self.dtype, stop - start, offset, to or self.dtype, torch.device(device))
+        copy = torch.empty(stop - start, dtype=to or self.dtype, device=device)
+        for first in range(start, stop, COPIED):
+            last = min(first + COPIED, stop)
+            copy[first - start : last - start].copy_(self._stored(first, last))
+        return copy
+
+    def _stored(self, start: int, stop: int) -> Tensor:
+        """Return a range of the flattened tensor as the file holds it."""
+        if self.offset is None:  # opened anew each time: a file that stays open keeps every page that was read
+            return _opened(self.path).get_tensor(self.name).reshape(-1)[start:stop]
+        place, size = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
+        return torch.from_numpy(np.fromfile(self.path, np.uint8, size, offset=place)).view(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -132,9 +104,9 @@ class Checkpoint:
         return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
 
     @property
-    def files(self) -> list[File]:
+    def files(self) -> list[Path]:
         """The files of weights, each once."""
-        return list({entry.file.path: entry.file for entry in self.entries.values()}.values())
+        return list(dict.fromkeys(entry.path for entry in self.entries.values()))
 
 
 def dtype_code(dtype: torch.dtype) -> str | None:
@@ -221,11 +193,11 @@ def _entries(files: Iterable[Path], index: Path | None) -> dict[str, Entry]:
             if name in entries and promised.get(name, path.name) == path.name == promised.get(name):
                 entries[name] = entry
             elif name in entries and name not in promised:
-                raise ValueError(f"{path}: {name!r} is in {entries[name].file.path.name} as well; make a new index")
+                raise ValueError(f"{path}: {name!r} is in {entries[name].path.name} as well; make a new index")
             elif name not in entries:
                 entries[name] = entry
     for name, shard in promised.items():
-        if name not in entries or entries[name].file.path.name != shard:
+        if name not in entries or entries[name].path.name != shard:
             raise ValueError(f"{index}: {name!r} is not in {shard}, as the index says; download both again")
     if not entries:
         raise ValueError(f"{index or path}: holds no tensor")
@@ -236,63 +208,30 @@ def _entries(files: Iterable[Path], index: Path | None) -> dict[str, Entry]:
 
 
 def _safetensors_entries(path: Path) -> dict[str, Entry]:
-    file = File(path)
-    header, start = _header(path, file.size)
-    entries, taken = {}, []
-    for name, facts in header.items():
-        if name == "__metadata__":
-            continue
-        entry, end = _entry(file, name, facts, start)
-        entries[name] = entry
-        taken.append((entry.offset, end, name))
-    position = start
-    for begin, end, name in sorted(taken):
-        if begin < position:
-            raise ValueError(f"{path}: {name!r} overlaps another tensor; the header is damaged, download it again")
-        position = end
-    return entries
+    file = _opened(path)
+    slices = {name: file.get_slice(name) for name in file.offset_keys()}
+    for name, stored in slices.items():
+        if stored.get_dtype() not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise ValueError(f"{path}: {name!r} has the dtype {stored.get_dtype()}, which is not one of {known}")
+    return {
+        name: Entry(name, DTYPES[stored.get_dtype()], tuple(stored.get_shape()), path)
+        for name, stored in slices.items()
+    }
 
 
-def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """Return the JSON header of a safetensors file and the byte at which its data starts."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, LARGEST_HEADER):
-            text = stream.read(80)
-            hint = "is a pointer of git-lfs: run git lfs pull" if b"git-lfs" in text else "download it again"
-            raise ValueError(f"{path}: {size} bytes, and a header of {length}: no complete safetensors file; {hint}")
-        text = stream.read(length)
+def _opened(path: Path) -> safe_open:
+    """Return a safetensors file whose header is sound; tensors taken from it are mapped, not read."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats), 8 + length
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its safetensors header cannot be read ({error}); download it again") from None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    known = dict(pairs)
-    if len(known) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return known
-
-
-def _entry(file: File, name: str, facts: Any, start: int) -> tuple[Entry, int]:
-    try:
-        code, shape, (begin, end) = facts["dtype"], tuple(facts["shape"]), facts["data_offsets"]
-        sound = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
-    except (TypeError, KeyError, ValueError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{file.path}: {name!r} has no dtype, shape and offsets in the header; download it again")
-    if code not in DTYPES:
-        raise ValueError(f"{file.path}: {name!r} has the dtype {code}, which is not one of {', '.join(DTYPES)}")
-    entry = Entry(name, DTYPES[code], shape, file, start + begin)
-    if end - begin != entry.size:
-        raise ValueError(f"{file.path}: {name!r} {code} {list(shape)} takes {entry.size} bytes, not {end - begin}")
-    if start + end > file.size:
-        lost = start + end - file.size
-        raise ValueError(f"{file.path}: {name!r} ends {lost} bytes behind the file: truncated; download it again")
-    return entry, start + end
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        reason = str(error).splitlines()[0].removeprefix("Error while deserializing header: ")
+        with path.open("rb") as stream:
+            is_pointer = b"git-lfs" in stream.read(80)
+        hint = (
+            "it is a pointer of git-lfs: run git lfs pull" if is_pointer else "truncated or damaged, download it again"
+        )
+        raise ValueError(f"{path}: is no complete safetensors file ({reason}); {hint}") from None
 
 
 # State dicts of torch.save --------------------------------------------------------------------------------------------
@@ -313,8 +252,7 @@ def _pickled_entries(path: Path) -> dict[str, Entry]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: is no complete state dict in the zip format of torch.save ({text})") from None
-    file = File(path)
-    return {name: _pickled_entry(file, name, value) for name, value in _state_dict(path, state).items()}
+    return {name: _pickled_entry(path, name, value) for name, value in _state_dict(path, state).items()}
 
 
 def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
@@ -332,14 +270,14 @@ def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
     return dict(loaded)
 
 
-def _pickled_entry(file: File, name: str, tensor: Tensor) -> Entry:
+def _pickled_entry(path: Path, name: str, tensor: Tensor) -> Entry:
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if tensor.layout != torch.strided or dtype_code(tensor.dtype) is None or offset is None:
-        raise ValueError(f"{file.path}: {name!r} is no plain tensor ({tensor.dtype}, {tensor.layout}); save it dense")
+        raise ValueError(f"{path}: {name!r} is no plain tensor ({tensor.dtype}, {tensor.layout}); save it dense")
     if not tensor.is_contiguous():
-        raise ValueError(f"{file.path}: {name!r} is stored with strides {tensor.stride()}; save it as .contiguous()")
+        raise ValueError(f"{path}: {name!r} is stored with strides {tensor.stride()}; save it as .contiguous()")
     place = offset + tensor.storage_offset() * tensor.dtype.itemsize
-    entry = Entry(name, tensor.dtype, tuple(tensor.shape), file, place)
-    if place + entry.size > file.size:
-        raise ValueError(f"{file.path}: {name!r} ends behind the file: truncated; download it again")
+    entry = Entry(name, tensor.dtype, tuple(tensor.shape), path, place)
+    if place + entry.size > path.stat().st_size:
+        raise ValueError(f"{path}: {name!r} ends behind the file: truncated; download it again")
     return entry

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.checkpoints import Entry, File, file_entries
+from merging.checkpoints import Entry, file_entries
 from merging.lowrank import LowRank, numerical_rank_of, truncate
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,7 +87,7 @@ class Adapter:
     vectors: dict[str, Tensor | Entry] = field(default_factory=dict)  # IA³: l, (out, 1), or (1, in) for feed-forward
     values: dict[str, Tensor | Entry] = field(default_factory=dict)  # biases, modules_to_save: full values
     config: dict[str, Any] = field(default_factory=dict)  # adapter_config.json as it is
-    files: tuple[File, ...] = ()  # what it was read from
+    files: tuple[Path, ...] = ()  # what it was read from
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def open_adapter(folder: str | Path) -> Adapter:
     parts = {key for key in entries if key.endswith(".ia3_l") or _split_factor(key)}
     values = _values({key: entry for key, entry in entries.items() if key not in parts}, file)
     own = {key: entries[key] for key in entries if key in parts}
-    kind, files = KINDS[config["peft_type"]], (File(file), File(folder / CONFIG))
+    kind, files = KINDS[config["peft_type"]], (file, folder / CONFIG)
     if kind == "ia3":
         return Adapter(kind, {}, _vectors(own, file), values, config, files)
     return Adapter(kind, _modules(own, config, file), {}, values, config, files)

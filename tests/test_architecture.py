@@ -164,4 +164,4 @@ def test_every_experiment_states_claim_rule_cost_and_its_four_scales(path):
 
 def test_only_one_place_loads_pretrained_models():
     users = [name(path) for path in LIBRARY + EXPERIMENTS if "from_pretrained(" in path.read_text()]
-    assert [user for user in users if "models" not in user.split("/")] == []
+    assert users == ["common/models/hub.py", "merging/suites/models/adapted.py"]  # the second is peft's own

@@ -11,11 +11,12 @@ import hashlib
 import json
 import platform
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from torch import Tensor
 from common.cache import artefact
 
 PAD, END, UNKNOWN = 0, 1, 2
-SPECIAL = 3  # ids before the first symbol
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # of these ids
+SPECIAL = len(SPECIAL_TOKENS)  # the first id of a symbol
 BYTES = 256
 
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "sklearn", "matplotlib")
@@ -135,22 +137,37 @@ def _bytes(texts: Sequence[bytes]) -> Tensor:
 
 def _bpe(texts: Mapping[str, Sequence[bytes]], vocabulary: int) -> dict[str, Tensor]:
     """Train a byte-level BPE on the beginning of the training texts, and tokenise all of them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     decoded = {split: [text.decode("utf-8", "replace") for text in texts[split]] for split in texts}
+    sizes = np.cumsum([len(text) for text in texts["train"]])
+    tokenizer = train_bpe(decoded["train"][: int((sizes < BPE_TRAINING_BYTES).sum()) + 1], vocabulary)
+    ids = {split: [encoding.ids for encoding in tokenizer.encode_batch(decoded[split])] for split in decoded}
+    return {split: _joined([np.array(line, np.int16) for line in ids[split]]) for split in ids}
+
+
+def train_bpe(texts: Iterable[str], vocabulary: int, ending: bool = False) -> Any:
+    """Train a byte-level BPE and return it, a `tokenizers.Tokenizer`; no text is unknown to it.
+
+    Args:
+        texts: what it is trained on.
+        vocabulary: number of ids, those of SPECIAL_TOKENS and of the 256 bytes included.
+        ending: let every text that it encodes end in END.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=["<pad>", "</s>", "<unk>"],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    sizes = np.cumsum([len(text) for text in texts["train"]])
-    tokenizer.train_from_iterator(decoded["train"][: int((sizes < BPE_TRAINING_BYTES).sum()) + 1], trainer)
-    ids = {split: [encoding.ids for encoding in tokenizer.encode_batch(decoded[split])] for split in decoded}
-    return {split: _joined([np.array(line, np.int16) for line in ids[split]]) for split in ids}
+    tokenizer.train_from_iterator(texts, trainer)
+    if ending:
+        end = SPECIAL_TOKENS[END]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, END)])
+    return tokenizer
 
 
 def _joined(lines: Sequence[np.ndarray]) -> Tensor:

@@ -7,9 +7,9 @@ with weights_only), or ids of the Hub. Experts may instead all be adapters of pe
 factored form and folded into the base. With --output adapter the merge is written as one adapter; from full experts
 that is the best approximation of --rank, and report and card say what it loses.
 
-A merge that was interrupted continues when the same command is given again. Under `accelerate launch` the processes
-share the tensors. Memory: below 1 GB and, for each of --jobs, a few of the largest tensors with SVC, TSV-M, Iso or
-STAR, and next to nothing otherwise; --dry-run estimates it.
+A merge that was interrupted continues when the same command is given again: finished shards stay, the others are made.
+Under `accelerate launch` the processes share the shards. Memory: below 1 GB and, for each of --jobs, a few of the
+largest tensors with SVC, TSV-M, Iso or STAR, and next to nothing otherwise; --dry-run estimates it.
 
 Storage: SVC's output space is the layer's, also where weights are stored (in, out), as GPT-2's are; stacks of experts
 are merged matrix by matrix; convolution kernels are (out, rest) for methods that take them, and not calibrated without
@@ -28,7 +28,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -40,9 +42,9 @@ from merging.command.dry_run import describe
 from merging.command.model_card import write_companions
 from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
 from merging.command.plan import make_plan
-from merging.command.recipe import Recipe, identity, read_recipe, shard_bytes
-from merging.command.shards import Output, remove_journal, write_text
-from merging.command.storage import Plan, Step
+from merging.command.recipe import Recipe, identity, read_recipe
+from merging.command.shards import Output, Shard, Write, begin, remove_leftovers, write_text
+from merging.command.storage import Plan
 from merging.command.stream import Streamer
 from merging.command.thresholds import Election, global_election
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
@@ -131,7 +133,7 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
     if dry_run:
         print("\n".join(describe(kind, jobs, on)))
     elif _is_complete(out := Path(os.path.abspath(out)), made_from):
-        remove_journal(out)  # of a merge that was killed after its last step
+        remove_leftovers(out, made_from)  # of a merge that was killed after its last step
         print(f"{out}: this recipe has made it already; nothing to do")
     else:
         _carry_out(kind, out, made_from, jobs, on, rank, ranks)
@@ -146,38 +148,42 @@ def _carry_out(
     kind: ModelOutput | AdapterOutput, out: Path, made_from: str, jobs: int, device: torch.device, rank: int, ranks: int
 ) -> None:
     _hand_back_freed_memory()
-    plan, made = kind.plan, {step.name: kind.tensors(step) for step in kind.steps}
-    tensors = [tensor for step in kind.steps for tensor in made[step.name]]
-    if kind.one_file:
-        output = Output(out, made_from, tensors, sum(tensor.size for tensor in tensors), rank, "adapter_model")
-    else:
-        output = Output(out, made_from, tensors, shard_bytes(plan.recipe.shard_size), rank)
-    election = _election(plan, output, device, jobs, rank)
-    streamer = Streamer(plan, device, election)
-    own = sorted(kind.steps, key=lambda step: -step.size)[rank::ranks] if ranks > 1 else kind.steps
-    names = {step.name: {step.name, *(tensor.name for tensor in made[step.name])} for step in kind.steps}
-    done = output.intact(name for step in own for name in names[step.name])
-    left = [step for step in own if not names[step.name] <= done]
+    shards = kind.shards
+    own = sorted(shards, key=lambda shard: -shard.size)[rank::ranks] if ranks > 1 else shards
+    if rank == 0 and len(shards) < ranks:
+        print(f"note: {len(shards)} shards keep as many of {ranks} processes busy; see --shard-size", file=sys.stderr)
+    with begin(out, made_from, shards, rank) as output:
+        left = [shard for shard in own if not output.is_finished(shard)]
+        if left or rank == 0:
+            streamer = Streamer(kind.plan, device, _election(kind.plan, output, device, jobs, rank))
+        with _progress(own, left, rank) as bar:
+            for shard in left:
+                output.write(shard, partial(_merged, kind, shard, streamer, jobs, bar))
+        if rank == 0:
+            notes = [note for shard_notes in output.notes() for note in shard_notes]
+            write_companions(kind, output.folder, made_from, notes)
+            output.finish()
+            sizes = [tensor.size for shard in shards for tensor in shard.tensors]
+            print(f"{out}: {len(sizes)} tensors, {sum(sizes) / 1e9:.3f} GB")
 
-    def one(step: Step) -> Step:
-        kind.write(step, streamer, output)
-        return step
 
-    total = sum(step.size for step in own)
-    before = total - sum(step.size for step in left)
-    with tqdm(
-        total=total, initial=before, unit="B", unit_scale=True, desc=f"{len(own)} tensors", disable=rank > 0
-    ) as bar:
-        for step in _in_threads(one, left, jobs):
-            bar.set_postfix_str(step.name, refresh=False)
-            bar.update(step.size)
-    output.close()
-    if rank == 0:
-        output.wait(name for step in kind.steps for name in names[step.name])
-        notes = output.finished()
-        write_companions(kind, output.folder, made_from, [notes[step.name] for step in kind.steps])
-        output.finish()
-        print(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors) / 1e9:.3f} GB")
+def _progress(own: Sequence[Shard], left: Sequence[Shard], rank: int) -> tqdm:
+    total, still = (sum(step.size for shard in shards for step in shard.steps) for shards in (own, left))
+    count = sum(len(shard.steps) for shard in own)
+    options = dict(unit="B", unit_scale=True, desc=f"{count} tensors", disable=rank > 0)
+    return tqdm(total=total, initial=total - still, **options)
+
+
+def _merged(
+    kind: ModelOutput | AdapterOutput, shard: Shard, streamer: Streamer, jobs: int, bar: tqdm, write: Write
+) -> list[dict[str, Any]]:
+    """Merge and write the tensors of one shard; returns one note per step."""
+    notes = {}
+    for step, note in _in_threads(lambda step: (step, kind.write(step, streamer, write)), shard.steps, jobs):
+        notes[step.name] = note
+        bar.set_postfix_str(step.name, refresh=False)
+        bar.update(step.size)
+    return [notes[step.name] for step in shard.steps]
 
 
 def _hand_back_freed_memory() -> None:
@@ -188,7 +194,7 @@ def _hand_back_freed_memory() -> None:
 
 def _election(plan: Plan, output: Output, device: torch.device, jobs: int, rank: int) -> Election | None:
     """Return the election of global TIES, which rank 0 holds once, also for later attempts; None for other methods."""
-    path = output.journal / "election.json"
+    path = output.work / "election.json"
     every = lambda function, items: _in_threads(function, list(items), jobs)  # noqa: E731
     if rank == 0 and not path.exists():
         found = global_election(plan, device, every)

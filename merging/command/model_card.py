@@ -42,7 +42,7 @@ def write_companions(
         output: what was merged, and written as what.
         folder: where the weights are.
         made_from: the hash by which the same merge is known again.
-        notes: one a step, what was noted while its tensors were written.
+        notes: one per step, what was noted while its tensors were written.
     """
     plan = output.plan
     remarks = [*plan.notes, *plan.remarks]
@@ -138,7 +138,7 @@ def write_report(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """Write the diagnostics of all matrices as matrices.csv and over_accumulation.png.
 
     Args:
-        rows: one a matrix, of equal keys: tensor, shape, and numbers.
+        rows: one per matrix, of equal keys: tensor, shape, and numbers.
         folder: is made.
     """
     import pandas as pd

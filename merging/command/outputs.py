@@ -8,6 +8,7 @@ Which weights belong to linear layers is told by the model's own class, built wi
 one, all matrices NAME.weight are taken whose name does not say "embed".
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 
 from merging.adapters import MODULES, joint_config, rename_to_base
-from merging.command.shards import Output, Tensors
+from merging.command.recipe import shard_bytes
+from merging.command.shards import Shard, TensorSpec, Write, arrange
 from merging.command.storage import Plan, Step
 from merging.command.stream import Streamer, rounded
 from merging.lowrank import LowRank, extract, truncate
@@ -28,22 +30,27 @@ class ModelOutput:
     """A whole model: every tensor of the base."""
 
     plan: Plan
-    one_file = False
 
     @property
     def steps(self) -> list[Step]:
         """What is written."""
         return self.plan.steps
 
-    def tensors(self, step: Step) -> list[Tensors]:
+    def tensors(self, step: Step) -> list[TensorSpec]:
         """Return the tensors that a step makes."""
-        return [Tensors(step.name, step.dtype, step.base.shape, step.size)]
+        return [TensorSpec(step.name, step.dtype, step.base.shape)]
 
-    def write(self, step: Step, streamer: Streamer, output: Output) -> None:
-        """Merge one step and write it, with the numbers of its report."""
+    @property
+    def shards(self) -> list[Shard]:
+        """The files of at most --shard-size, and the steps that make them."""
+        made = ((step, self.tensors(step)) for step in self.steps)
+        return arrange(made, shard_bytes(self.plan.recipe.shard_size))
+
+    def write(self, step: Step, streamer: Streamer, write: Write) -> dict[str, Any]:
+        """Merge one step and write it; returns the numbers of its report."""
         rows = [] if self.plan.recipe.report and not step.repeats else None
-        note = {"report": rows}  # filled while the tensor is written
-        output.write(step.name, streamer.tensor(step, rows), note)
+        write(step.name, streamer.tensor(step, rows))  # fills rows
+        return {"report": rows}
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,21 @@ class AdapterOutput:
     plan: Plan
     sketch: Adapter
     names: Mapping[str, str]  # of the base's tensors → their names in the adapter; lost are those that are not here
-    one_file = True
 
     @property
     def steps(self) -> list[Step]:
         """What is merged; for the rest of the base an adapter says nothing."""
         return [step for step in self.plan.steps if step.experts and not step.repeats]
 
-    def tensors(self, step: Step) -> list[Tensors]:
+    def tensors(self, step: Step) -> list[TensorSpec]:
         """Return the tensors of the adapter's file that a step makes: two factors, a vector, a value, or none."""
         own = self._sketched.get(self.names.get(step.name, ""), {})
-        return [Tensors(key, meta.dtype, tuple(meta.shape), meta.nbytes) for key, meta in own.items()]
+        return [TensorSpec(key, meta.dtype, tuple(meta.shape)) for key, meta in own.items()]
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The one file of an adapter, and the steps that make it."""
+        return arrange(((step, self.tensors(step)) for step in self.steps), math.inf, "adapter_model")
 
     @cached_property
     def _sketched(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -73,19 +84,19 @@ class AdapterOutput:
         """Return adapter_config.json."""
         return written_config(self.sketch, self.plan.recipe.rank)
 
-    def write(self, step: Step, streamer: Streamer, output: Output) -> None:
-        """Merge one step, write its tensors, and note how much of its energy they lose."""
+    def write(self, step: Step, streamer: Streamer, write: Write) -> dict[str, Any]:
+        """Merge one step and write its tensors; returns its report, and how much of its energy they lose."""
         rows = [] if self.plan.recipe.report else None
         module = self.sketch.modules.get(self.names.get(step.name, ""))
         if module:
-            energy, lost = self._module(step, module.layout, streamer, output, rows)
+            energy, lost = self._module(step, module.layout, streamer, write, rows)
         else:
-            energy, lost = self._value(step, streamer, output, rows)
+            energy, lost = self._value(step, streamer, write, rows)
         shape = "×".join(map(str, step.base.shape))
-        output.note(step.name, {"report": rows, "lost": dict(tensor=step.name, shape=shape, energy=energy, lost=lost)})
+        return {"report": rows, "lost": dict(tensor=step.name, shape=shape, energy=energy, lost=lost)}
 
     def _module(
-        self, step: Step, layout: str, streamer: Streamer, output: Output, rows: list[dict] | None
+        self, step: Step, layout: str, streamer: Streamer, write: Write, rows: list[dict] | None
     ) -> tuple[float, float]:
         """Write the two factors of a module; returns the energy of its update, and the share that its rank loses."""
         name, rank = self.names[step.name], self.plan.recipe.rank
@@ -96,19 +107,19 @@ class AdapterOutput:
             update, lost = extract(streamer.update(step, rows), rank, layout)
         factors = file_tensors(Adapter("lora", {name: update}))[name]
         for tensor in self.tensors(step):
-            output.write(tensor.name, [rounded(step.name, factors[tensor.name], tensor.dtype)])
+            write(tensor.name, [rounded(step.name, factors[tensor.name], tensor.dtype)])
         kept = float(update.b.double().square().sum(0).square().sum())  # Σ σ²: the columns of b have the lengths √σ
         return kept / (1 - lost), lost
 
-    def _value(self, step: Step, streamer: Streamer, output: Output, rows: list[dict] | None) -> tuple[float, float]:
+    def _value(self, step: Step, streamer: Streamer, write: Write, rows: list[dict] | None) -> tuple[float, float]:
         """Write what is held whole, if the adapter has a place for it; returns energy, and the share that is lost."""
         tensors = self.tensors(step)
         if step.kind == "values" and tensors:
-            output.write(tensors[0].name, streamer.tensor(step, rows))
+            write(tensors[0].name, streamer.tensor(step, rows))
             return 0.0, 0.0
         update = streamer.update(step, rows)
         if tensors:
-            output.write(tensors[0].name, [rounded(step.name, 1 + update, tensors[0].dtype)])
+            write(tensors[0].name, [rounded(step.name, 1 + update, tensors[0].dtype)])
             return 0.0, 0.0
         energy = sum(float(part.double().square().sum()) for part in update.reshape(-1).split(2**21))
         return energy, float(energy > 0)

@@ -154,7 +154,7 @@ def _copy_of(entry: Entry, others: Sequence[Entry]) -> Entry | None:
 def _equal(entry: Entry, other: Entry) -> bool:
     if entry.shape != other.shape or entry.dtype != other.dtype:
         return False
-    if entry.file.path == other.file.path and entry.offset == other.offset:
+    if (entry.path, entry.name) == (other.path, other.name):
         return True
     for start in (0, *range(64, entry.count, COMPARED)):  # nearly all pairs differ in their first entries
         stop = min(64, entry.count) if start == 0 else min(start + COMPARED, entry.count)

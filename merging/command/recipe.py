@@ -208,8 +208,8 @@ def identity(recipe: Recipe, checkpoints: Iterable[Checkpoint | Adapter]) -> str
     """Return the hash of a recipe and of the files it is applied to, known by size and time of change."""
     facts = [recipe.plain()]
     for checkpoint in checkpoints:
-        for file in checkpoint.files:
-            facts.append([str(file.path.resolve()), file.size, file.path.stat().st_mtime_ns])
+        for path in checkpoint.files:
+            facts.append([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

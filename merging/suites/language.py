@@ -78,7 +78,7 @@ def _t5(recipe: TextRecipe, repositories: tuple[str, ...]) -> Base:
 
 def _at_commit(repository: str, kind: Literal["model", "dataset"] = "model") -> str:
     """Name a repository as it is now, so that nothing stale is found in the cache after it has changed."""
-    return f"{repository}@{hub.snapshot(repository, kind, ['README.md', '*config.json']).name}"
+    return f"{repository}@{hub.commit(repository, kind)}"
 
 
 @cache

@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from common import training
 from common.cache import Artefact, artefact, cache_key, is_cached
 from common.data import glyphs, hub
+from merging.suites.data import vision_tasks
+from merging.suites.data.vision_tasks import VISION_TASKS
 from merging.suites.models import clip as clip_models
 from merging.suites.models import tiny_clip
 from merging.suites.suite import Rows, Suite
@@ -59,7 +61,7 @@ def suite(backbone: str, tasks: int, seed: int, recipe: "GlyphRecipe", device: t
 def check_suites(backbones: Sequence[str], sizes: Sequence[int]) -> None:
     """Raise a ValueError unless every backbone is known and has suites of all these numbers of tasks."""
     for backbone in backbones:
-        most = len(glyphs.TASKS) if is_glyph(backbone) else len(hub.VISION_TASKS)
+        most = len(glyphs.TASKS) if is_glyph(backbone) else len(VISION_TASKS)
         if is_glyph(backbone):
             GlyphRecipe().at(backbone)
         elif backbone not in CLIP:
@@ -304,7 +306,7 @@ def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
     Raises:
         OSError: the hub cannot be reached or a repository is missing; the message says what to do.
     """
-    rows = list(hub.VISION_TASKS.values())[:tasks]
+    rows = list(VISION_TASKS.values())[:tasks]
     base = clip_models.clip_vision(CLIP[backbone])
     tower = base.tower.state_dict()
     experts = [clip_models.clip_expert_state(row.expert_id(CLIP[backbone]), like=tower) for row in rows]
@@ -314,17 +316,18 @@ def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
     for row in rows:  # a data set that is missing should not cost hours first
         batches(row.name, "test"), batches(row.name, "validation")
     models = [CLIP[backbone], *(row.expert_id(CLIP[backbone]) for row in rows)]
-    commits = [hub.snapshot(model, "model", ["config.json"]).name for model in models]
-    commits += [hub.snapshot(row.repo, "dataset", ["README.md"]).name for row in rows]
-    key = cache_key({"models": models, "tasks": [row.name for row in rows], "commits": commits}, clip_suite)
+    commits = [hub.commit(model, "model") for model in models] + [hub.commit(row.repo, "dataset") for row in rows]
+    inputs = {"models": models, "tasks": [row.name for row in rows], "commits": commits}
+    inputs |= {"prompts": [(row.class_names, row.templates) for row in rows]}  # they make the heads
+    key = cache_key(inputs, clip_suite)
     networks = tuple(ZeroShot(base, head).to(device) for head in heads)
     return Suite(key, tuple(row.name for row in rows), networks, states[0], tuple(states[1:]), batches)
 
 
 @cache
 def _clip_batches(model_id: str, device: torch.device, task: str, split: str) -> DataLoader:
-    row = hub.VISION_TASKS[task]
-    images = hub.load_test_set(row) if split == "test" else hub.load_validation_set(row, VALIDATION_IMAGES)
+    row = VISION_TASKS[task]
+    images = row.rows("test") if split == "test" else vision_tasks.validation_rows(row, VALIDATION_IMAGES)
     workers = 0 if device.type == "cpu" else min(8, len(os.sched_getaffinity(0)))
-    loader = hub.image_loader(images, clip_models.preprocessing(model_id), workers=workers)
+    loader = vision_tasks.image_loader(images, clip_models.preprocessing(model_id), workers=workers)
     return Accelerator(cpu=device.type == "cpu").prepare(loader)

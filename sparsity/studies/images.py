@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from common.cache import cache_key
-from common.data import glyphs
+from common.data import glyphs, hub
 from common.training import Recipe, ShuffledBatches
 from sparsity.studies.data import digits, pictures
 from sparsity.studies.models.vit import vit
@@ -201,7 +201,7 @@ def _hub_task(settings: ImageTask, device: torch.device) -> Task:
     kinds = {"mixup", "cutmix", "randaugment", "repeats"}
     augmentation = pictures.Augmentation(**{kind: getattr(settings, kind) for kind in kinds})
     workers = pictures.workers(device)
-    inputs = {"task": settings, "commit": pictures.commit(name)}
+    inputs = {"task": settings, "commit": hub.commit(pictures.PICTURES[name].repo, "dataset")}
     return Task(
         key=cache_key(inputs, _hub_task),
         model=partial(_network, settings, pictures.PICTURES[name].classes),

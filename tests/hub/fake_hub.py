@@ -48,7 +48,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from common.data.hub import VISION_TASKS, VisionTask
+from merging.suites.data.vision_tasks import VISION_TASKS, VisionTask
 
 BASE = "openai/clip-vit-base-patch32"
 TEST_ROWS, TRAIN_ROWS = 24, 160

@@ -115,7 +115,7 @@ def test_only_the_shards_that_are_read_are_needed(hub):
     for name in names[1:]:
         next((hub / "hub").glob(f"datasets--*/snapshots/*/{name}")).unlink()
     assert documents.texts([3])[0].startswith(f"{names[0]} 3\n")
-    with pytest.raises(ValueError, match=rf"allenai/c4 has no file {names[2]}"):
+    with pytest.raises(ValueError, match=rf"allenai/c4 has no files {names[2]}"):
         documents.texts([2 * SHARD])
 
 

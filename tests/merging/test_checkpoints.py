@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import pickle
-import zlib
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merging.checkpoints import open_checkpoint
-from merging.command.shards import Output, Tensors, arrange
+from merging.command.shards import TensorSpec, arrange, begin
 
 
 def tensors(seed=0):
@@ -104,17 +103,20 @@ def test_safetensors_go_before_pickles_and_an_index_before_single_files(tmp_path
 
 
 W = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+TWICE = json.dumps({"w": W, "W": W | {"data_offsets": [8, 16]}}).replace("W", "w").encode()
 
 
 @pytest.mark.parametrize("header, data, message", [
-    ({"w": W}, b"1234", r"'w' ends 4 bytes behind the file: truncated"),
-    ({"w": W | {"data_offsets": [0, 12]}}, bytes(12), r"'w' F32 \[2\] takes 8 bytes, not 12"),
-    ({"w": W | {"dtype": "F4"}}, bytes(8), "'w' has the dtype F4, which is not one of"),
-    ({"w": {"dtype": "F32", "shape": [2]}}, bytes(8), "'w' has no dtype, shape and offsets"),
-    ({"w": W | {"shape": [-2]}}, bytes(8), "'w' has no dtype, shape and offsets"),
-    ({"w": W, "v": W}, bytes(8), "'[vw]' overlaps another tensor"),
-    (b'{"w":' + json.dumps(W).encode() + b',"w":' + json.dumps(W).encode() + b"}", bytes(8), "'w' is there twice"),
-    (b"{", b"", "header cannot be read"),
+    ({"w": W}, b"1234", r"no complete safetensors file \(incomplete.*; truncated or damaged, download it again"),
+    ({"w": W}, bytes(12), r"no complete safetensors file \(incomplete"),
+    ({"w": W | {"data_offsets": [0, 12]}}, bytes(12), r"no complete safetensors file \(invalid shape"),
+    ({"w": W | {"dtype": "F8_E8M0", "shape": [8]}}, bytes(8), "'w' has the dtype F8_E8M0, which is not one of"),
+    ({"w": W | {"dtype": "F5"}}, bytes(8), r"no complete safetensors file \(.*`?F5`?, expected one of"),
+    ({"w": {"dtype": "F32", "shape": [2]}}, bytes(8), r"no complete safetensors file \(.*missing field"),
+    ({"w": W | {"shape": [-2]}}, bytes(8), r"no complete safetensors file \(.*`-2`, expected"),
+    ({"w": W, "v": W}, bytes(8), r"no complete safetensors file \(invalid offset for tensor `[vw]`"),
+    (TWICE, bytes(16), r"no complete safetensors file \(invalid offset for tensor `w`"),
+    (b"{", b"", r"no complete safetensors file \(invalid JSON in header"),
     ({}, b"", "holds no tensor"),
 ])  # fmt: skip
 def test_damaged_safetensors_are_named(tmp_path, header, data, message):
@@ -203,100 +205,131 @@ def test_adapters_and_quantised_models_are_refused(tmp_path):
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def described(state):
-    return [Tensors(name, t.dtype, tuple(t.shape), t.numel() * t.dtype.itemsize) for name, t in state.items()]
+def shards_of(state, size=10**9):
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
+    return arrange([(spec.name, [spec]) for spec in specs], size)
 
 
-def write_all(output, state, pieces=3):
-    for name, tensor in state.items():
-        output.write(name, tensor.reshape(-1).split(pieces), {"name": name})
+def made_of(state, shard, pieces=3):
+    def make(write):
+        for name in reversed(shard.steps):
+            write(name, state[name].reshape(-1).split(pieces))
+        return [f"note of {name}" for name in shard.steps]
+
+    return make
 
 
-@pytest.mark.parametrize("size, shards", [(10**9, 1), (60, 4), (1, 8)])
-def test_written_shards_are_read_by_the_safetensors_library(tmp_path, size, shards):
+@pytest.mark.parametrize("size, count", [(10**9, 1), (60, 4), (1, 8)])
+def test_written_shards_are_read_by_the_safetensors_library(tmp_path, size, count):
     state = tensors()
-    output = Output(tmp_path / "out", "id", described(state), size)
-    assert not (tmp_path / "out").exists()
-    write_all(output, dict(reversed(state.items())))
-    assert output.finished() == {name: {"name": name} for name in state}
-    output.close()
-    output.finish()
+    shards = shards_of(state, size)
+    with begin(tmp_path / "out", "id", shards) as output:
+        for shard in reversed(shards):
+            assert not output.is_finished(shard)
+            output.write(shard, made_of(state, shard))
+            assert output.is_finished(shard) and not (tmp_path / "out").exists()
+        assert [note for own in output.notes() for note in own] == [f"note of {name}" for name in state]
+        output.finish()
+    with begin(tmp_path / "out", "id", shards, rank=1) as late:  # a process that starts when all is done
+        assert all(map(late.is_finished, shards))
     files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) == shards and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(files) == count and [path.name for path in tmp_path.iterdir()] == ["out"]
     loaded = {name: tensor for path in files for name, tensor in load_file(path).items()}
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
     same(open_checkpoint(tmp_path / "out"), state)
     for path in files:
         with safe_open(path, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
+    assert [path.stat().st_size for path in files] == [shard.size for shard in shards]
 
 
 def test_every_tensor_is_aligned_and_none_overlaps():
     state = tensors()
-    places, headers = arrange(described(state), 10**9)
-    assert len(headers["model.safetensors"]) % 8 == 0
-    taken = sorted((place.offset, place.offset + place.size) for place in places.values())
-    assert taken[0][0] == len(headers["model.safetensors"])
+    (shard,) = shards_of(state)
+    assert len(shard.header) % 8 == 0
+    taken = sorted((start, start + state[name].nbytes) for name, start in shard.offsets.items())
+    assert taken[0][0] == 0 and len(taken) == len(state)
     assert all(end == start for (_, end), (start, _) in itertools.pairwise(taken))
     for name, tensor in state.items():
-        assert places[name].offset % tensor.dtype.itemsize == 0
+        assert (len(shard.header) + shard.offsets[name]) % tensor.dtype.itemsize == 0
 
 
-def test_what_the_journal_lists_is_compared_with_the_file(tmp_path):
+def test_what_a_step_makes_stays_in_one_shard():
+    down, up = (TensorSpec(name, torch.float32, (4,)) for name in ("down", "up"))
+    shards = arrange([("first", [down]), ("lost", []), ("second", [up, down]), ("third", [up])], 17)
+    assert [shard.steps for shard in shards] == [("first", "lost"), ("second",), ("third",)]
+    assert [shard.tensors for shard in shards] == [(down,), (up, down), (up,)]
+    assert [shard.file for shard in shards] == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+
+
+def test_finished_shards_stay_and_a_torn_one_is_written_again(tmp_path):
     state = tensors()
-    output = Output(tmp_path / "out", "id", described(state), 10**9)
-    write_all(output, {name: state[name] for name in ("a.weight", "a.bias", "steps")})
-    output.close()
-    output._owner.release()
-    place = output.places["a.bias"]
-    with (output.folder / place.file).open("r+b") as stream:
-        stream.seek(place.offset)
-        stream.write(b"\xff")
-    with (output.journal / "0.jsonl").open("ab") as stream:
-        stream.write(b'{"name": "double", "cr')  # killed while writing this line
-    again = Output(tmp_path / "out", "id", described(state), 10**9)
-    assert again.intact(state) == {"a.weight", "steps"}
-    line = json.loads((output.journal / "0.jsonl").read_text().splitlines()[0])
-    assert line["crc"] == zlib.crc32(state["a.weight"].numpy().tobytes())
-    write_all(again, {name: state[name] for name in state if name not in ("a.weight", "steps")})
-    again.close()
-    again.finish()
+    first, second, *others = shards = shards_of(state, 60)
+    with pytest.raises(KeyboardInterrupt), begin(tmp_path / "out", "id", shards) as output:
+        output.write(first, made_of(state, first))
+        output.write(second, lambda write: [write(name, [state[name]]) for name in second.steps[:1]] + [interrupt()])
+    inode = (output.folder / first.file).stat().st_ino
+    with (output.work / second.file).open("ab") as stream:
+        stream.write(bytes(1000))  # what was left is longer than the shard
+    with begin(tmp_path / "out", "id", shards) as output:
+        assert [output.is_finished(shard) for shard in shards] == [True, *[False] * len(shards[1:])]
+        for shard in (second, *others):
+            output.write(shard, made_of(state, shard))
+        assert output.notes()[0] == [f"note of {name}" for name in first.steps]
+        output.finish()
     same(open_checkpoint(tmp_path / "out"), state)
+    assert (tmp_path / "out" / first.file).stat().st_ino == inode
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def test_one_merge_at_a_time_and_no_other(tmp_path):
-    state = tensors()
-    first = Output(tmp_path / "out", "id", described(state), 10**9)
-    with pytest.raises(ValueError, match="out: another process is writing this merge"):
-        Output(tmp_path / "out", "id", described(state), 10**9)
-    first.close()
-    first._owner.release()
-    with pytest.raises(ValueError, match=r"\.out\.partial: an unfinished merge of another recipe"):
-        Output(tmp_path / "out", "other", described(state), 10**9)
+    out, shards = tmp_path / "out", shards_of(tensors())
+    with begin(out, "id", shards) as output:
+        with pytest.raises(ValueError, match="out: another process is writing this merge"), begin(out, "id", shards):
+            pass
+        with (
+            begin(out, "id", shards, rank=1) as other,
+            pytest.raises(ValueError, match="out: another process is writing this merge"),
+        ):
+            output.write(shards[0], lambda write: other.write(shards[0], made_of(tensors(), shards[0])))
+    for rank in (0, 1):
+        with (
+            pytest.raises(ValueError, match=r"\.out\.partial: an unfinished merge of another recipe"),
+            begin(out, "other", shards, rank),
+        ):
+            pass
 
 
 def test_a_full_disk_is_named_before_and_during_writing(tmp_path, monkeypatch):
-    state = tensors()
-    too_large = [*described(state), Tensors("huge", torch.float32, (2**48,), 2**50)]
-    with pytest.raises(OSError, match=r"out: needs \d+\.\d\d GB, and .* GB are free"):
-        Output(tmp_path / "out", "id", too_large, 10**9)
+    state, out = tensors(), tmp_path / "out"
+    too_large = arrange([("huge", [TensorSpec("huge", torch.float32, (2**48,))])], 10**9)
+    with pytest.raises(OSError, match=r"out: needs \d+\.\d\d GB, and .* GB are free"), begin(out, "id", too_large):
+        pass
     assert not (tmp_path / ".out.partial").exists()
-    output = Output(tmp_path / "out", "id", described(state), 10**9)
+    (shard,) = shards = shards_of(state)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patched:
+    said = r"model\.safetensors: 'mask': No space left on device; free some space"
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=said), begin(out, "id", shards) as output:
         patched.setattr(os, "pwrite", full)
-        with pytest.raises(OSError, match=r"model\.safetensors: 'a\.weight': No space left on device; free some space"):
-            write_all(output, state)
-    write_all(output, state)
-    output.close()
-    output.finish()
-    same(open_checkpoint(tmp_path / "out"), state)
+        output.write(shard, made_of(state, shard))
+    with begin(out, "id", shards) as output:
+        output.write(shard, made_of(state, shard))
+        output.finish()
+    same(open_checkpoint(out), state)
 
 
-def test_a_tensor_of_the_wrong_length_is_a_fault(tmp_path):
-    output = Output(tmp_path / "out", "id", described({"w": torch.ones(4)}), 10**9)
-    with pytest.raises(RuntimeError, match="'w': 12 bytes written of 16"):
-        output.write("w", [torch.ones(3)])
+def test_a_tensor_of_the_wrong_length_or_none_is_a_fault(tmp_path):
+    (shard,) = shards = shards_of({"w": torch.ones(4)})
+    with begin(tmp_path / "out", "id", shards) as output:
+        with pytest.raises(RuntimeError, match="'w': 12 bytes written of 16"):
+            output.write(shard, lambda write: write("w", [torch.ones(3)]))
+        with pytest.raises(RuntimeError, match="'w' was not written"):
+            output.write(shard, lambda write: None)
+        assert not output.is_finished(shard)

@@ -63,9 +63,7 @@ class PictureSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     names: tuple[str, ...] = ()
-    image: str = "image"
-    label: str = "label"
-    train_split: str = "train"
+    image: str = "image"  # the column; that of labels is called label everywhere
     test_split: str = "test"
     unverified: tuple[str, ...] = ()
 
@@ -120,17 +118,19 @@ def rows(name: str, split: str) -> Any:
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}; there are train, validation, test")
     if split == "test":
-        return hub.load_split(pictures, pictures.test_split, _first_synonym)
-    both = hub.load_split(pictures, pictures.train_split, _first_synonym)
-    order = torch.randperm(len(both), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+        return _all_rows(pictures, pictures.test_split)
+    both = _all_rows(pictures, "train")
+    order = hub.permutation(len(both), HELD_OUT_SEED)
     validation = max(1, round(len(both) * pictures.held_out))
     chosen = order[:validation] if split == "validation" else order[validation:]
-    return both.select(chosen.sort().values.tolist())  # in file order, which reads faster
+    return both.select(sorted(chosen))  # in file order, which reads faster
 
 
-def commit(name: str) -> str:
-    """Return the commit of the repository that is read."""
-    return hub.snapshot(PICTURES[name].repo, "dataset", ["README.md"]).name
+def _all_rows(pictures: PictureSet, split: str) -> Any:
+    files, columns = f"{pictures.folder}/{split}-*.parquet", {pictures.image: "Image", "label": "ClassLabel"}
+    card = (pictures.config, split)
+    rows = hub.load_rows(pictures.repo, files, columns, pictures.class_names, _first_synonym, card)
+    return rows.rename_columns({pictures.image: "image"})
 
 
 @dataclass(frozen=True)
