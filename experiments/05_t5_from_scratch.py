@@ -54,7 +54,7 @@ def measure(settings, context):
 
 
 def named_settings(settings):
-    """Name, task and recipe of every schedule."""
+    """Return name, task and recipe of every setting: one per schedule."""
     return [
         (f"{recipe.schedule}, rate {recipe.learning_rate:g}, decay {recipe.weight_decay:g}", settings.task, recipe)
         for recipe in settings.recipes

@@ -18,7 +18,10 @@ SMOKE_RECIPE = Recipe(6, 16, 3e-3, betas=ADAMW)
 DIGITS_RECIPE = Recipe(2400, 16, 3e-3, warmup=0.07, betas=ADAMW)
 GLYPHS_RECIPE = Recipe(5500, 32, 3e-3, warmup=0.036, betas=ADAMW)
 IMAGENET_RECIPE = Recipe(187_500, 2048, 3e-3, warmup=0, betas=ADAMW, stairs=300, precision="fp16")
-DIGITS_DECAY, GLYPHS_DECAY, LARGER_GLYPHS_DECAY, IMAGENET_DECAY = 1.25, 0.48, 0.96, 0.3
+DIGITS_DECAY = 1.25
+GLYPHS_DECAY = 0.48
+LARGER_GLYPHS_DECAY = 0.96  # of width 96 and 6 layers
+IMAGENET_DECAY = 0.3
 
 VIT = {
     "smoke": dict(

@@ -30,12 +30,18 @@ Rows = list[dict[str, Any]]
 
 
 def make_task(settings: ImageTask | SpanCorruption, device: torch.device) -> Task:
-    """Return the task that the settings describe."""
+    """Return the task that the settings describe; its evaluation batches come on `device`."""
     return image_task(settings, device) if isinstance(settings, ImageTask) else span_corruption_task(settings, device)
 
 
 def build(task: Task, variant: Variant, seed: int = 0) -> nn.Module:
-    """Return the untrained network of a variant; the same seed gives all variants the same initial weights."""
+    """Return the untrained network of a variant, on the CPU.
+
+    Args:
+        task: whose network it is.
+        variant: what is plugged in.
+        seed: of the initial weights, which are the same in all variants.
+    """
     torch.manual_seed(seed)
     return sparsify(
         task.model(),
