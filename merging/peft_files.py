@@ -3,7 +3,7 @@
 A LoRA module adds s B A to its weight, s = α/r, or α/√r with rsLoRA; r and α may differ by module (rank_pattern,
 alpha_pattern). A weight that is stored as (in, out), which peft calls fan_in_fan_out, gets s (B A)ᵀ, and so does an
 embedding. Here b and a have the orientation of the STORED weight, as all tensors in this package do: for the layouts
-"conv1d" and "embedding" b = Aᵀ and a = Bᵀ.
+"transposed" and "embedding" b = Aᵀ and a = Bᵀ.
 
 An IA³ module multiplies its output by a vector l, or its input if it is a feed-forward module. Biases and whole
 modules (modules_to_save) are held with their full values. Other kinds of adapters are no low-rank updates of the base's
@@ -29,11 +29,12 @@ from merging.lowrank import LowRank, numerical_rank_of, truncate
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTORS = {
-    "lora_A.weight": "linear",
-    "lora_B.weight": "linear",
+    "lora_A.weight": "matrix",
+    "lora_B.weight": "matrix",
     "lora_embedding_A": "embedding",
     "lora_embedding_B": "embedding",
 }
+OF_MODULES = {"linear": "matrix", "conv1d": "transposed"}  # how modules of these names store their weights
 KINDS = {"LORA": "lora", "IA3": "ia3"}
 VARIANTS = {  # settings of a LoRA configuration that make something else of it
     "use_dora": "DoRA",
@@ -64,12 +65,12 @@ class Factors:
     def shape(self) -> tuple[int, int]:
         """The shape of the base weight, as stored."""
         sizes = self.up.shape[0], self.down.shape[1]
-        return sizes if self.layout == "linear" else sizes[::-1]
+        return sizes if self.layout == "matrix" else sizes[::-1]
 
     def read(self, device: str | torch.device = "cpu") -> LowRank:
         """Return the update itself, in the dtype of the file."""
         down, up = read_finite(self.down, device), read_finite(self.up, device)
-        b, a = (up, down) if self.layout == "linear" else (down.T, up.T)
+        b, a = (up, down) if self.layout == "matrix" else (down.T, up.T)
         return LowRank(b, a, self.scale, self.layout)
 
     def entries(self, start: int, stop: int, device: torch.device) -> Tensor:
@@ -206,7 +207,9 @@ def _modules(factors: Mapping[str, Entry], config: Mapping[str, Any], file: Path
                 f"{file}, {module!r}: {down_name} {down.shape} and {up_name} {up.shape} are not of rank {rank}, which "
                 f"{CONFIG} states"
             )
-        layout = "conv1d" if FACTORS[down_name] == "linear" and config.get("fan_in_fan_out") else FACTORS[down_name]
+        layout = FACTORS[down_name]
+        if layout == "matrix" and config.get("fan_in_fan_out"):
+            layout = "transposed"
         modules[f"{name}.weight"] = Factors(down, up, scale, layout)
     return modules
 
@@ -302,7 +305,7 @@ def _module_of(name: str) -> str:
 
 
 def _factor_tensors(module: str, update: LowRank) -> dict[str, Tensor]:
-    down, up = (update.a, update.b) if update.layout == "linear" else (update.b.T, update.a.T)
+    down, up = (update.a, update.b) if update.layout == "matrix" else (update.b.T, update.a.T)
     ends = (
         ("lora_embedding_A", "lora_embedding_B") if update.layout == "embedding" else ("lora_A.weight", "lora_B.weight")
     )
@@ -340,6 +343,6 @@ def written_config(adapter: Adapter, rank: int | None) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "fan_in_fan_out": layouts == {"conv1d"},
+        "fan_in_fan_out": layouts == {"transposed"},
         "bias": (adapter.config.get("bias") or "none") if biases else "none",
     }

@@ -41,10 +41,9 @@ from merging.checkpoints import Checkpoint, locate, open_checkpoint
 from merging.command.dry_run import describe
 from merging.command.model_card import write_companions
 from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
-from merging.command.plan import make_plan
+from merging.command.plan import Plan, make_plan
 from merging.command.recipe import Recipe, identity, read_recipe
 from merging.command.shards import Output, Shard, Write, begin, remove_leftovers, write_text
-from merging.command.storage import Plan
 from merging.command.stream import Streamer
 from merging.command.thresholds import decided_together
 from merging.peft_files import CONFIG as ADAPTER_CONFIG

@@ -22,11 +22,11 @@ import yaml
 
 from merging.calibration import SVC, published_alpha
 from merging.checkpoints import Checkpoint
+from merging.command.storage import LAYOUTS
 from merging.mergers import MERGERS, merger
 from merging.peft_files import Adapter
 from merging.task_vectors import check_choice
 
-LAYOUTS = ("matrix", "transposed", "stack", "transposed stack", "kernel")
 OUTPUT_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
