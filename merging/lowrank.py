@@ -28,7 +28,7 @@ from merging.mergers import merger
 from merging.task_vectors import Predicate, TaskVector, check_choice
 
 LAYOUTS = ("matrix", "transposed", "embedding")  # weights stored as (out, in), as (in, out), as (vocabulary, width)
-ON_WHOLE_TENSORS = ("split_qkv", "vectors", "flatten")  # options of SVC that a core knows nothing of
+ON_WHOLE_TENSORS = ("split_qkv", "vectors", "flatten")  # options of SVC that cores know nothing of
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class JointBasis:
     cores: list[Tensor]  # K × (p, q)
 
     def outside(self, core: Tensor, like: LowRank) -> LowRank:
-        """Return Q_B core Q_Aᵀ, the smaller side taking the core, in at least float32 and the layout of `like`."""
+        """Return Q_B core Q_Aᵀ, the core taken by the smaller side, in at least float32 and the layout of `like`."""
         b, a = self.left, self.right.T
         b, a = (b @ core, a) if core.shape[0] >= core.shape[1] else (b, core @ a)
         dtype = working(like.b).dtype
@@ -151,7 +151,7 @@ def diagnose_low_rank(
 
 
 def _cut_out_of(method: str, updates: Sequence[LowRank]) -> dict[str, Any]:
-    """Return what a merger of cores has to know of their matrices: it counts triplets by min(m, n), ranks by dtype."""
+    """Return what a merger of cores must know of their matrices: min(m, n), and the dtype for the rank rule."""
     wide = all(factor.dtype == torch.float64 for update in updates for factor in (update.b, update.a))
     return merger(method).known(side=min(updates[0].shape), precision=torch.float64 if wide else torch.float32)
 

@@ -49,7 +49,8 @@ VARIANTS = {  # settings of a LoRA configuration that make something else of it
     "target_parameters": "target_parameters",
     "trainable_token_indices": "trainable_token_indices",
 }
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # all others may change the base's weights
+# init_lora_weights of adapters whose base is left as it is; all others may change the base's weights
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,8 @@ def save_adapter(
     Args:
         adapter: it is left unchanged.
         folder: must not exist; it appears when it is complete.
-        rank: of every LoRA module, by truncated SVD in the joint rank. Default: the largest numerical rank of a module,
-            which loses nothing but rounding.
+        rank: of every LoRA module, by truncated SVD. Default: the largest numerical rank of a module, which loses
+            nothing but rounding.
         dtype: of the tensors in the file.
 
     Returns:
@@ -280,7 +281,7 @@ def save_adapter(
         modules[name], lost[name] = truncate(update, rank)
     tensors = {}
     for own in file_tensors(replace(adapter, modules=modules)).values():
-        tensors |= {key: tensor.to(dtype).contiguous().clone() for key, tensor in own.items()}  # none shares memory
+        tensors |= {key: tensor.to(dtype).contiguous().clone() for key, tensor in own.items()}  # no memory is shared
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -323,7 +324,7 @@ def written_config(adapter: Adapter, rank: int | None) -> dict[str, Any]:
     """Return adapter_config.json of an adapter: of one rank, with α = r, naming its modules one by one.
 
     Raises:
-        ValueError: its modules differ in what peft states once for all.
+        ValueError: its modules differ in what peft states once for all modules.
     """
     known = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save")
     config = {key: adapter.config.get(key) for key in known} | {"inference_mode": True}

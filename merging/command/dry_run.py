@@ -16,11 +16,11 @@ from merging.mergers import merger, weight_average
 
 PROGRAM = 600 * 2**20  # bytes: the interpreter with PyTorch
 SAMPLE = 256  # side of the matrix that is timed
-DISK = 300e6  # bytes a second that are assumed for reading and writing
+DISK = 300e6  # bytes per second that are assumed for reading and writing
 
 
 def expected_memory(plan: Plan, jobs: int = 1) -> int:
-    """Return the peak of the resident memory to expect, in bytes, for the largest tensors of all jobs.
+    """Return the peak of resident memory to expect, in bytes: when all jobs have the largest tensors.
 
     A matrix m × n that is calibrated, or merged as a matrix, takes a few copies of it in float32 (`Merger.copies`),
     however many experts there are (they are read one by one), and its eigenproblem 32 r² bytes, r = min(m, n). The rest
@@ -42,7 +42,7 @@ def _peak(streamer: Streamer, step: Step, piece: Piece) -> int:
 
 
 def expected_seconds(plan: Plan, device: torch.device) -> float:
-    """Return the time to expect on one job: small matrices are timed with the same functions, the disk is assumed.
+    """Return the seconds to expect with one job: a small matrix is timed, the speed of the disk is assumed.
 
     What is done entry by entry grows with the number of entries, what is done on matrices with m · n · min(m, n).
     """

@@ -1,11 +1,11 @@
 """What a merge is written as: a whole model, or an adapter of peft of one rank.
 
-Linear layers become LoRA modules: the merged update of each, of full or low rank, by its truncated SVD. What a full
-expert changes elsewhere (embeddings, norms, biases) has no place in the adapter; all of its energy is lost, and said to
-be. From adapters come adapters: LoRA of the chosen rank, or IA³, with what they hold whole.
+Linear layers become LoRA modules: the merged update of each, of full or low rank, is cut to the adapter's rank by SVD.
+What full experts change elsewhere (embeddings, norms, biases) has no place in the adapter; it is lost, and reported.
+Adapters become an adapter of their kind, LoRA of the chosen rank or IA³, which also holds whole what they hold whole.
 
-Which weights belong to linear layers is told by the model's own class, built without memory from config.json; without
-one, all matrices NAME.weight are taken whose name does not say "embed".
+The model's own class, built from config.json without memory for weights, says which weights belong to linear layers;
+without config.json they are all matrices NAME.weight whose name does not contain "embed".
 """
 
 import math
@@ -56,10 +56,10 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class AdapterOutput:
-    """What an adapter will hold, before anything is merged; `sketch` is the adapter on the meta device."""
+    """An adapter: what it will hold is known before anything is merged."""
 
     plan: Plan
-    sketch: Adapter
+    sketch: Adapter  # its tensors have shapes and no data (meta device)
     names: Mapping[str, str]  # base's name → name in the adapter; tensors without an entry cannot be expressed in it
 
     @property
@@ -68,10 +68,7 @@ class AdapterOutput:
         return self.plan.merged
 
     def tensors(self, step: Step) -> list[TensorSpec]:
-        """Return the tensors of the adapter's file that a step makes: two factors, a vector, a value, or none.
-
-        Tensors without an entry cannot be expressed in the adapter.
-        """
+        """Return the tensors of the adapter's file that a step makes: two factors, a vector, a value, or none."""
         own = self._sketched.get(self.names.get(step.name, ""), {})
         return [TensorSpec(key, meta.dtype, tuple(meta.shape)) for key, meta in own.items()]
 
@@ -166,7 +163,7 @@ def _sketched(shape: tuple[int, int], rank: int, layout: str, dtype: torch.dtype
 
 
 def _names_of_adapters(plan: Plan) -> dict[str, str]:
-    """Return the base's names → those that the adapters have, the first adapter's going before."""
+    """Return base's name → name in the adapters; where they differ, that in the first adapter which has it."""
     names = {}
     for adapter in reversed(plan.experts):
         renamed = rename_to_base(adapter, plan.base.entries)

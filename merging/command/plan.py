@@ -156,7 +156,7 @@ def _same_integers(entry: Entry, found: Sequence[Entry]) -> tuple[Entry, ...]:
 
 
 def _twin(entry: Entry, base: Checkpoint, known: Mapping[str, str]) -> str | None:
-    """Return the name of the base's tensor with the same bytes that an expert has, where it lacks this one (tied)."""
+    """Return the name of a tensor that is tied to this one, with the same bytes in the base, and that an expert has."""
     others = [base.entries[name] for name in known if name != entry.name]
     copy = _copy_of(entry, others)
     return copy.name if copy else None

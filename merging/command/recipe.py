@@ -1,7 +1,7 @@
 """Recipes: what is merged, by which method, with which options, and where single tensors differ from the rest.
 
 A recipe is a handful of plain values, the same on the command line and in `merging.yaml`. Options of single tensors
-come from patterns over their names ("*.mlp.*:scale=0.5"), the later one going before the earlier.
+come from patterns over their names ("*.mlp.*:scale=0.5"); of two that match a name, the later one wins.
 """
 
 import contextlib
@@ -47,9 +47,9 @@ class Recipe:
     """The models fine-tuned from it, likewise."""
     method: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(MERGERS)}.")] = ""
     scale: float | None = None
-    """The merger's own factor (task_arithmetic, ties), BEFORE calibration, where it is only another alpha."""
+    """The merger's own factor (task_arithmetic, ties), BEFORE calibration, where changing it is like changing alpha."""
     seed: int | None = None
-    """Of the masks (dare); they depend on it, the expert and the tensor's name alone."""
+    """Of the masks (dare), which depend on the seed, the expert's position and the tensor's name alone."""
     svc: bool = False
     """Calibrate singular values after merging."""
     alpha: float | None = None
@@ -57,7 +57,7 @@ class Recipe:
     space: Literal["output", "input"] = "output"
     """SVC: compare responses of the layer's output or input side."""
     rule: Literal["current", "legacy"] = "current"
-    """SVC: the authors' rule, or theirs until March 2026."""
+    """SVC: the authors' rule, or the one that they used until March 2026."""
     target: int | None = None
     """SVC: calibrate for the expert of this index alone."""
     split_qkv: bool = False
@@ -75,7 +75,7 @@ class Recipe:
     output: Literal["model", "adapter"] = "model"
     """A whole model, into which adapters are folded, or an adapter of peft (LoRA of --rank, or IA³)."""
     rank: int | None = None
-    """Of all modules of a LoRA adapter; report/energy_lost.csv says what it loses of each tensor."""
+    """Of all modules of a LoRA adapter; energy_lost.csv says how much of each tensor's energy it loses."""
     dtype: str | None = None
     """Of the output: float32, bfloat16, float16 or float64; by default that of the base, tensor by tensor, and float32
     for the factors of an adapter."""
@@ -201,7 +201,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def identity(recipe: Recipe, checkpoints: Iterable[Checkpoint | Adapter]) -> str:
-    """Return the hash of a recipe and of the files it is applied to, known by size and time of change."""
+    """Return the hash of a recipe and of the files it is applied to: their paths, sizes and times of change."""
     facts = [recipe.plain()]
     for checkpoint in checkpoints:
         for path in checkpoint.files:

@@ -3,7 +3,7 @@
 Arithmetic is in float32 whatever the files hold; one rounding takes the result to the output's dtype. The methods are
 those of `merging.mergers`, called on dicts of one tensor. What a method does entry by entry (linear ones, TIES, DARE)
 is done on ranges of rows, so that no tensor need be in memory as a whole; what needs matrices (TSV-M, Iso, STAR, SVC)
-reads the task vectors of one tensor one after the other, and has a few more tensors of that size
+reads the task vectors of one tensor one after the other, and holds a few more tensors of that size
 (`merging.command.dry_run`).
 LoRA updates are merged in factored form, where a method has one.
 """
@@ -46,7 +46,7 @@ class Streamer:
 
     @property
     def merger(self) -> Merger:
-        """The recipe's."""
+        """The merger that the recipe names."""
         return merger(self.plan.recipe.method)
 
     def tensor(self, step: Step, rows: list[dict[str, Any]] | None = None) -> Iterator[Tensor]:
