@@ -47,13 +47,13 @@ class Recipe:
     """The models fine-tuned from it, likewise."""
     method: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(MERGERS)}.")] = ""
     scale: float | None = None
-    """The merger's own factor (task_arithmetic, ties), BEFORE calibration, where changing it is like changing alpha."""
+    """The merger's own factor, if it has one; it acts BEFORE calibration, where changing it is like changing alpha."""
     seed: int | None = None
-    """Of the masks (dare), which depend on the seed, the expert's position and the tensor's name alone."""
+    """Of random masks, which depend on the seed, the expert's position and the tensor's name alone."""
     svc: bool = False
     """Calibrate singular values after merging."""
     alpha: float | None = None
-    """SVC: floor of the coefficients; by default 1 on tsv_m and 1/K on the other mergers."""
+    """SVC: floor of the coefficients; by default the one that the paper uses for the merger, 1/K for most."""
     space: Literal["output", "input"] = "output"
     """SVC: compare responses of the layer's output or input side."""
     rule: Literal["current", "legacy"] = "current"
@@ -70,12 +70,12 @@ class Recipe:
     """Factor of the finished update, AFTER calibration: the scale to tune on validation data."""
     set: tuple[str, ...] = ()
     """Options of single tensors: 'PATTERN:OPTION=VALUE', OPTION being one of the merger's (scale, keep, drop, …), of
-    SVC's (svc, alpha, …), final_scale, merge (false keeps the base's tensor) or layout (matrix, transposed, stack,
-    transposed stack, kernel)."""
+    SVC's (svc, alpha, …), final_scale, merge (false keeps the base's tensor) or layout, how the tensor is stored
+    (matrix, transposed, stack, transposed stack, kernel)."""
     output: Literal["model", "adapter"] = "model"
     """A whole model, into which adapters are folded, or an adapter of peft (LoRA of --rank, or IA³)."""
     rank: int | None = None
-    """Of all modules of a LoRA adapter; energy_lost.csv says how much of each tensor's energy it loses."""
+    """The rank of all modules of a LoRA adapter; energy_lost.csv says how much of each tensor's energy it loses."""
     dtype: str | None = None
     """Of the output: float32, bfloat16, float16 or float64; by default that of the base, tensor by tensor, and float32
     for the factors of an adapter."""
