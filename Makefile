@@ -13,7 +13,7 @@ endif
 FIND_PYTHON = for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; done
 
-.PHONY: help install reproduce results test verify render lint
+.PHONY: help install lock newest reproduce results test verify render lint
 
 help:
 	@echo 'make reproduce            experiments 03, 21 and 22 at laptop scale, beside the committed numbers'
@@ -21,15 +21,31 @@ help:
 	@echo 'make test                 the tests'
 	@echo 'make verify               derive every committed table, verdict and index again and compare'
 	@echo 'make render               write tables and figures again from the committed data'
+	@echo 'make newest               the tests with the newest packages that pyproject.toml allows, in .venv-newest'
+	@echo 'make lock                 write the versions in .venv to requirements.lock'
 	@echo 'make lint                 ruff: rules and format'
 	@echo 'Targets use .venv (made when there is none), or make … PYTHON=… for an interpreter that has everything.'
 
 install: $(READY)
 
-.venv/installed: pyproject.toml requirements.txt
+.venv/installed: pyproject.toml requirements.lock
 	@test -x .venv/bin/python || { $(FIND_PYTHON); $$python -m venv .venv; }
-	.venv/bin/python -m pip install -r requirements.txt
+	.venv/bin/python -m pip install -r requirements.lock
+	.venv/bin/python -m pip install --no-deps -e .
 	@touch $@
+
+# What a new release elsewhere would break is seen here first.
+newest:
+	@rm -rf .venv-newest; $(FIND_PYTHON); $$python -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --upgrade -r requirements.txt
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal
+
+# Other machines than Linux on x86-64 keep their lines, and have no CUDA packages.
+X86 = platform_machine == 'x86_64' and sys_platform == 'linux'
+lock: $(READY)
+	@{ grep -E "^#|!= 'x86_64'" requirements.lock; $(PYTHON) -m pip freeze --exclude-editable \
+	| sed -E "s/^((torch|torchvision)==[^+]*).*/\1; $(X86)/; /^(nvidia|cuda)-|^triton==/ s/$$/; $(X86)/"; } > .lock
+	@mv .lock requirements.lock
 
 reproduce: $(READY)
 	$(PYTHON) experiments/03_vit_from_scratch.py --scale laptop

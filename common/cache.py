@@ -1,28 +1,28 @@
 """The artefact cache: what a run builds once (models, experts, rows), the next run finds again.
 
 An artefact is a folder `.cache/KIND/KEY/`. Its key is the hash of the inputs it was built from and of the code that
-built it, so that changed code never meets a stale artefact (comments, docstrings and layout do not count as changes).
+built it, which `common.code` finds, so that changed code never meets a stale artefact (comments, docstrings and layout
+do not count as changes).
 It is built in a temporary sibling folder and renamed when complete: a killed run leaves nothing half-written, and two
 processes never build the same artefact twice. Contents are safetensors and JSON, never pickles. The variable
 EXPERIMENTS_CACHE names another place for it.
 """
 
-import ast
 import contextlib
-import functools
 import hashlib
-import inspect
 import json
 import os
 import shutil
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+
+from common.code import code_of
 
 CACHE = Path(os.environ.get("EXPERIMENTS_CACHE", Path(__file__).resolve().parent.parent / ".cache"))
 
@@ -38,29 +38,19 @@ class Artefact:
     hit: bool
 
 
-def cache_key(inputs: Mapping[str, Any], sources: Iterable[Any] = ()) -> str:
-    """Return the hash (16 hex digits) of `inputs` (JSON, dataclasses) and of the code of `sources`.
+def cache_key(inputs: Mapping[str, Any], *code: Any) -> str:
+    """Return the hash (16 hex digits) of `inputs` (JSON, dataclasses) and of all code that `code` reaches.
 
     Args:
         inputs: everything the artefact depends on: settings, seed, keys of input artefacts.
-        sources: modules, classes or functions whose code decides what is built.
+        code: the function that builds it; see `common.code.code_of`.
 
     Raises:
         TypeError: an input is not plain data.
+        ValueError: the code of a function cannot be read.
     """
     text = json.dumps(inputs, sort_keys=True, default=_plain)
-    code = [_code(source) for source in sources]
-    return hashlib.sha256("\0".join([text, *code]).encode()).hexdigest()[:16]
-
-
-@functools.cache  # the code as it was when this process first needed it, not what is edited meanwhile
-def _code(source: Any) -> str:
-    """Return the code of a module, class or function without comments, docstrings and layout."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(source)))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body[:1] = [ast.Pass()]
-    return ast.unparse(tree)
+    return hashlib.sha256("\0".join([text, *code_of(*code)]).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:
@@ -69,24 +59,23 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a cache key is made of plain data and dataclasses, got {type(value).__name__}: {value!r}")
 
 
-def is_cached(kind: str, inputs: Mapping[str, Any], sources: Sequence[Any] = ()) -> bool:
-    """Return whether the artefact of these inputs and sources is there already; asking is not recorded."""
-    return (CACHE / kind / cache_key(inputs, sources)).is_dir()
+def is_cached(kind: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> bool:
+    """Return whether `artefact` of the same arguments would find it; asking is not recorded."""
+    return (CACHE / kind / cache_key(inputs, build)).is_dir()
 
 
 def artefact(
-    kind: str,
-    inputs: Mapping[str, Any],
-    sources: Sequence[Any] = (),
-    *,
-    build: Callable[[Path], None],
-    resumable: bool = False,
+    kind: str, inputs: Mapping[str, Any], build: Callable[[Path], None], *, resumable: bool = False
 ) -> Artefact:
-    """Return the artefact of these inputs and sources; if there is none, `build(folder)` fills an empty folder.
+    """Return the artefact of these inputs and of the code of `build`; if there is none, `build(folder)` makes it.
 
-    With `resumable`, a build that was killed finds its folder as it left it.
+    Args:
+        kind: names the folder of all artefacts of this kind.
+        inputs: everything it depends on, as plain data; what `build` holds beside its code has to be in here.
+        build: fills an empty folder. Every function and constant of this project that it reaches is part of the key.
+        resumable: a build that was killed finds its folder as it left it.
     """
-    key = cache_key(inputs, sources)
+    key = cache_key(inputs, build)
     folder = CACHE / kind / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -113,11 +102,11 @@ def artefact(
 
 
 def cached_rows(
-    kind: str, inputs: Mapping[str, Any], build: Callable[[], Iterable[dict[str, Any]]], sources: Sequence[Any] = ()
+    kind: str, inputs: Mapping[str, Any], build: Callable[[], Iterable[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Return the rows that `build()` yields, from the cache where the same inputs and sources were measured before."""
+    """Return the rows that `build()` yields, from the cache where the same code made them from the same inputs."""
+    return json.loads((artefact(kind, inputs, partial(_write_rows, build)).path / "rows.json").read_text())
 
-    def write(folder: Path) -> None:
-        (folder / "rows.json").write_text(json.dumps(list(build())))
 
-    return json.loads((artefact(kind, inputs, sources, build=write).path / "rows.json").read_text())
+def _write_rows(build: Callable[[], Iterable[dict[str, Any]]], folder: Path) -> None:
+    (folder / "rows.json").write_text(json.dumps(list(build())))

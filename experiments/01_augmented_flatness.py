@@ -30,20 +30,19 @@ import pandas as pd
 from common.lab import figures
 from common.lab.results import published as published_table
 from common.lab.run import Experiment, run
-from common.lab.statistics import relative_change, spread
+from common.lab.statistics import change_from_one, significant, spread
 from common.training import Recipe
-from sparsity.flatness import ratio
-from sparsity.studies import along_training, study
-from sparsity.studies.along_training import RUN
+from sparsity.studies import snapshots
 from sparsity.studies.images import IMAGENET, ImageTask
-from sparsity.studies.study import VARIANTS, Run
+from sparsity.studies.measurement import curve, curve_rows, measure_all
+from sparsity.studies.recipes import ADAMW, VIT
+from sparsity.studies.runs import RUN, STYLES, check_variants, plan_setting
+from sparsity.studies.snapshots import ERRORS
 
-ADAMW = (0.9, 0.999)
-DIGITS = ImageTask("digits", depth=2)
 ERROR_GOAL = 1e-5
 AUTHORS = "authors, ImageNet"
 AUTHORS_ENTRIES = 197 * 3072  # T · d_ff of ViT-B/16
-AUTHORS_STEPS, AUTHORS_TRAINING = 2125, 300 * 625  # logged, of all
+AUTHORS_STEPS, AUTHORS_TRAINING = 2125, 300 * 625  # the last step in their log; steps of their whole training
 
 METRICS = (
     "density", "augmented_flatness_key", "coefficient_key", "coefficient_key_authors",
@@ -53,7 +52,6 @@ METRICS = (
 KEY = ("augmented_flatness_key", "coefficient_key")
 VALUE = ("augmented_flatness_value", "coefficient_value", "activation_norm")
 FACTORS = ("density", *KEY, "input_norm", "activation_gradient_active", "rest")
-ERRORS = ("key", "key, authors' C_0", "value", "value, authors' C_2")
 NAMES = {
     "density": "density", "augmented_flatness_key": "AF_K", "coefficient_key": "C_0",
     "augmented_flatness_value": "AF_V", "coefficient_value": "C_2", "activation_norm": "E ‖a‖²",
@@ -64,50 +62,45 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Task, recipe, log_every and snapshots are those of experiment 03 at the same scale: its runs are found again."""
+    """Task, recipe and log_every are those of experiment 03 at the same scale, so that its networks are used again.
+
+    Of the study (`learning_rates`, `batch_sizes`) there are runs of vanilla with the first seed, in which one option of
+    `study_recipe` is changed at a time.
+    """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[str, ...] = ("vanilla", "modified")
-    task: ImageTask = DIGITS
-    recipe: Recipe = Recipe(2400, 16, 3e-3, warmup=0.07, weight_decay=1.25, betas=ADAMW)
-    log_every: int = 80
-    study_task: ImageTask = DIGITS  # of the two below: vanilla, the first seed, one option changed at a time
-    study_recipe: Recipe = Recipe(2400, 16, 3e-3, warmup=0.07, weight_decay=1.25, betas=ADAMW)
+    task: ImageTask = VIT["laptop"]["task"]
+    recipe: Recipe = VIT["laptop"]["recipe"]
+    log_every: int = VIT["laptop"]["log_every"]
+    study_task: ImageTask = VIT["laptop"]["task"]
+    study_recipe: Recipe = VIT["laptop"]["recipe"]
     learning_rates: tuple[float, ...] = ()
     batch_sizes: tuple[int, ...] = ()  # at the same number of training images
 
     def __post_init__(self):
-        if unknown := [name for name in self.variants if name not in VARIANTS]:
-            raise ValueError(f"unknown variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+        check_variants(self.variants)
 
 
-GLYPHS = ImageTask("glyphs")
-GLYPH_RECIPE = Recipe(5500, 32, 3e-3, warmup=0.036, weight_decay=0.48, betas=ADAMW)
 SCALES = {
     "smoke": Settings(
         seeds=(0,),
-        task=replace(DIGITS, width=16, depth=2),
-        recipe=Recipe(6, 16, 3e-3, weight_decay=1.0, betas=ADAMW),
-        log_every=3,
-        study_task=replace(DIGITS, width=16, depth=2),
-        study_recipe=Recipe(6, 16, 3e-3, weight_decay=1.0, betas=ADAMW),
+        **VIT["smoke"],
+        study_task=VIT["smoke"]["task"],
+        study_recipe=VIT["smoke"]["recipe"],
         learning_rates=(1e-3,),
     ),
     "laptop": Settings(),
     "workstation": Settings(
-        task=GLYPHS,
-        recipe=GLYPH_RECIPE,
-        log_every=110,
-        study_task=GLYPHS,
-        study_recipe=GLYPH_RECIPE,
+        **VIT["workstation"],
+        study_task=VIT["workstation"]["task"],
+        study_recipe=VIT["workstation"]["recipe"],
         learning_rates=(1e-2, 1e-3),
         batch_sizes=(16, 64),
     ),
     "paper": Settings(
         seeds=(0,),
-        task=IMAGENET,
-        recipe=Recipe(187_500, 2048, 3e-3, warmup=0, weight_decay=0.3, betas=ADAMW, stairs=300, precision="fp16"),
-        log_every=100,
+        **VIT["paper"],
         study_task=replace(IMAGENET, data="cifar10", pixels=224, patch=16, randaugment=0),
         study_recipe=Recipe(58_500, 128, 1e-4, warmup=0, weight_decay=0.05, betas=ADAMW, stairs=150, precision="fp16"),
         learning_rates=(1e-3, 1e-4, 1e-5),
@@ -117,68 +110,41 @@ SCALES = {
 
 
 def measure(settings, context):
-    labels, runs = zip(*plan(settings), strict=True)
-    with context.stage("train and measure"):
-        results = study.measure_all(runs, context, measure_along)
-    for label, (snapshots, curve) in zip(labels, results, strict=True):
-        for step, measured in snapshots.items():
-            yield from snapshot_rows(label, step, measured)
-        yield from curve_rows(label, curve, is_whole=label["setting"] == labels[0]["setting"])
+    main = settings.task.data
+    for labels, (by_step, logged) in measure_all(plan(settings), context, measure_run):
+        for step, measured in by_step.items():
+            yield from snapshot_rows(labels, step, measured)
+        if labels["setting"] == main:
+            metrics = ("density", "augmented_flatness_key", "coefficient_key", "decay")
+        else:  # of the study's runs E alone, at the end
+            metrics, logged = ("decay",), [row for row in logged if row["step"] == logged[-1]["step"]]
+        yield from (labels | row for row in curve_rows(logged, metrics, "training batches"))
 
 
 def plan(settings):
     """Yield the labels and the description of every run: the main setting, then the study's."""
     options = dict(log_every=settings.log_every)
-    main = settings.task.data
-    for variant in settings.variants:
-        for seed in settings.seeds:
-            labels = {"setting": main, "variant": variant, "seed": seed}
-            yield labels, Run(settings.task, settings.recipe, VARIANTS[variant], seed, **options)
+    seeds = dict.fromkeys(settings.variants, settings.seeds)
+    yield from plan_setting(settings.task.data, settings.task, settings.recipe, seeds, **options)
     base = settings.study_recipe
     images = base.steps * base.batch_size
     others = [replace(base, learning_rate=rate) for rate in settings.learning_rates]
     others += [replace(base, batch_size=size, steps=images // size) for size in settings.batch_sizes]
     for recipe in dict.fromkeys([base, *others] if others else []):
         name = f"{settings.study_task.data}, lr {recipe.learning_rate:g}, batch {recipe.batch_size}"
-        labels = {"setting": name, "variant": "vanilla", "seed": settings.seeds[0]}
-        yield labels, Run(settings.study_task, recipe, VARIANTS["vanilla"], settings.seeds[0], **options)
+        yield from plan_setting(name, settings.study_task, recipe, {"vanilla": settings.seeds[:1]}, **options)
 
 
-def measure_along(run, trained, device):
-    return along_training.measure_saved("train", run, trained, device), study.curve(trained)
+def measure_run(run, trained, device):
+    return snapshots.measure_snapshots("train", run, trained, device), curve(trained)
 
 
 def snapshot_rows(labels, step, measured):
-    layers = along_training.by_layer(measured)
+    layers = snapshots.by_layer(measured)
     whole = {"all": layers.pop("all")}
-    layers = {name: values | errors(values) for name, values in layers.items()}
-    yield from along_training.saved_rows(
-        labels, step, whole | layers, (*METRICS, *(f"error: {name}" for name in ERRORS))
-    )
-
-
-def errors(values):
-    """Relative errors of the identities, with the exact coefficients and with the authors'."""
-    density, norm = values["density"], values["activation_norm"]
-    entries = values["tokens"] * values["units"]
-    given = (
-        (values["density_from_flatness"], density),  # less what active entries that count as zero add to AF_K
-        (ratio(values["augmented_flatness_key"], values["coefficient_key_authors"] * entries), density),
-        (values["activation_norm_from_flatness"], norm),
-        (ratio(values["augmented_flatness_value"], values["coefficient_value_authors"]), norm),
-    )
-    return {f"error: {name}": ratio(*pair) - 1 for name, pair in zip(ERRORS, given, strict=True)}
-
-
-def curve_rows(labels, curve, is_whole):
-    """Layer means of single logged training batches; of the study's runs only E at the end."""
-    entries = pd.DataFrame(curve)
-    means = entries.drop(columns="layer").groupby("step").mean()
-    wanted = ("density", "augmented_flatness_key", "coefficient_key", "decay") if is_whole else ("decay",)
-    for step, values in means.iterrows() if is_whole else means.tail(1).iterrows():
-        for metric in wanted:
-            row = {"split": "training batches", "step": step, "layer": "all", "metric": metric}
-            yield {**labels, **row, "value": values[metric]}
+    layers = {name: values | snapshots.identity_errors(values) for name, values in layers.items()}
+    metrics = (*METRICS, *(f"error: {name}" for name in ERRORS))
+    yield from snapshots.snapshot_rows(labels, step, whole | layers, metrics)
 
 
 # From here on only the table is seen --------------------------------------------------------------------------------
@@ -189,45 +155,35 @@ def main_setting(data):
 
 
 def by_layer(data):
-    return along_training.layer_table(data, needed=KEY[0])
+    return snapshots.layer_table(data, needed=KEY[0])
 
 
 def layer_means(data):
-    means = along_training.layer_means(data, needed=KEY[0])
+    means = snapshots.layer_means(data, needed=KEY[0])
     return means.assign(ratio=means.density_from_flatness)
 
 
 def batch_means(data):
     rows = data[data.split == "training batches"]
     table = rows.pivot(index=[*RUN, "step"], columns="metric", values="value").reset_index()
-    return along_training.in_order(table[table.augmented_flatness_key > 0], data)
+    return snapshots.in_order(table[table.augmented_flatness_key > 0], data)
 
 
 def moved(data):
-    """Δ ln of density and of its factors from the first to the last saved step, means over layers: a row a run.
-
-    Layers that are dead at either end have no logarithm and are left out; `layers` counts those that are in.
-    """
+    """Return Δ ln of density and of its factors from the first to the last saved step, means over layers, per run."""
     table = by_layer(data)
     # C_0 = ‖x‖² · g² · rest
     table = table.assign(rest=table.coefficient_key / table.input_norm / table.activation_gradient_active)
-    ends = [table[table.step == table.groupby(RUN).step.transform(end)] for end in ("min", "max")]
-    first, last = (end.set_index([*RUN, "layer"])[list(FACTORS)] for end in ends)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(last / first)
-    logs = logs[np.isfinite(logs).all(axis=1)]
-    means = logs.groupby(RUN, sort=False).mean().assign(layers=logs.groupby(RUN).size())
-    return along_training.in_order(means.reset_index(), data)
+    return snapshots.log_changes(table, FACTORS)
 
 
 def change(logs, variant, metric):
-    """By how many % a metric changes during training, with its interval over seeds."""
-    values = logs[logs.variant == variant].set_index("seed")[metric]
-    return relative_change(pd.Series(1.0, values.index), np.exp(values))
+    """Return by how many % a metric changes during training, with its interval over seeds."""
+    return change_from_one(np.exp(logs[logs.variant == variant][metric]))
 
 
 def relative(table, metrics, by=()):
-    return in_thousands(along_training.relative(table, metrics, by))
+    return in_thousands(snapshots.relative(table, metrics, by))
 
 
 def in_thousands(table):
@@ -297,10 +253,9 @@ def draw_errors(means, options):
 def draw_moved(data):
     logs, rows = moved(data), []
     for metric in FACTORS:
-        for variant, part in logs.groupby("variant", sort=False):
+        for variant in logs.variant.unique():
             found = change(logs, variant, metric)
-            ends = (found.low, found.high) if len(part) > 1 else (found.mean, found.mean)  # one seed has no interval
-            mean, low, high = (math.log1p(percent / 100) for percent in (found.mean, *ends))
+            mean, low, high = (math.log1p(percent / 100) for percent in (found.mean, *found.ends))
             rows.append({"item": metric, "variant": variant, "mean": mean, "low": low, "high": high})
     text = "Δ ln, first to last saved step (mean over layers, 95 % over seeds)"
     return figures.forest(pd.DataFrame(rows), condition="variant", names=NAMES, xlabel=text)
@@ -351,10 +306,6 @@ def tables(data):
     return shown
 
 
-def significant(table):
-    return table.map("{:.3g}".format).reset_index()
-
-
 def error_table(data):
     table, rows = by_layer(data), []
     for variant, part in table.groupby("variant", sort=False):
@@ -378,7 +329,7 @@ def factors(data):
 
 
 def span(values):
-    """Geometric mean and, of several seeds, the range."""
+    """Write the geometric mean and, of several seeds, the range."""
     mean = f"{math.exp(np.log(values).mean()):.3g}"
     return mean if len(values) == 1 else f"{mean} ({values.min():.3g} to {values.max():.3g})"
 
@@ -387,7 +338,7 @@ def study_table(data):
     logs, rows = moved(data[data.setting != data.setting.iloc[0]]), []
     for _, row in logs.iterrows():
         own = data[(data.setting == row.setting) & (data.seed == row.seed)]
-        saved = own[own.split == along_training.SAVED]
+        saved = own[own.split == snapshots.SAVED]
         last = saved[saved.step == saved.step.max()].groupby("metric").value.mean()
         decay = own[own.metric == "decay"].value.max()
         shown = {"setting": row.setting, "E": f"{decay:.2f}", "training accuracy, %": f"{last.score:.1f}"}
@@ -465,7 +416,7 @@ DEVIATIONS = (
 
 EXPERIMENT = Experiment(
     __doc__, SCALES, measure, draw, compare, verdict, published="sparsity_augmented_flatness_imagenet",
-    tables=tables, remarks=remarks, deviations=DEVIATIONS,
+    tables=tables, remarks=remarks, deviations=DEVIATIONS, styles=STYLES,
 )  # fmt: skip
 
 if __name__ == "__main__":

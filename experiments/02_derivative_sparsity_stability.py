@@ -30,10 +30,12 @@ from common.lab.run import Experiment, run
 from common.lab.statistics import relative_change
 from common.training import Recipe
 from sparsity.activations import Mixture, derivative, make, shifted_name
-from sparsity.studies import density_tables, study
+from sparsity.studies import density_tables
 from sparsity.studies.images import ImageTask
+from sparsity.studies.measurement import curve, curve_rows, measure_all, measure_snapshot
+from sparsity.studies.recipes import ADAMW
+from sparsity.studies.runs import STYLES, Run, Variant
 
-ADAM = (0.9, 0.999)
 FAMILIES = {"squared_relu": "σ₀ = squared ReLU", "jsrelu": "σ₀ = JSReLU"}
 SHIFTS = ((1.6, 1.6), (1.6, -1.6), (-1.6, 1.6), (-1.6, -1.6))  # the last two mirror the second and the first
 RELU, PLAIN, UNSHIFTED = "ReLU", "σ₀ itself", "S, not shifted"
@@ -46,7 +48,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)  # of S, shifted or not
     single_seeds: tuple[int, ...] = (0,)  # of σ₀ itself and of ReLU
     task: ImageTask = ImageTask("digits")
-    recipe: Recipe = Recipe(1400, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAM, schedule="constant")
+    recipe: Recipe = Recipe(1400, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant")
     log_every: int = 100
 
 
@@ -54,31 +56,28 @@ SCALES = {
     "smoke": Settings(
         seeds=(0,),
         task=ImageTask("digits", width=16, depth=2),
-        recipe=Recipe(6, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAM, schedule="constant"),
+        recipe=Recipe(6, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
         log_every=3,
     ),
     "laptop": Settings(),
     "workstation": Settings(
         task=ImageTask("glyphs"),
-        recipe=Recipe(5500, 32, 1e-3, warmup=0.05, weight_decay=0.0, betas=ADAM, schedule="constant"),
+        recipe=Recipe(5500, 32, 1e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
         log_every=250,
     ),
     "paper": Settings(
         task=ImageTask(
             "cifar10", pixels=224, patch=16, width=768, depth=12, heads=12, pooling="token", normalised=False
         ),
-        recipe=Recipe(70_300, 64, 1e-4, warmup=0.05, weight_decay=0.0, betas=ADAM, schedule="constant"),
+        recipe=Recipe(70_300, 64, 1e-4, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
         log_every=100,
     ),
 }
 
 
 def measure(settings, context):
-    labels, runs = zip(*plan(settings), strict=True)
-    with context.stage("train and measure"):
-        results = study.measure_all(runs, context, measure_one)
-    for label, rows in zip(labels, results, strict=True):
-        yield from ({**label, **row} for row in rows)
+    for labels, rows in measure_all(plan(settings), context, measure_run):
+        yield from ({**labels, **row} for row in rows)
 
 
 def plan(settings):
@@ -89,36 +88,32 @@ def plan(settings):
         cases.append((f"s_{inner}", family, UNSHIFTED, settings.seeds))
         cases += [(shifted_name(f"s_{inner}", *shift), family, shown(*shift), settings.seeds) for shift in SHIFTS]
     for activation, family, shift, seeds in cases:
-        variant = study.Variant(activation, zeroth_bias=True, clip=None)
+        variant = Variant(activation, zeroth_bias=True, clip=None)
         for seed in seeds:
             labels = dict(zip(RUN, (activation, family, shift, seed), strict=True))
             options = dict(log_every=settings.log_every, snapshots=2)
-            yield labels, study.Run(settings.task, settings.recipe, variant, seed, **options)
+            yield labels, Run(settings.task, settings.recipe, variant, seed, **options)
 
 
 def shown(dx, dy):
     return f"dx {dx:+g}, dy {dy:+g}".replace("-", "−")
 
 
-def measure_one(run, trained, device):
-    """Rows of a run: on test data before (step 0) and after training, each layer; along training, means over layers."""
+def measure_run(run, trained, device):
+    """Return the rows of a run: by layer on test data, before (step 0) and after training; layer means along it."""
     rows = []
     for step in (0, run.recipe.steps):
-        found = study.measure(run, trained, device, step=step)
+        found = measure_snapshot(run, trained, device, step=step)
         kept = [row for row in found if row["metric"] in METRICS or (row["layer"] == "all" and step)]
         rows += [{"split": "test", "step": step, **row} for row in kept]
-    means = pd.DataFrame(study.curve(trained)).drop(columns="layer").groupby("step").mean()
-    for step, values in means.iterrows():
-        for metric in (*METRICS[:3], "loss"):
-            rows.append({"split": "train", "step": step, "layer": "all", "metric": metric, "value": values[metric]})
-    return rows
+    return [*rows, *curve_rows(curve(trained), (*METRICS[:3], "loss"), "train")]
 
 
 # From here on only the table is seen --------------------------------------------------------------------------------
 
 
 def finals(data):
-    """One row a run: test numbers after training (means over layers), and derivative density before (untrained)."""
+    """Return a row per run: test numbers after training, and derivative density before (means over layers)."""
     test = data[data.split == "test"]
     before = test[(test.step == 0) & (test.metric == "derivative_density")].groupby(RUN, sort=False).value.mean()
     after = test[test.step > 0].groupby([*RUN, "metric"], sort=False).value.mean().unstack()
@@ -126,18 +121,18 @@ def finals(data):
 
 
 def s_shaped(table):
-    """The runs that the verdict is about: S, shifted or not."""
+    """Return the runs that the verdict is about: S, shifted or not."""
     return table[~table["shift"].isin([RELU, PLAIN])]
 
 
 def spreads(table):
-    """Largest − smallest over S unshifted and its shifts: a row (family, seed), a column each kind of density."""
+    """Return largest − smallest over S unshifted and its shifts: a row per family and seed, a column per density."""
     groups = s_shaped(table).groupby(["family", "seed"], sort=False)[["density", "derivative_density"]]
     return groups.max() - groups.min()
 
 
 def stability(table):
-    """(a) by family: by how many % the spread of derivative density differs from that of density."""
+    """Return for rule (a), by family, by how many % the spread of derivative density differs from that of density."""
     return {
         family: relative_change(part.density, part.derivative_density)
         for family, part in spreads(table).groupby("family", sort=False)
@@ -145,7 +140,7 @@ def stability(table):
 
 
 def learned(table):
-    """(b) by family and shift: by how many % derivative density differs from that of the untrained network."""
+    """Return for rule (b), by family and shift, by how many % training changes derivative density."""
     return {
         key: relative_change(part.set_index("seed").untrained, part.set_index("seed").derivative_density)
         for key, part in s_shaped(table).groupby(["family", "shift"], sort=False)
@@ -202,20 +197,16 @@ def tables(data):
         "loss": ("test loss", 3),
     }
     names = {"family": "setting", "shift": "variant"}
-    main = density_tables.show(table.rename(columns=names), columns).rename(
+    main = density_tables.means_by_variant(table.rename(columns=names), columns).rename(
         columns={new: old for old, new in names.items()}
     )
-    changes = pd.DataFrame([{"family": f, "shift": s, "change": text(x)} for (f, s), x in learned(table).items()])
-    spread = pd.DataFrame([{"family": family, "change": text(change)} for family, change in stability(table).items()])
+    changes = pd.DataFrame([{"family": f, "shift": s, "change": str(x)} for (f, s), x in learned(table).items()])
+    spread = pd.DataFrame([{"family": family, "change": str(change)} for family, change in stability(table).items()])
     return {
         "Test data (means over layers ± sd over seeds)": main,
         "(a) Spread of derivative density against spread of density, % [95 % interval over seeds]": spread,
         "(b) Derivative density, trained against untrained, % [95 % interval over seeds]": changes,
     }
-
-
-def text(change):
-    return f"{change.mean:+.1f} (one seed)" if np.isinf(change.high) else str(change)
 
 
 def remarks(data):
@@ -245,7 +236,7 @@ def _remark(means):
 def draw(data):
     families = data[data.family != RELU]
     layers = families[(families.split == "test") & (families.step > 0) & (families.layer != "all")]
-    layers = layers.assign(number=layers.layer.map({name: i for i, name in enumerate(layers.layer.unique(), 1)}))
+    layers = layers.assign(number=pd.factorize(layers.layer)[0] + 1)
     train = families[families.split == "train"]
     panels = train.family.str.removeprefix("σ₀ = ") + ": " + train.metric.str.replace("_", " ")
     train = train.assign(panel=panels, percent=100 * train.value)
@@ -283,9 +274,9 @@ def draw_by_shift(table):
     )  # fmt: skip
 
 
-@figures.styled
+@figures.plot_style
 def draw_activations(data):
-    """σ and σ' of every activation: a function drawing, for which the table only says which shifts there are."""
+    """Draw the graphs of σ and σ' of every activation; the table only says which shifts there are."""
     mixture = Mixture(make("relu"), make("jsrelu"))
     mixture.set_mixing(0.5)
     plain = {"ReLU": make("relu"), "squared ReLU": make("squared_relu"), "JSReLU": make("jsrelu")}
@@ -342,7 +333,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, tables=tables, remarks=remarks, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    remarks=remarks,
+    deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

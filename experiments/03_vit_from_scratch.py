@@ -21,60 +21,60 @@ from functools import partial
 
 from common.lab.run import Experiment, run
 from common.training import Recipe
-from sparsity.studies import density_tables, study
+from sparsity.studies import density_tables, recipes
 from sparsity.studies.images import IMAGENET, ImageTask
-
-ADAMW = (0.9, 0.999)
+from sparsity.studies.runs import STYLES, plan_density_tables
 
 
 @dataclass(frozen=True)
 class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)  # of vanilla, modified and the controls
     single_seeds: tuple[int, ...] = (0,)  # of each plug-in alone and of the rivals
-    task: ImageTask = ImageTask("digits")
-    recipe: Recipe = Recipe(2400, 16, 3e-3, warmup=0.07, betas=ADAMW)
+    task: ImageTask = ImageTask("digits")  # in the sizes below
+    recipe: Recipe = recipes.DIGITS_RECIPE  # with the weight decays below
     sizes: tuple[tuple[int, int], ...] = ((64, 2),)  # width and depth of each setting
-    weight_decays: tuple[float, ...] = (1.25,)  # of each setting; E grows with it
+    weight_decays: tuple[float, ...] = (recipes.DIGITS_DECAY,)  # of each setting
     l1: tuple[float, ...] = (0.3, 1.0)  # weights of the penalty
-    log_every: int = 80
+    log_every: int = recipes.VIT["laptop"]["log_every"]
 
     def __post_init__(self):
         if len(self.sizes) != len(self.weight_decays):
             given = f"{len(self.sizes)} and {len(self.weight_decays)}"
-            raise ValueError(f"sizes and weight_decays go together, one of each a setting, got {given}")
+            raise ValueError(f"sizes and weight_decays go together, one of each per setting, got {given}")
 
 
 SCALES = {
-    "smoke": Settings(seeds=(0,), recipe=Recipe(6, 16, 3e-3, betas=ADAMW), sizes=((16, 2),), log_every=3),
+    "smoke": Settings(
+        seeds=(0,), recipe=recipes.SMOKE_RECIPE, sizes=((16, 2),), log_every=recipes.VIT["smoke"]["log_every"]
+    ),
     "laptop": Settings(),
     "workstation": Settings(
         task=ImageTask("glyphs"),
-        recipe=Recipe(5500, 32, 3e-3, warmup=0.036, betas=ADAMW),
+        recipe=recipes.GLYPHS_RECIPE,
         sizes=((64, 4), (96, 6)),
-        weight_decays=(0.48, 0.96),
+        weight_decays=(recipes.GLYPHS_DECAY, recipes.LARGER_GLYPHS_DECAY),
         l1=(0.3, 2.0),
-        log_every=110,
+        log_every=recipes.VIT["workstation"]["log_every"],
     ),
     "paper": Settings(
         seeds=(0,),
         task=IMAGENET,
-        recipe=Recipe(187_500, 2048, 3e-3, warmup=0, betas=ADAMW, stairs=300, precision="fp16"),
+        recipe=recipes.IMAGENET_RECIPE,
         sizes=((768, 12),),
-        weight_decays=(0.3,),
-        log_every=100,
+        weight_decays=(recipes.IMAGENET_DECAY,),
+        log_every=recipes.VIT["paper"]["log_every"],
     ),
 }
 
 
 def measure(settings, context):
     seeds = (settings.seeds, settings.single_seeds)
-    yield from density_tables.measure(
-        study.plan(cells(settings), *seeds, settings.l1, log_every=settings.log_every), context
-    )
+    plan = plan_density_tables(named_settings(settings), *seeds, settings.l1, log_every=settings.log_every)
+    yield from density_tables.measure(plan, context)
 
 
-def cells(settings):
-    """Name, task and recipe of every setting: the first in all variants, others as vanilla, modified and control."""
+def named_settings(settings):
+    """Return name, task and recipe of every setting."""
     return [
         (
             f"{settings.task.data}, d {width}, {depth} layers, decay {decay:g}",
@@ -106,6 +106,7 @@ EXPERIMENT = Experiment(
     verdict=density_tables.verdict,
     published="sparsity",
     deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

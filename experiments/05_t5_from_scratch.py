@@ -21,60 +21,40 @@ from functools import partial
 from common.lab.run import Experiment, run
 from common.training import Recipe
 from sparsity.plugins import PROTOCOLS
-from sparsity.studies import density_tables, study
-from sparsity.studies.span_corruption import TextTask
-
-ADAMW = (0.9, 0.999)
+from sparsity.studies import density_tables
+from sparsity.studies.recipes import T5
+from sparsity.studies.runs import STYLES, plan_density_tables
+from sparsity.studies.span_corruption import SpanCorruption
 
 
 @dataclass(frozen=True)
 class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)  # of vanilla, modified and the controls
     single_seeds: tuple[int, ...] = (0,)  # of each plug-in alone and of the rivals
-    task: TextTask = TextTask(depth=1)
-    recipes: tuple[Recipe, ...] = (  # the first with all variants, the others as vanilla, modified and one control
-        Recipe(1200, 16, 3e-3, warmup=0.07, weight_decay=1.4, betas=ADAMW),
-        Recipe(1200, 16, 1e-2, warmup=0.1, weight_decay=0.5, betas=ADAMW, schedule="inverse_sqrt"),
-    )
+    task: SpanCorruption = T5["laptop"]["task"]
+    # the first recipe with all variants, the others with vanilla, modified and one control
+    recipes: tuple[Recipe, ...] = T5["laptop"]["recipes"]
     l1: tuple[float, ...] = (0.003, 0.01)  # weights of the penalty
-    log_every: int = 50
+    log_every: int = T5["laptop"]["log_every"]
 
 
 SCALES = {
-    "smoke": Settings(
-        seeds=(0,),
-        task=TextTask(width=16, depth=1, heads=2, d_ff=32, megabytes=0.5, evaluation_rows=32),
-        recipes=(Recipe(4, 4, 3e-3), Recipe(4, 4, 1e-2, schedule="inverse_sqrt")),
-        log_every=2,
-    ),
+    "smoke": Settings(seeds=(0,), **T5["smoke"]),
     "laptop": Settings(),
-    "workstation": Settings(
-        single_seeds=(),
-        task=TextTask(),
-        recipes=(
-            Recipe(3000, 16, 3e-3, warmup=0.05, weight_decay=0.92, betas=ADAMW),
-            Recipe(3000, 16, 1e-2, warmup=0.1, weight_decay=0.27, betas=ADAMW, schedule="inverse_sqrt"),
-        ),
-        l1=(),
-        log_every=100,
-    ),
-    "paper": Settings(
-        seeds=(0,),
-        task=TextTask("c4", length=512, model="google-t5/t5-base"),
-        recipes=(Recipe(100_000, 256, 1e-2, warmup=0.1, weight_decay=1e-3, betas=ADAMW, schedule="inverse_sqrt"),),
-        log_every=50,
-    ),
+    "workstation": Settings(single_seeds=(), l1=(), **T5["workstation"]),
+    "paper": Settings(seeds=(0,), **T5["paper"]),
 }
 
 
 def measure(settings, context):
     options = dict(exempt=PROTOCOLS["t5"], log_every=settings.log_every)
-    plan = study.plan(cells(settings), settings.seeds, settings.single_seeds, settings.l1, **options)
+    seeds = (settings.seeds, settings.single_seeds)
+    plan = plan_density_tables(named_settings(settings), *seeds, settings.l1, **options)
     yield from density_tables.measure(plan, context)
 
 
-def cells(settings):
-    """Name, task and recipe of every schedule."""
+def named_settings(settings):
+    """Return name, task and recipe of every setting: one per schedule."""
     return [
         (f"{recipe.schedule}, rate {recipe.learning_rate:g}, decay {recipe.weight_decay:g}", settings.task, recipe)
         for recipe in settings.recipes
@@ -101,6 +81,7 @@ EXPERIMENT = Experiment(
     verdict=density_tables.verdict,
     published="sparsity",
     deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

@@ -19,30 +19,25 @@ Cost     beyond the trained networks, which experiment 03 shares: smoke 10 s; la
 Run      python experiments/08_gradient_statistics.py --scale laptop
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from common.cache import cached_rows
 from common.lab import figures
 from common.lab.run import Experiment, run
-from common.lab.statistics import relative_change, spread
+from common.lab.statistics import change_from_one, relative_change, significant, spread
 from common.training import Recipe
-from sparsity import activations, blocks, flatness, probe, probes, sums
-from sparsity.studies import along_training, study, weights
-from sparsity.studies.along_training import RUN
-from sparsity.studies.images import IMAGENET, ImageTask
-from sparsity.studies.study import VARIANTS, Run
+from sparsity.studies import snapshots
+from sparsity.studies.gradients import histogram_rows, measure_gradients
+from sparsity.studies.images import ImageTask
+from sparsity.studies.measurement import measure_all
+from sparsity.studies.recipes import VIT
+from sparsity.studies.runs import RUN, STYLES, check_variants, plan_setting
 
-ADAMW = (0.9, 0.999)
-DIGITS = ImageTask("digits", depth=2)
 BOTH = ("vanilla", "modified")
 NEEDED = "activation_gradient"  # > 0 where there are gradients
 VANISHED = 0.01  # share of the entries with σ' ≠ 0 that may have η = 0
-BINS_A_BIN = 2  # of the probe's, a quarter of a decade each
-QUANTILES = (0.1, 0.5, 0.9)
 
 METRICS = (
     "density", "derivative_density", "gradient_density", "activation_gradient", "activation_gradient_active",
@@ -67,116 +62,55 @@ SIZES = ("effective_gradient_l1", "effective_gradient_l2", "coefficient_value_au
 
 @dataclass(frozen=True)
 class Settings:
-    """Task, recipe, log_every and snapshots are those of experiment 03 at the same scale: its runs are found again."""
+    """Task, recipe and log_every are those of experiment 03 at the same scale, so that its networks are used again."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)  # whole histograms of the first, quantiles of all
+    seeds: tuple[int, ...] = (0, 1, 2)  # histograms are kept of the first one, quantiles of all
     variants: tuple[str, ...] = BOTH
-    task: ImageTask = DIGITS
-    recipe: Recipe = Recipe(2400, 16, 3e-3, warmup=0.07, weight_decay=1.25, betas=ADAMW)
-    log_every: int = 80
+    task: ImageTask = VIT["laptop"]["task"]
+    recipe: Recipe = VIT["laptop"]["recipe"]
+    log_every: int = VIT["laptop"]["log_every"]
 
     def __post_init__(self):
-        if unknown := [name for name in self.variants if name not in VARIANTS]:
-            raise ValueError(f"unknown variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+        check_variants(self.variants)
 
 
 SCALES = {
-    "smoke": Settings(
-        seeds=(0,),
-        task=replace(DIGITS, width=16, depth=2),
-        recipe=Recipe(6, 16, 3e-3, weight_decay=1.0, betas=ADAMW),
-        log_every=3,
-    ),
+    "smoke": Settings(seeds=(0,), **VIT["smoke"]),
     "laptop": Settings(),
-    "workstation": Settings(
-        task=ImageTask("glyphs"),
-        recipe=Recipe(5500, 32, 3e-3, warmup=0.036, weight_decay=0.48, betas=ADAMW),
-        log_every=110,
-    ),
-    "paper": Settings(
-        seeds=(0,),
-        task=IMAGENET,
-        recipe=Recipe(187_500, 2048, 3e-3, warmup=0, weight_decay=0.3, betas=ADAMW, stairs=300, precision="fp16"),
-        log_every=100,
-    ),
+    "workstation": Settings(**VIT["workstation"]),
+    "paper": Settings(seeds=(0,), **VIT["paper"]),
 }
 
 
 def measure(settings, context):
-    labels, runs = [], []
-    for variant in settings.variants:
-        for seed in settings.seeds:
-            labels.append({"setting": settings.task.data, "variant": variant, "seed": seed})
-            runs.append(Run(settings.task, settings.recipe, VARIANTS[variant], seed, log_every=settings.log_every))
-    with context.stage("train and measure"):
-        results = study.measure_all(runs, context, measure_run)
-    for label, (snapshots, more) in zip(labels, results, strict=True):
-        for step, measured in snapshots.items():
-            yield from step_rows(label, step, measured, more[step], is_whole=label["seed"] == settings.seeds[0])
+    seeds = dict.fromkeys(settings.variants, settings.seeds)
+    options = dict(log_every=settings.log_every)
+    plan = plan_setting(settings.task.data, settings.task, settings.recipe, seeds, **options)
+    for labels, by_step in measure_all(plan, context, measure_run):
+        for step, (measured, gradients) in by_step.items():
+            yield from step_rows(labels, step, measured, gradients, is_whole=labels["seed"] == settings.seeds[0])
 
 
 def measure_run(run, trained, device):
-    """Return by saved step what the probe measures on the training split, and what follows here: all from the cache."""
-    more = {}
-    for step in run.snapshot_steps:
-        inputs = {"run": trained.key, "step": step, "device": device.type}
-        sources = (activations, blocks, probes, sums, flatness, weights, extra_rows)
-        more[step] = cached_rows("gradients", inputs, partial(extra_rows, run, trained, device, step), sources)
-    return along_training.measure_saved("train", run, trained, device), more
+    """Return by saved step what the probe measures on the training split, and histograms, traces and norms."""
+    measured = snapshots.measure_snapshots("train", run, trained, device)
+    return {step: (rows, measure_gradients(run, trained, device, step)) for step, rows in measured.items()}
 
 
-def extra_rows(run, trained, device, step):
-    """Histograms of log10 g² over the training split, traces of KKᵀ and norms of the weights."""
-    task, model = study.make_task(run.task, device), study.load(run, trained, device, step)
-    with probe(model, reduction="sum", histograms=True) as seen:
-        for batch in task.batches("train"):
-            losses, _ = task.score(model, batch)
-            losses.sum().backward()
-            model.zero_grad()
-    yield from seen.histogram().to_dict("records")
-    for layer, trace in weights.key_traces(model).items():
-        yield {"layer": layer, "metric": "key_trace", "value": trace}
-    for kind, norm in weights.parameter_norms(model).items():
-        yield {"layer": "all", "metric": f"norm: {kind}", "value": norm}
-
-
-def step_rows(labels, step, measured, more, is_whole):
-    layers = along_training.by_layer([*measured, *(row for row in more if "metric" in row)])
-    yield from along_training.saved_rows(labels, step, layers, METRICS)
-    bins = pd.DataFrame([row for row in more if "left" in row])
-    names = [name for name in layers if name != "all"]
-    entries = sum(layers[name]["samples"] * layers[name]["tokens"] * layers[name]["units"] for name in names)
-    active = sum(
-        layers[name]["density"] * layers[name]["samples"] * layers[name]["tokens"] * layers[name]["units"]
-        for name in names
-    )
-    labels = {**labels, "split": along_training.SAVED, "step": step, "layer": "all"}
-    yield from histogram_rows(labels, bins, {"all": entries, "active": active}, is_whole)
-
-
-def histogram_rows(labels, bins, totals, is_whole):
-    """Quantiles of log10 g² over non-zero entries of all layers; of one seed, shares of entries by bin."""
-    counts = bins.groupby("left")[list(totals)].sum()
-    for which, total in totals.items():
-        column = counts[which]
-        if column.sum():
-            cumulated = column.cumsum() / column.sum()
-            for quantile in QUANTILES:
-                left = cumulated.index[np.searchsorted(cumulated, quantile)]
-                yield {**labels, "metric": f"log10 g², {which}: {quantile:g} quantile", "value": left + 0.125}
-        if is_whole:
-            wide = column.groupby(np.arange(len(column)) // BINS_A_BIN).sum()
-            lefts = column.index[::BINS_A_BIN]
-            for left, number in zip(lefts, wide, strict=True):
-                if number:
-                    yield {**labels, "metric": f"histogram, {which}", "value": number / total, "log10_g2": left + 0.25}
+def step_rows(labels, step, measured, gradients, is_whole):
+    values, bins = ([row for row in gradients if column in row] for column in ("metric", "left"))
+    layers = snapshots.by_layer([*measured, *values])
+    yield from snapshots.snapshot_rows(labels, step, layers, METRICS)
+    del layers["all"]
+    labels = {**labels, "split": snapshots.SAVED, "step": step, "layer": "all"}
+    yield from (labels | row for row in histogram_rows(bins, layers, is_whole))
 
 
 # From here on only the table is seen --------------------------------------------------------------------------------
 
 
 def layer_means(data):
-    means = along_training.layer_means(data, needed=NEEDED)
+    means = snapshots.layer_means(data, needed=NEEDED)
     return means.assign(
         **{name: 100 * means[name] for name in (*DENSITIES, *BELOW)},
         beneficial=100 * means.beneficial_units / means.units,
@@ -217,7 +151,7 @@ def draw(data):
 
 
 def draw_histogram(data, variant):
-    """Four saved steps with gradients, early to last."""
+    """Draw the histograms of four saved steps with gradients, from an early one to the last."""
     rows = data[(data.variant == variant) & data.metric.str.startswith("histogram, ")]
     steps = sorted(rows.step.unique())
     chosen = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, min(4, len(steps)))]
@@ -231,8 +165,7 @@ def draw_histogram(data, variant):
 
 
 def last(data):
-    means = layer_means(data)
-    return means[means.step == means.groupby(RUN).step.transform("max")]
+    return snapshots.last_step(layer_means(data))
 
 
 def compare(data, published):
@@ -262,10 +195,6 @@ def tables(data):
     }
 
 
-def significant(table):
-    return table.map("{:.3g}".format).reset_index()
-
-
 def final_table(data):
     rows = []
     for variant, part in last(data).groupby("variant", sort=False):
@@ -276,21 +205,21 @@ def final_table(data):
 
 
 def vanished(data):
-    """Largest share of the entries with σ' ≠ 0 that have η = 0, at the last saved step, over layers and seeds."""
-    table = along_training.layer_table(data, needed=NEEDED)
-    final = table[table.step == table.groupby(RUN).step.transform("max")]
+    """Return by variant how many of the entries with σ' ≠ 0 have η = 0 at the end: the share in the worst layer."""
+    table = snapshots.layer_table(data, needed=NEEDED)
+    final = snapshots.last_step(table)
     shares = 1 - final.gradient_density / final.derivative_density
     return shares.clip(lower=0).groupby(final.variant, sort=False).max()  # below 0: rounding
 
 
 def ratios(data):
-    """E[g² | active] / E[g²] at the last saved step against 1: changes in %, by variant."""
-    table = along_training.layer_table(data, needed=NEEDED)
-    final = table[table.step == table.groupby(RUN).step.transform("max")]
+    """Return by variant how many % E[g² | active] / E[g²] is above 1 at the last saved step."""
+    table = snapshots.layer_table(data, needed=NEEDED)
+    final = snapshots.last_step(table)
     final = final[final.activation_gradient_ratio > 0]  # dead layers have none
     logs = np.log(final.activation_gradient_ratio).groupby([final.variant, final.seed], sort=False).mean()
     found = {variant: np.exp(part.droplevel(0)) for variant, part in logs.groupby(level=0, sort=False)}
-    return {variant: relative_change(pd.Series(1.0, own.index), own) for variant, own in found.items()}
+    return {variant: change_from_one(own) for variant, own in found.items()}
 
 
 def remarks(data):
@@ -347,7 +276,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, tables=tables, remarks=remarks, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    remarks=remarks,
+    deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from common.cache import cached_rows
 from common.lab import figures
 from common.lab.run import Experiment, run
 from common.lab.statistics import spread
-from merging import MERGERS, calibrate, calibration, diagnose, diagnosis, mergers, task_vector, task_vectors
-from merging.suites import unrelated, vision
+from merging import MERGERS, calibrate, calibration, diagnose, diagnosis, mergers, task_vector
+from merging.suites import comparison, unrelated, vision
 
 SUM, CHANCE = "plain_sum", "unrelated"  # the latter: the plain sum of unrelated updates
 RELATION = "Spearman of overlap and inflation"  # over the matrices
@@ -79,9 +79,7 @@ def measure_unit(settings, device, unit):
     methods = list(dict.fromkeys((*LINEAR, *(settings.methods if is_detailed else ()), CHANCE)))
     inputs = {"suite": suite.key, "methods": methods, "seed": seed, "depth": depth}
     build = partial(unit_rows, suite, methods, seed, depth)
-    code = (spectral, calibration, unrelated, mergers, diagnosis, task_vectors)
-    code += (unit_rows, method_rows, layer_rows, pair_rows, expert_rows)
-    rows = cached_rows("over_accumulation", inputs, build, code)
+    rows = cached_rows("over_accumulation", inputs, build)
     return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]
 
 
@@ -221,7 +219,7 @@ def draw_spectra(data, by):
 
 def draw_mergers(data):
     data = data[data.method.isin(MERGERS)]
-    figure = draw_spectra(data.assign(panel=data.svc.map(figures.LABELS)), by="method")
+    figure = draw_spectra(data.assign(panel=data.svc.map(figures.label)), by="method")
     figure.axes[0].set_ylim(bottom=0.2)  # STAR's spectrum ends
     return figure
 
@@ -341,7 +339,17 @@ DEVIATIONS = (
     "On Iso-C and Iso-CTS all singular values are equal, so that their directions are arbitrary.",
 )
 
-EXPERIMENT = Experiment(__doc__, SCALES, measure, draw, compare, verdict, tables=tables, deviations=DEVIATIONS)
+EXPERIMENT = Experiment(
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=comparison.merging_styles(),
+)
 
 if __name__ == "__main__":
     run(EXPERIMENT)

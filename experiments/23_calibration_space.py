@@ -21,18 +21,15 @@ from functools import partial
 
 import pandas as pd
 
-from common import evaluation, spectral
 from common.cache import cached_rows
 from common.lab import figures
 from common.lab.report import published_accuracy
 from common.lab.run import Experiment, run
 from common.lab.statistics import paired_interval, spread, with_bounds
-from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector, task_vectors
-from merging.suites import vision
-from merging.suites.suite import Suite
+from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector
+from merging.suites import comparison, vision
 
 SPACES = ("none", "output", "input")
-CODE = (calibration, mergers, task_vectors, spectral, evaluation, Suite)
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,11 @@ def measure(settings, context):
 def measure_suite(methods, suite, seed):
     """All rows of one suite and seed; cached merger by merger, so that a killed run goes on where it was."""
     updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
-    yield from cached_rows("reference_models", {"suite": suite.key}, suite.own_rows, (evaluation, Suite))
+    yield from cached_rows("reference_models", {"suite": suite.key}, suite.own_rows)
     for method in methods:
         inputs = {"suite": suite.key, "method": method, "seed": seed}
         build = partial(merger_rows, suite, updates, method, seed)
-        yield from cached_rows("calibration_space", inputs, build, (*CODE, merger_rows))
+        yield from cached_rows("calibration_space", inputs, build)
 
 
 def merger_rows(suite, updates, method, seed):
@@ -204,7 +201,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, published="merging", tables=tables, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    published="merging",
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=comparison.merging_styles(),
 )
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from functools import partial
 import pandas as pd
 import torch
 
-from common import evaluation, spectral
 from common.cache import cached_rows
 from common.lab import figures
 from common.lab.report import published_accuracy
@@ -33,8 +32,7 @@ from common.lab.run import Experiment, run
 from common.lab.statistics import paired_interval, spread, with_bounds
 from merging import MERGERS, apply, calibrate, calibration, iso_basis, mergers, task_vector, task_vectors
 from merging.calibration import SVC_MATRICES, published_alpha
-from merging.suites import reference, vision
-from merging.suites.suite import Suite
+from merging.suites import comparison, reference, vision
 
 SHARES_OF_1 = (1 / 4, 1 / 2, 1.0, 2.0)  # α = share / K, and
 ALPHAS = (0.5, 1.0, 2.0, 4.0)
@@ -43,7 +41,6 @@ MATRIX_SCALES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 OTHER_SCALES = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 APART_METHODS = ("task_arithmetic", "plain_sum")
 BASIS_METHODS = ("task_arithmetic", "iso_c", "iso_cts")  # the first has a basis of its own: the control
-CODE = (calibration, mergers, reference, task_vectors, spectral, evaluation, Suite)
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,7 @@ def measure_unit(settings, device, unit):
     suite = vision.suite(backbone, tasks, seed, recipe, device)
     inputs = {"suite": suite.key, "part": part.__name__, "method": method, "seed": seed}
     build = partial(part, suite, method, seed)
-    code = (*CODE, part, merge, scored, chosen, labelled, paired_rows, scaled_apart, perturbed)
-    rows = cached_rows("alpha_and_scale", inputs, build, code)
+    rows = cached_rows("alpha_and_scale", inputs, build)
     if recipe != settings.recipe:  # of other learning rates only the outcome
         rows = [row for row in rows if row["part"] in ("tuned", "paired")]
     rate = recipe.expert_learning_rate if vision.is_glyph(backbone) else None
@@ -461,7 +457,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, published="merging", tables=tables, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    published="merging",
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=comparison.merging_styles(),
 )
 
 if __name__ == "__main__":

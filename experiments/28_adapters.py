@@ -27,7 +27,7 @@ from common.lab.run import Experiment, run
 from merging import MERGERS, mergers
 from merging.adapters import load_adapter
 from merging.calibration import published_alpha
-from merging.lowrank import FACTORED
+from merging.mergers import merger
 from merging.suites import comparison, language
 from merging.suites.comparison import BASE, BASE_TUNED, SVC, SVC_1, SVC_TUNED
 from merging.suites.reference import factored_errors
@@ -76,7 +76,7 @@ def measure_suite(settings, device, backbone, suite, seed):
     if adapters[0].kind == "lora":
         yield from probes
         yield from comparison.suite_rows(suite, settings.methods, seed, factored, {"form": "factored"})
-        yield from error_rows(adapters, [method for method in settings.methods if method in FACTORED])
+        yield from error_rows(adapters, [method for method in settings.methods if merger(method).factored])
         return
     for form, merge in {"vectors": factored, "matrices": comparison.dense_forms}.items():
         labels = {"form": form, "backbone": f"{backbone}, {form}"}
@@ -192,7 +192,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, published="merging", tables=tables, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    published="merging",
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=comparison.merging_styles(),
 )
 
 if __name__ == "__main__":

@@ -23,31 +23,30 @@ Cost     smoke 40 s; laptop about 9 min, workstation about 1 h (2 cores), estima
 Run      python experiments/31_curvature.py --scale laptop
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pandas as pd
-import torch
 import torch.nn.functional as F
 from matplotlib.lines import Line2D
 from scipy.stats import spearmanr
 
-from common import evaluation, hessian, spectral
+from common import hessian
 from common.cache import cached_rows
 from common.lab import figures
+from common.lab.curvature import curvature_rows, evenly_spaced
 from common.lab.run import Experiment, run
 from common.lab.statistics import Interval, relative_change, spread
 from common.training import Recipe
-from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector, task_vectors, tuning
+from merging import MERGERS, apply, calibrate, mergers, task_vector, tuning
 from merging.calibration import SVC_MATRICES, published_alpha
 from merging.suites import vision
-from merging.suites.suite import Suite
-from sparsity import activations, blocks, find_blocks, flatness, probe, probes
-from sparsity.studies import study
-from sparsity.studies.images import IMAGENET, ImageTask
-
-ADAMW = (0.9, 0.999)
-CODE = (calibration, mergers, tuning, task_vectors, spectral, evaluation, Suite, hessian)
+from merging.suites.comparison import merging_styles
+from sparsity.studies.curvature import measure_curvature
+from sparsity.studies.images import ImageTask
+from sparsity.studies.measurement import measure_all
+from sparsity.studies.recipes import VIT
+from sparsity.studies.runs import STYLES, check_variants, plan_setting
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,18 @@ class Settings:
     recipe: vision.GlyphRecipe = vision.GlyphRecipe()
     images: int = 24  # of each task and model
     training_seeds: tuple[int, ...] = (0, 1, 2)
-    variants: tuple[str, ...] = ("vanilla", "modified", "vanilla, MLP norms undecayed")  # of sparsity.studies.study
-    task: ImageTask = ImageTask("digits", depth=2)  # task and recipe are those of experiment 03
-    training: Recipe = Recipe(2400, 16, 3e-3, warmup=0.07, weight_decay=1.25, betas=ADAMW)
-    training_images: int = 64  # of each snapshot
-    log_every: int = 80
-    probes: int = 16  # random vectors for each Hessian trace, draws of labels for a sampled Fisher
+    variants: tuple[str, ...] = ("vanilla", "modified", "vanilla, MLP norms undecayed")  # of sparsity.studies.runs
+    task: ImageTask = VIT["laptop"]["task"]
+    training: Recipe = VIT["laptop"]["recipe"]
+    training_images: int = 64  # test images on which each snapshot is measured
+    log_every: int = VIT["laptop"]["log_every"]
+    probes: int = 16  # random vectors per Hessian trace, draws of labels for a sampled Fisher
     ggn: str = "fisher"  # how the GGN trace is taken: exactly, or as sampled_fisher, where there are many classes
 
     def __post_init__(self):
         vision.check_suites(self.backbones, self.suites)
         mergers.check_methods(self.methods)
+        check_variants(self.variants)
         if self.ggn not in ("fisher", "sampled_fisher", "ggn"):
             raise ValueError(f"ggn must be fisher, sampled_fisher or ggn, got {self.ggn!r}")
 
@@ -78,16 +78,17 @@ SMALL = dict(images=4, training_images=4, training_seeds=(0,), variants=("vanill
 SCALES = {
     "smoke": Settings(
         suites=(2,), backbones=("glyph-32",), methods=("task_arithmetic",), recipe=vision.SMOKE,
-        task=ImageTask("digits", width=16, depth=2), training=Recipe(3, 16, 3e-3, betas=ADAMW), **SMALL,
+        task=VIT["smoke"]["task"], training=replace(VIT["smoke"]["recipe"], steps=3), **SMALL,
     ),
     "laptop": Settings(),
     "workstation": Settings(
-        seeds=(0, 1, 2), images=64, training_images=128, probes=32, task=ImageTask("glyphs"), log_every=110,
-        training=Recipe(5500, 32, 3e-3, warmup=0.036, weight_decay=0.48, betas=ADAMW),
+        seeds=(0, 1, 2), images=64, training_images=128, probes=32,
+        task=VIT["workstation"]["task"], training=VIT["workstation"]["recipe"],
+        log_every=VIT["workstation"]["log_every"],
     ),
     "paper": Settings(
-        backbones=("ViT-B/32",), training_seeds=(0,), task=IMAGENET, ggn="sampled_fisher", log_every=100,
-        training=Recipe(187_500, 2048, 3e-3, warmup=0, weight_decay=0.3, betas=ADAMW, stairs=300, precision="fp16"),
+        backbones=("ViT-B/32",), training_seeds=(0,), ggn="sampled_fisher",
+        task=VIT["paper"]["task"], training=VIT["paper"]["recipe"], log_every=VIT["paper"]["log_every"],
     ),
 }  # fmt: skip
 
@@ -103,80 +104,13 @@ def measure(settings, context):
             yield from rows
 
 
-def curvature(risk, settings, kinds, seed=0):
-    """Rows of one model: traces by matrix, mean square of its weights, loss, largest eigenvalue of the Hessian."""
-    for metric, kind in kinds.items():
-        table = hessian.per_block(risk, kind, settings.probes, seed, at_once=16)
-        for name, found in table.iterrows():
-            weights = risk.parameters[name].detach().square().mean().item()
-            yield dict(matrix=name, metric=metric, value=found.trace, error=found.standard_error, mean_square=weights)
-    top = hessian.top_eigenvalues(risk, seed=seed, tolerance=0.02).item()
-    yield dict(matrix="all", metric="largest eigenvalue", value=top)
-    yield dict(matrix="all", metric="loss", value=hessian.mean_loss(risk))
-
-
-# Along training ------------------------------------------------------------------------------------------------------
-
-
 def measure_training(settings, context):
-    labels = [(name, seed) for name in settings.variants for seed in settings.training_seeds]
-    runs = [
-        study.Run(settings.task, settings.training, study.VARIANTS[name], seed, log_every=settings.log_every)
-        for name, seed in labels
-    ]
-    with context.stage("train from scratch and measure"):
-        results = study.measure_all(runs, context, partial(measure_run, settings))
-    for (name, seed), rows in zip(labels, results, strict=True):
-        yield from (dict(part="training", seed=seed, variant=name) | row for row in rows)
-
-
-def measure_run(settings, run, trained, device):
-    """The rows of all snapshots of a run, cached one by one."""
-    found = []
-    for step in run.snapshot_steps:
-        inputs = dict(run=trained.key, step=step, images=settings.training_images, probes=settings.probes)
-        build = partial(snapshot_rows, settings, run, trained, device, step)
-        code = (activations, blocks, flatness, probes, hessian, snapshot_rows, curvature, spaced)
-        found += cached_rows("curvature_training", inputs | dict(ggn=settings.ggn), build, code)
-    return found
-
-
-def snapshot_rows(settings, run, trained, device, step):
-    """Curvature, augmented flatness and density of one snapshot, all on the same test images."""
-    task, model = study.make_task(run.task, device), study.load(run, trained, device, step)
-    batches = spaced(((batch["images"], batch["labels"]) for batch in task.batches("test")), settings.training_images)
-    paths = {id(module): path for path, module in model.named_modules()}
-    matrices = {}
-    for layer, block in enumerate(find_blocks(model)):
-        matrices |= {f"{paths[id(block.key)]}.weight": (layer, "key")}
-        matrices |= {f"{paths[id(block.value)]}.weight": (layer, "value")}
-    kinds = {"hessian": "hessian", "ggn": settings.ggn, "empirical_fisher": "empirical_fisher"}
-    risk = hessian.empirical_risk(model, batches, list(matrices))
-    for row in curvature(risk, settings, kinds):
-        layer, matrix = matrices.get(row["matrix"], ("all", "all"))
-        yield row | dict(step=step, layer=layer, matrix=matrix)
-
-    with probe(model, reduction="sum") as seen:
-        for images, labels in batches:
-            F.cross_entropy(model(images), labels, reduction="sum").backward()
-    for layer, (_, found) in enumerate(seen.summary(gradients=True).iterrows()):
-        for matrix in ("key", "value"):
-            value = found[f"augmented_flatness_{matrix}"]
-            yield dict(step=step, layer=layer, matrix=matrix, metric="augmented_flatness", value=value)
-        for metric in ("density", "derivative_density", "input_norm"):
-            yield dict(step=step, layer=layer, matrix="all", metric=metric, value=found[metric])
-
-
-def spaced(batches, count, of=512):
-    """One batch of `count` images and labels, evenly spaced over the first `of` or more: they are ordered by class."""
-    images, labels, seen = [], [], 0
-    for some, own in batches:
-        images.append(some), labels.append(own)
-        seen += len(own)
-        if seen >= of:
-            break
-    picked = torch.linspace(0, seen - 1, min(count, seen), device=labels[0].device).round().long()
-    return [(torch.cat(images)[picked], torch.cat(labels)[picked])]
+    """Rows of the snapshots of every run: the networks of experiment 03."""
+    seeds = dict.fromkeys(settings.variants, settings.training_seeds)
+    plan = plan_setting("", settings.task, settings.training, seeds, log_every=settings.log_every)
+    measure_run = partial(measure_curvature, settings.training_images, settings.probes, settings.ggn)
+    for labels, rows in measure_all(plan, context, measure_run):
+        yield from (dict(part="training", seed=labels["seed"], variant=labels["variant"]) | row for row in rows)
 
 
 # Merged models -------------------------------------------------------------------------------------------------------
@@ -188,8 +122,7 @@ def measure_models(settings, device, unit):
     suite = vision.suite(backbone, tasks, seed, settings.recipe, device)
     inputs = dict(suite=suite.key, method=method, seed=seed, images=settings.images, probes=settings.probes)
     build = partial(model_rows, settings, suite, method, seed)
-    code = (*CODE, model_rows, models_of, head_rows, curvature, spaced)
-    rows = cached_rows("curvature_merging", inputs | dict(ggn=settings.ggn), build, code)
+    rows = cached_rows("curvature_merging", inputs | dict(ggn=settings.ggn), build)
     return [dict(part="merging", seed=seed, suite=tasks, backbone=backbone) | row for row in rows]
 
 
@@ -226,9 +159,9 @@ def head_rows(settings, suite, task, head, state, seed):
     suite.encoder.load_state_dict(state, strict=False)  # CLIP's frozen projection is in the encoder alone
     named = dict(suite.encoder.named_parameters())
     treated = [name for name in state if name in named and SVC_MATRICES(name, named[name])]
-    batches = spaced(suite.batches(task, "test"), settings.images)
+    batches = evenly_spaced(suite.batches(task, "test"), settings.images)
     risk = hessian.empirical_risk(suite.encoder, batches, treated, logits=partial(head_logits, head))
-    yield from curvature(risk, settings, {"hessian": "hessian", "ggn": settings.ggn}, seed)
+    yield from curvature_rows(risk, {"hessian": "hessian", "ggn": settings.ggn}, settings.probes, seed)
 
 
 def head_logits(head, encoder, images):
@@ -251,7 +184,7 @@ CELL = ["backbone", "suite", "method", "svc", "scale_rule", "seed", "task"]
 
 
 def training_table(data):
-    """A row a snapshot after step 0: its traces and augmented flatness (sums over layers), densities (means), loss."""
+    """Return a row per snapshot after step 0: traces and AF (sums over layers), densities (means), loss."""
     rows = data[(data.part == "training") & (data.step > 0)]
     keys = ["variant", "seed", "step"]
     sums = rows[rows.metric.isin(KINDS)].groupby([*keys, "metric", "matrix"], sort=False).value.sum().unstack([-2, -1])
@@ -261,7 +194,7 @@ def training_table(data):
 
 
 def correlations(data):
-    """Spearman's correlations over the snapshots of each run."""
+    """Return Spearman's correlations over the snapshots of each run: variant, seed, pair, value."""
     pairs = {
         "AF_K, GGN of keys": ("augmented_flatness key", "ggn key"),
         "AF_V, GGN of values": ("augmented_flatness value", "ggn value"),
@@ -279,7 +212,7 @@ def correlations(data):
 
 
 def merging_table(data):
-    """A row a model, seed and task: traces (sums over matrices) with the Hessian's error, relative trace, loss, …"""
+    """Return a row per model, seed and task: traces (sums over matrices), the Hessian's error, loss, …"""
     rows = data[data.part == "merging"]
     traces = rows[rows.matrix != "all"]
     traces = traces.assign(weighted=traces.value * traces.mean_square, variance=traces.error**2)
@@ -339,9 +272,9 @@ def draw(data):
     }  # fmt: skip
 
 
-@figures.styled
+@figures.plot_style
 def scatter(rows, x, y, xlabel, ylabel, by="variant", filled=None):
-    """Points in logarithmic axes, a colour for each value of `by`; where `filled` is "none" they are hollow."""
+    """Draw points in logarithmic axes, a colour per value of `by`; hollow where the column `filled` is "none"."""
     figure, axes = figures.new_figure(width=5.4, height=3.4)
     tones = {name: figures.colour(name, place) for place, name in enumerate(rows[by].unique())}
     rows = rows[(rows[x] > 0) & (rows[y] > 0)]
@@ -464,7 +397,17 @@ DEVIATIONS = (
     "Training part: step 0 is left out, where a head of zeros makes all gradients of the MLPs vanish.",
 )
 
-EXPERIMENT = Experiment(__doc__, SCALES, measure, draw, compare, verdict, tables=tables, deviations=DEVIATIONS)
+EXPERIMENT = Experiment(
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=STYLES | merging_styles(),
+)
 
 if __name__ == "__main__":
     run(EXPERIMENT)

@@ -1,8 +1,9 @@
 """Modules with plug-ins: what they compute, and the constraints and schedules that their training obeys.
 
-`sparsity.plugins.sparsify` makes them, by swapping the class of a module for a subclass of it. One hook on all torch
-optimizers knows every plugged block that is alive; after a step it looks after those of which the optimizer owns
-parameters. Nobody has to call anything, and a copy of a model is looked after like the model.
+`sparsity.plugins.sparsify` makes them: it swaps the class of a module of the model for a subclass that begins with one
+of the mixins below, so that names of parameters and `isinstance` stay as they were. Constraints are kept by one hook on
+all torch optimizers: after each step it bounds the parameters of those sparsified blocks that the optimizer trains.
+Nobody has to call anything, and copies of a model keep their constraints as the model does.
 """
 
 import functools
@@ -25,57 +26,70 @@ CACHE_ARGUMENTS = {"past_key_values", "cache"}  # what the forward of a stack of
 
 
 @dataclass(eq=False)
-class Plugins:
-    """What a plugged block knows of itself. This is no module, so that the parts are not registered a second time; when
-    a model is copied it is copied along, and refers to the parts of the copy."""
+class BlockPlugins:
+    """The parts and options of one sparsified block.
+
+    This is no `nn.Module`, or else the norm and the value layer would be registered in the model a second time. When a
+    model is copied, this is copied with it and refers to the parts of the copy.
+    """
 
     norm: nn.Module | None
     value: nn.Module
-    restricted: bool  # whether the norm is
-    clip: float | None
+    restricted: bool  # whether the norm is: w ≥ 1
+    clip: float | None  # c: zeroth biases stay within ±c |w|; None: no bound
     mixing_steps: int
     uplift_steps: int
     mixture: Mixture | None = None
 
 
 @dataclass(eq=False)
-class Past:
-    """How many tokens a stack of layers has in its KV cache; the stack and its zeroth biases share it."""
+class CachedTokens:
+    """How many tokens a stack of layers has in its KV cache.
 
-    length: int = 0
+    The stack and the zeroth biases of its blocks share one such object: row t of a bias belongs to position t of the
+    sequence, and with a cache the first token of a batch is not at position 0.
+    """
+
+    count: int = 0
 
 
 # What they compute ---------------------------------------------------------------------------------------------------
 
 
-class Plugged:
-    """A module whose class `plug` has swapped; copies and pickles make their class anew."""
+class PluginMixin:
+    """A module whose class `add_mixin` has swapped; when it is copied or unpickled, its class is made again."""
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         return _restore, type(self).__bases__, self.__getstate__()
 
 
-class PluggedBlock(Plugged):
-    """The entrance of an MLP block with plug-ins, which answers for the whole block."""
+class SparsifiedBlock(PluginMixin):
+    """The entrance of an MLP block with plug-ins; it holds the `BlockPlugins` and the step count of the block."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        watch(self)
+        keep_constraints(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if "schedule_step" in self._buffers:
-            state_dict.setdefault(f"{prefix}schedule_step", self.schedule_step)  # torch hands each module its own dict
+            # so that a checkpoint of the model without plug-ins loads; torch hands each module its own copy of the dict
+            state_dict.setdefault(f"{prefix}schedule_step", self.schedule_step)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class ZerothBias(Plugged):
-    """A module with a parameter `zeroth_bias` (tokens, d) for tokens that it reads or writes."""
+class ZerothBias(PluginMixin):
+    """A module with a parameter `zeroth_bias` (tokens, d), which is added to the tokens that it reads or writes."""
 
-    def add_zeroth_bias(self, tokens: Tensor) -> Tensor:  # (B, T, d), or (B, H, W, d) row by row
+    def add_zeroth_bias(self, tokens: Tensor) -> Tensor:
+        """Return x_t + b_t for tokens (B, T, d), or (B, H, W, d) whose positions are counted row by row.
+
+        Raises:
+            ValueError: fewer than three dimensions, or more positions than the bias has rows.
+        """
         if tokens.ndim < 3:
             shape = tuple(tokens.shape)
             raise ValueError(f"{self._path}: a zeroth bias needs tokens (B, T, d), got {shape}; pass zeroth_bias=False")
-        first, rows = self._past.length, len(self.zeroth_bias)
+        first, rows = self._cached_tokens.count, len(self.zeroth_bias)
         last = first + math.prod(tokens.shape[1:-1])
         if last > rows:
             raise ValueError(
@@ -93,29 +107,29 @@ class ZerothBias(Plugged):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class PluggedInput(ZerothBias, PluggedBlock):
+class ZerothBiasAtInput(ZerothBias, SparsifiedBlock):
     """The entrance of an MLP that adds the zeroth bias to what it reads."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(self.add_zeroth_bias(tokens), *args, **kwargs)
 
 
-class PluggedOutput(ZerothBias):
+class ZerothBiasAtOutput(ZerothBias):
     """The second linear of an MLP that adds the zeroth bias to what it writes."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.add_zeroth_bias(super().forward(*args, **kwargs))
 
 
-def plug(module: nn.Module, mixin: type[Plugged]) -> None:
-    """Make `module` an instance of the subclass of its class that begins with `mixin`."""
+def add_mixin(module: nn.Module, mixin: type[PluginMixin]) -> None:
+    """Swap the class of `module`, C, for a subclass of (mixin, C) with the name of C; the module itself stays."""
     module.__class__ = _extended(mixin, type(module))
 
 
 @functools.cache
 def _extended(mixin: type, base: type) -> type:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (mixin, base), names)  # libraries look at class names
+    return type(base.__name__, (mixin, base), names)  # the same name, as libraries compare class names
 
 
 def _restore(mixin: type, base: type) -> nn.Module:
@@ -126,30 +140,30 @@ def _restore(mixin: type, base: type) -> nn.Module:
 # The KV cache --------------------------------------------------------------------------------------------------------
 
 
-def follow_past(stack: nn.Module) -> Past:
-    """Return the past of a stack of layers, kept up to date if its forward takes a KV cache."""
+def follow_cache(stack: nn.Module) -> CachedTokens:
+    """Return how many tokens the KV cache of a stack of layers holds; kept up to date if its forward takes a cache."""
     if not CACHE_ARGUMENTS & set(inspect.signature(stack.forward).parameters):
-        return Past()
-    stack._zeroth_past = Past()
-    stack.register_forward_pre_hook(_read_past, with_kwargs=True)
-    return stack._zeroth_past
+        return CachedTokens()
+    stack._cached_tokens = CachedTokens()
+    stack.register_forward_pre_hook(_read_cache, with_kwargs=True)
+    return stack._cached_tokens
 
 
-def _read_past(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _read_cache(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     caches = (value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length"))
-    cache = next(caches, None)  # of a decoder's two caches it is self-attention's that answers
-    stack._zeroth_past.length = 0 if cache is None else int(cache.get_seq_length())
+    cache = next(caches, None)  # an encoder-decoder cache answers with the length of its self-attention
+    stack._cached_tokens.count = 0 if cache is None else int(cache.get_seq_length())
 
 
 # Constraints and schedules -------------------------------------------------------------------------------------------
 
-# The plugged blocks alive, each with the optimizers that have stepped in its present round.
-_LIVE: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Optimizer]]" = weakref.WeakKeyDictionary()
+# All sparsified blocks that are alive, each with the optimizers that have stepped in its present round (`_advance`).
+_SPARSIFIED: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Optimizer]]" = weakref.WeakKeyDictionary()
 
 
-def watch(block: nn.Module) -> None:
-    """Look after a plugged block from now on, whichever optimizer moves it."""
-    _LIVE.setdefault(block, weakref.WeakSet())
+def keep_constraints(block: nn.Module) -> None:
+    """Keep a sparsified block within its constraints from now on, whichever optimizer trains it."""
+    _SPARSIFIED.setdefault(block, weakref.WeakSet())
     _register_hook()
 
 
@@ -160,25 +174,29 @@ def _register_hook() -> None:
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """In the blocks that an optimizer moves: advance schedules, bound all norms, and only then clip the biases."""
+    """In the blocks that the optimizer trains: advance schedules, bound all norms, and only then clip the biases."""
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    moved = [block for block in list(_LIVE) if any(id(parameter) in owned for parameter in _parameters(block))]
-    for block in moved:
+    trained = [block for block in list(_SPARSIFIED) if any(id(own) in owned for own in _parameters(block))]
+    for block in trained:
         _advance(block, optimizer)
         bound_norm(block)
-    for block in moved:
+    for block in trained:
         _clip_zeroth_bias(block)
 
 
 def _parameters(block: nn.Module) -> Iterator[nn.Parameter]:
-    plugins: Plugins = block._plugins
+    plugins: BlockPlugins = block._plugins
     parts = (block, plugins.value, plugins.norm)
     return chain.from_iterable(part.parameters() for part in parts if part is not None)
 
 
 def _advance(block: nn.Module, optimizer: Optimizer) -> None:
-    """Count one step if this optimizer opens a round: the first one, or any in which it has stepped already."""
-    plugins, stepped = block._plugins, _LIVE[block]
+    """Count one step of the schedules if this optimizer opens a round.
+
+    Where several optimizers share a block, each steps once per round: a round begins with the very first step, and
+    then whenever an optimizer steps that has stepped in the present round already.
+    """
+    plugins, stepped = block._plugins, _SPARSIFIED[block]
     if "schedule_step" in block._buffers and (not stepped or optimizer in stepped):
         stepped.clear()
         block.schedule_step += 1
@@ -188,14 +206,14 @@ def _advance(block: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _progress(block: nn.Module, steps: int) -> Tensor:
-    """Return min(t / steps, 1) without waiting for the device."""
+    """Return min(t / steps, 1), t the steps counted so far, as a tensor: reading t would wait for the device."""
     return (block.schedule_step / steps).clamp(max=1)
 
 
 @torch.no_grad()
 def bound_norm(block: nn.Module) -> None:
-    """Bound the weight of a block's restricted norm: w ← max(w, 1), or what the uplift has come to."""
-    plugins: Plugins = block._plugins
+    """Bound the weight of a block's restricted norm: w ← max(w, 1); while it is lifted, |w| ← max(|w|, t / steps)."""
+    plugins: BlockPlugins = block._plugins
     if not plugins.restricted:
         return
     weight = plugins.norm.weight
@@ -207,7 +225,7 @@ def bound_norm(block: nn.Module) -> None:
 
 
 def _clip_zeroth_bias(block: nn.Module) -> None:
-    plugins: Plugins = block._plugins
+    plugins: BlockPlugins = block._plugins
     bias = getattr(block, "zeroth_bias", getattr(plugins.value, "zeroth_bias", None))
     if bias is not None and plugins.clip is not None:
         limit = (plugins.clip * plugins.norm.weight.abs()).to(bias.dtype)

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from sparsity.activations import Mixture, make
 from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks
 from sparsity.plugin_modules import (
-    Past,
-    PluggedBlock,
-    PluggedInput,
-    PluggedOutput,
-    Plugins,
+    BlockPlugins,
+    CachedTokens,
+    SparsifiedBlock,
+    ZerothBiasAtInput,
+    ZerothBiasAtOutput,
+    add_mixin,
     bound_norm,
-    follow_past,
-    plug,
-    watch,
+    follow_cache,
+    keep_constraints,
 )
 
 PLACEMENTS = ("input", "output")
@@ -52,7 +52,7 @@ def sparsify(
 ) -> nn.Module:
     """Install the plug-ins (equations above) in every MLP block of `model`, IN PLACE, and return it.
 
-    Call it before the optimizer is made, which has to own the new parameters, and before DDP or torch.compile. To know:
+    Call it before the optimizer is made, which has to get the new parameters, and before DDP or torch.compile. Note:
 
     - Module paths, parameter names and classes (isinstance) stay. Each block gets a parameter `zeroth_bias`
       (tokens, d), zero at first, at the MLP's entrance or its second linear; the bias of its norm becomes a buffer of
@@ -60,12 +60,12 @@ def sparsify(
     - After each step of any torch optimizer that owns parameters of a block, its norm is bounded and then its zeroth
       bias clipped. Weights that are loaded and exceed the bounds are put right by the next step.
     - Weight decay acts on zeroth biases and norm weights as on any parameter: see `parameter_groups`.
-    - In post-norm models (BERT) the norm before the MLP feeds the residual as well. It is restricted all the same.
+    - In post-norm models (BERT) the norm before the MLP feeds the residual stream too. It is restricted all the same.
     - Fine-tuning, with both `mixing_steps` and `uplift_steps`, starts with exactly the outputs of the model as it was.
-      A step that GradScaler skips does not count; where several optimizers share a block, one round of them counts as
-      one step. The count is saved with models that have schedules: a buffer `schedule_step` of each block.
-    - Rows of a zeroth bias belong to columns of the batch, which padding on the left shifts. With a KV cache they begin
-      after the past.
+      A step that GradScaler skips does not count; where several optimizers share a block, a step of each of them counts
+      as one. The count is saved with models that have schedules: a buffer `schedule_step` of each block.
+    - Row t of a zeroth bias belongs to column t of the batch, so that padding on the left shifts which token gets it.
+      With a KV cache the rows go on after those of the cached tokens.
 
     Args:
         model: with MLP blocks that `layouts` describe.
@@ -77,12 +77,15 @@ def sparsify(
             included; 512 for T5; else the configuration's maximal positions.
         clip: c; None for no clipping (section V).
         mixing_steps: optimizer steps over which the activation is mixed in; 0: it is there at once.
-        uplift_steps: steps over which norm weights are lifted, the norms' biases frozen. 0 is for training from
-            scratch: now the weights are raised to 1 and the biases set to zero.
+        uplift_steps: optimizer steps over which norm weights are lifted to 1; the norms' biases are frozen as they
+            are. 0, for training from scratch: weights below 1 are raised at once, and the norms' biases become zero.
         layouts: the kinds of layer to look for; your own go first: [Layout(...), *LAYOUTS].
 
+    Returns:
+        `model` itself.
+
     Raises:
-        ValueError: an option is out of range; there is no MLP block; a block is plugged already, is gated (only
+        ValueError: an option is out of range; there is no MLP block; a block has plug-ins already, is gated (only
             activation=None), has no norm, or does not say how many tokens. The model is unchanged then.
     """
     _check_options(activation, placement, tokens, clip, mixing_steps, uplift_steps, restricted_norm)
@@ -92,12 +95,12 @@ def sparsify(
         _check(block, activation, zeroth_bias, restricted_norm or (zeroth_bias and clip is not None), mixing_steps)
         shapes.append((tokens or _infer_tokens(model, block), _width(block)) if zeroth_bias else None)
     stacks = {id(block.stack): block.stack for block in blocks} if zeroth_bias else {}
-    pasts = {key: follow_past(stack) for key, stack in stacks.items()}
+    cached = {key: follow_cache(stack) for key, stack in stacks.items()}
     for block, shape in zip(blocks, shapes, strict=True):
-        plugins = Plugins(block.norm, block.value, restricted_norm, clip, mixing_steps, uplift_steps)
+        plugins = BlockPlugins(block.norm, block.value, restricted_norm, clip, mixing_steps, uplift_steps)
         _install_block(block, plugins, own_input=shape is not None and placement == "input")
         if shape is not None:
-            _install_zeroth_bias(block, placement, shape, pasts[id(block.stack)])
+            _install_zeroth_bias(block, placement, shape, cached[id(block.stack)])
         if activation is not None:
             _install_activation(block, plugins, make(activation))
         if restricted_norm:
@@ -106,28 +109,28 @@ def sparsify(
     return model
 
 
-def _install_block(block: Block, plugins: Plugins, own_input: bool) -> None:
+def _install_block(block: Block, plugins: BlockPlugins, own_input: bool) -> None:
     entrance = block.entrance
-    plug(entrance, PluggedInput if own_input else PluggedBlock)
+    add_mixin(entrance, ZerothBiasAtInput if own_input else SparsifiedBlock)
     entrance._plugins = plugins
     if plugins.mixing_steps or plugins.uplift_steps:
         device = next(block.key.parameters()).device
         entrance.register_buffer("schedule_step", torch.zeros((), dtype=torch.int64, device=device))
     if isinstance(block.layer, nn.TransformerEncoderLayer):
         block.layer.activation_relu_or_gelu = 0  # keeps it off its fast path for evaluation, which skips the modules
-    watch(entrance)
+    keep_constraints(entrance)
 
 
-def _install_zeroth_bias(block: Block, placement: str, shape: tuple[int, int], past: Past) -> None:
+def _install_zeroth_bias(block: Block, placement: str, shape: tuple[int, int], cached: CachedTokens) -> None:
     module = block.entrance
     if placement == "output":
         module = block.value
-        plug(module, PluggedOutput)
+        add_mixin(module, ZerothBiasAtOutput)
     module.zeroth_bias = nn.Parameter(next(block.key.parameters()).detach().new_zeros(shape))
-    module._past, module._path = past, block.name
+    module._cached_tokens, module._path = cached, block.name
 
 
-def _install_activation(block: Block, plugins: Plugins, activation: nn.Module) -> None:
+def _install_activation(block: Block, plugins: BlockPlugins, activation: nn.Module) -> None:
     if plugins.mixing_steps:
         activation = plugins.mixture = Mixture(block.activation, activation).to(next(block.key.parameters()).device)
     block.replace_activation(activation.train(block.entrance.training))
@@ -170,8 +173,8 @@ def _check_options(
 
 
 def _check(block: Block, activation: str | None, zeroth_bias: bool, needs_norm: bool, mixing_steps: int) -> None:
-    """Raise for what cannot be plugged into a block; nothing has been changed yet."""
-    if isinstance(block.entrance, PluggedBlock):
+    """Raise if the block cannot take the plug-ins; nothing has been changed yet."""
+    if isinstance(block.entrance, SparsifiedBlock):
         raise ValueError(f"{block.name}: this MLP has its plug-ins already; call sparsify once, on a model without any")
     if block.gated and activation is not None:
         raise ValueError(
@@ -204,7 +207,7 @@ def _norm_missing(block: Block) -> str:
 
 @torch.no_grad()
 def _scales_by_weight(norm: nn.Module) -> bool:
-    """Whether the norm's output is zero where its parameters are."""
+    """Return whether the norm's output is zero if its parameters are: a norm that scales by 1 + weight fails."""
     weight = norm.weight
     token = torch.linspace(-1, 1, weight.numel(), device=weight.device).to(weight.dtype)
     zeros = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
@@ -224,7 +227,7 @@ def _width(block: Block) -> int:
 
 
 def _infer_tokens(model: nn.Module, block: Block) -> int:
-    """Return how many positions there are, by the first rule that fits a module around the block, inside out."""
+    """Return the number of positions: by the first rule that fits a module around the block, innermost first."""
     parts = block.name.split(".")
     around = [model.get_submodule(".".join(parts[:count])) for count in reversed(range(len(parts)))]
     found = (rule(module) for rule in _POSITIONS for module in around)
@@ -244,7 +247,7 @@ def _torchvision_positions(module: nn.Module) -> int | None:
 
 
 def _vision_tower_positions(module: nn.Module) -> int | None:
-    """Of transformers: CLIP and SigLIP count them, ViT and DeiT hold a row for each."""
+    """Of transformers' models: CLIP and SigLIP hold the number, ViT and DeiT a position embedding per position."""
     embeddings = getattr(module, "embeddings", None)
     rows = getattr(embeddings, "position_embeddings", None)
     return rows.shape[-2] if isinstance(rows, Tensor) else getattr(embeddings, "num_positions", None)
@@ -280,16 +283,16 @@ def parameter_groups(
     exempt: Sequence[str] = ("zeroth_bias",),
     layouts: Sequence[Layout] = LAYOUTS,
 ) -> list[dict[str, Any]]:
-    """Return the parameters of `model`, plugged or not, as optimizer groups: those that decay, those that are exempt.
+    """Return the parameters of `model`, with plug-ins or without, as optimizer groups: decayed ones and exempt ones.
 
     Args:
         model: its parameters that require no gradient are left out.
-        weight_decay: that of the parameters that decay.
-        exempt: what does not: "zeroth_bias"; "mlp_norms", weights and biases of the norms that feed MLPs; "norms", of
-            all norms (classes with Norm in their name); "biases", parameters with "bias" in their name, among them
-            zeroth biases and T5's relative positions; "vectors", those of fewer than two dimensions.
-            PROTOCOLS["vit"] and PROTOCOLS["t5"] are the authors'.
-        layouts: as for `sparsify`; only "mlp_norms" asks.
+        weight_decay: of the parameters that decay.
+        exempt: the kinds of parameter that do not decay: "zeroth_bias"; "mlp_norms", weights and biases of the norms
+            that feed MLPs; "norms", those of all norms (classes with Norm in their name); "biases", parameters with
+            "bias" in their name, among them zeroth biases and T5's relative positions; "vectors", parameters of fewer
+            than two dimensions. PROTOCOLS["vit"] and PROTOCOLS["t5"] are what the authors exempt.
+        layouts: the kinds of layer to look for, as for `sparsify`; of use for "mlp_norms" only.
 
     Returns:
         groups with "name" ("decayed" or "exempt"), "params" and "weight_decay", none of them empty.

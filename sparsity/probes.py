@@ -2,7 +2,8 @@
 
 Hooks on the key layer, activation and value layer of every MLP block add up sums; no activation is stored. What has to
 wait for the backward pass (norms of tokens, one byte per activation) is dropped when its gradient has come. The sums
-are those of `sparsity.sums`; the equations that turn them into densities and flatness stand in `sparsity.flatness`.
+are kept by `sparsity.accumulators`; the equations that turn them into densities and flatness stand in
+`sparsity.flatness`.
 """
 
 import contextlib
@@ -15,9 +16,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from sparsity.accumulators import HISTOGRAM, THRESHOLDS, LayerSums, count, histogram, squares, total
 from sparsity.activations import derivative
 from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks
-from sparsity.sums import HISTOGRAM, THRESHOLDS, LayerSums, count, histogram, squares, total
 
 REDUCTIONS = ("mean", "sum")
 Mask = Tensor | Mapping[str, Tensor] | None
@@ -45,13 +46,13 @@ def probe(
         model: any model with MLP blocks that `find_blocks` knows; may be wrapped (DDP), not compiled.
         every: record the 1st, (every + 1)th, … forward pass of the model; the others cost nothing.
         mask: the positions that count: None for all, padding included, as the authors do; a (B, T) bool tensor, or
-            {prefix of layer names: tensor}, as {"encoder": …, "decoder": …} for T5. May be set anew before any pass
+            {prefix of layer names: tensor}, as {"encoder": …, "decoder": …} for T5. It may be set anew before any pass
             (`p.mask = …`).
         reduction: how the loss combines samples. "mean" (over samples, or over their tokens): gradients are multiplied
             by B, the first dimension of the MLP's input; "sum": they are taken as they are.
         grad_scale: what the loss was multiplied by (AMP's scale, 1 / accumulation steps); gradients are divided by it.
-            May be set anew before any backward pass (`p.grad_scale = …`). A gradient that overflows stays in the sums,
-            as inf or NaN, until `p.reset()`.
+            It may be set anew before any backward pass (`p.grad_scale = …`). A gradient that overflows stays in the
+            sums, as inf or NaN, until `p.reset()`.
         zero: an activation counts as zero if |a| ≤ zero.
         histograms: also collect those of log10 g² (`p.histogram()`).
         layouts: the kinds of layer to look for.
@@ -60,8 +61,8 @@ def probe(
         The `Probe`; its `summary()` works inside and after the block. Hooks are gone after it, whatever happened in it.
 
     Raises:
-        ValueError: no MLP block, a compiled model, an activation that is no module or has no derivative, an option out
-            of range; within the block: a mask of another shape than the tokens of a layer.
+        ValueError: there is no MLP block, the model is compiled, an activation is no module or has no derivative, or an
+            option is out of range; within the block: a mask has another shape than the tokens of a layer.
     """
     measured = Probe(model, every, mask, reduction, grad_scale, zero, histograms, layouts)
     with contextlib.ExitStack() as hooks:
@@ -108,6 +109,7 @@ class Probe:
             layer.sums = LayerSums()
 
     def install(self, hooks: contextlib.ExitStack) -> None:
+        """Install all hooks; closing the stack removes them."""
         self.open = True
         hooks.callback(self._stop)
         hooks.callback(self.model.register_forward_pre_hook(self._begin).remove)
@@ -133,7 +135,7 @@ class Probe:
         self._forget_calls()
 
     def _forget_calls(self) -> None:
-        """Let go of blocks that were left in the middle, by an exception or by a recomputation that had enough."""
+        """Drop what blocks remember that never ended: an exception passed, or a recomputation stopped early."""
         for layer in self.layers.values():
             layer.call = None
 

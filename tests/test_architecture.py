@@ -2,11 +2,12 @@
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from common.lab.results import SCALE_NAMES, load_experiment
+from common.lab.experiment import SCALE_NAMES, load_experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("common", "merging", "sparsity")
@@ -37,6 +38,23 @@ def imported(tree: ast.AST) -> set[str]:
     return found
 
 
+def module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of this project that a file imports, also inside functions and for annotations alone."""
+    known, found = {module(other) for other in LIBRARY}, set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else node.module for name in full}
+    return found & known
+
+
 def faults(tree: ast.AST) -> list[str]:
     """Star imports, edits of sys.path, and imports of numbered scripts by machinery."""
     found = []
@@ -53,6 +71,7 @@ CALLS_AT_IMPORT = {
     "Path", "TypeVar", "frozenset", "tuple", "dict", "set", "range", "sorted", "field", "partial", "MappingProxyType",
     "re.compile", "matplotlib.rc_context", "resolve", "logging.getLogger", "dataclass", "replace",
     "matrices_without",                                 # builds a predicate over tensor names
+    "merging_styles",                                   # a table of labels and colours
     "os.environ.get",                                   # where the cache is
 }  # fmt: skip
 
@@ -85,6 +104,28 @@ def work_at_import(tree: ast.Module) -> list[str]:
 def test_imports_run_only_downwards(path):
     package = path.relative_to(ROOT).parts[0]
     assert not imported(ast.parse(path.read_text())) & FORBIDDEN[package]
+
+
+def test_no_import_runs_in_a_circle():
+    order = TopologicalSorter({module(path): imports(path) for path in LIBRARY})
+    assert set(order.static_order()) == {module(path) for path in LIBRARY}  # a circle raises, and is named
+
+
+WORKBENCHES = {"merging": ("merging.suites", "merging.command"), "sparsity": ("sparsity.studies",), "common": ()}
+PAPER = [path for path in LIBRARY if path.parent.parent == ROOT and path.name != "__main__.py"]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=name)
+def test_what_a_paper_invented_needs_neither_its_workbench_nor_its_command(path):
+    benches = (*WORKBENCHES[path.parent.name], "common.lab")
+    assert [other for other in imports(path) if other.startswith(benches)] == []
+
+
+def test_the_core_knows_neither_paper():
+    """No number of a paper, no name of a merger's, a plug-in's or a suite's own."""
+    own = re.compile(r"2602\.05536|2605\.25612|task_arithmetic|tsv_m|iso_c|glyph-\d|zeroth|jsrelu", re.IGNORECASE)
+    core = [path for path in LIBRARY if module(path).startswith("common") and path.name != "__init__.py"]
+    assert {name(path): sorted(set(found)) for path in core if (found := own.findall(path.read_text()))} == {}
 
 
 @pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS + TESTS, ids=name)
@@ -124,4 +165,4 @@ def test_every_experiment_states_claim_rule_cost_and_its_four_scales(path):
 
 def test_only_one_place_loads_pretrained_models():
     users = [name(path) for path in LIBRARY + EXPERIMENTS if "from_pretrained(" in path.read_text()]
-    assert [user for user in users if "models" not in user.split("/")] == []
+    assert users == ["common/models/hub.py", "merging/suites/models/adapted.py"]  # the second is peft's own

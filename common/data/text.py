@@ -1,7 +1,7 @@
 """Python text that every machine has: sources, with their docstrings, of the standard library and installed packages.
 
-Files are shuffled and split by a hash of their module path, so that no file is on two sides and a further file moves
-no other. Texts differ between versions of Python and of the packages: `Corpus.digest` says which one it was.
+Files are shuffled and split by a hash of their module path, so that no file is in two splits and a new file moves no
+other. Texts differ between versions of Python and of the packages: `Corpus.digest` says which one it was.
 
 Token ids are laid out as T5's: padding 0, end of text 1, unknown 2, then the symbols (bytes, or the pieces of a
 byte-level BPE trained on the training files). Sentinels of span corruption are not among them: they come after.
@@ -10,13 +10,13 @@ byte-level BPE trained on the training files). Sentinels of span corruption are 
 import hashlib
 import json
 import platform
-import sys
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from torch import Tensor
 from common.cache import artefact
 
 PAD, END, UNKNOWN = 0, 1, 2
-SPECIAL = 3  # ids before the first symbol
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # of these ids
+SPECIAL = 3  # so many; the first id of a symbol
 BYTES = 256
 
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "sklearn", "matplotlib")
@@ -40,7 +41,7 @@ BPE_TRAINING_BYTES = 2 * MEGABYTE
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of each split, (n,) int16, each file ending in END; how many ids there are; a hash of all tokens."""
+    """Tokens of each split, (n,) int16, every file ended by END; the number of ids; a hash of all tokens."""
 
     tokens: Mapping[str, Tensor]
     vocabulary: int
@@ -52,8 +53,8 @@ def corpus(megabytes: float = 8.0, vocabulary: int = 0) -> Corpus:
     """Read and tokenise the corpus, or find it in the cache: about 2 s (bytes) or 10 s (BPE) the first time.
 
     Args:
-        megabytes: most bytes of training text (10⁶ each); validation and test texts have up to a tenth of it each.
-        vocabulary: ids of a BPE vocabulary, special ones included; 0 takes bytes.
+        megabytes: at most so many bytes of training text (10⁶ each), and up to a tenth of it for validation and test.
+        vocabulary: number of ids of a BPE, special ones included; 0 takes bytes.
 
     Raises:
         ValueError: megabytes is not positive, or the vocabulary is too small for all bytes or too large for int16.
@@ -71,7 +72,7 @@ def corpus(megabytes: float = 8.0, vocabulary: int = 0) -> Corpus:
         (folder / "text.json").write_text(json.dumps({"digest": digest}))
 
     inputs = {"megabytes": megabytes, "vocabulary": vocabulary, "versions": versions()}
-    folder = artefact("corpus", inputs, [sys.modules[__name__]], build=build).path
+    folder = artefact("corpus", inputs, build).path
     digest = json.loads((folder / "text.json").read_text())["digest"]
     return Corpus(load_file(folder / "tokens.safetensors"), vocabulary or SPECIAL + BYTES, digest)
 
@@ -94,9 +95,14 @@ def source_files() -> Iterator[tuple[str, Path]]:
 
 
 def split_of(name: str) -> str:
-    """Return the split of a module path: it depends on nothing else."""
-    place, above = _place(name), 0.0
-    for split, share in SHARES.items():
+    """Return the split of a file, which depends on its module path alone."""
+    return split_at(_place(name), SHARES)
+
+
+def split_at(place: float, shares: Mapping[str, float]) -> str:
+    """Return the split that a place in [0, 1) belongs to, where the splits' shares lie one after the other."""
+    above = 0.0
+    for split, share in shares.items():
         above += share
         if place < above:
             return split
@@ -126,7 +132,7 @@ def _budget(split: str, megabytes: float) -> int:
 
 
 def _place(name: str) -> float:
-    """A number in [0, 1) from the END of the hash, whose beginning gives the order."""
+    """Return a number in [0, 1) from the end of the hash of a name: its beginning gives the order of the files."""
     return int(hashlib.sha256(name.encode()).hexdigest()[-8:], 16) / 2**32
 
 
@@ -136,22 +142,37 @@ def _bytes(texts: Sequence[bytes]) -> Tensor:
 
 def _bpe(texts: Mapping[str, Sequence[bytes]], vocabulary: int) -> dict[str, Tensor]:
     """Train a byte-level BPE on the beginning of the training texts, and tokenise all of them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     decoded = {split: [text.decode("utf-8", "replace") for text in texts[split]] for split in texts}
+    sizes = np.cumsum([len(text) for text in texts["train"]])
+    tokenizer = train_bpe(decoded["train"][: int((sizes < BPE_TRAINING_BYTES).sum()) + 1], vocabulary)
+    ids = {split: [encoding.ids for encoding in tokenizer.encode_batch(decoded[split])] for split in decoded}
+    return {split: _joined([np.array(line, np.int16) for line in ids[split]]) for split in ids}
+
+
+def train_bpe(texts: Iterable[str], vocabulary: int, ending: bool = False) -> Any:
+    """Train a byte-level BPE and return it, a `tokenizers.Tokenizer`; no text is unknown to it.
+
+    Args:
+        texts: what it is trained on.
+        vocabulary: number of ids, those of SPECIAL_TOKENS and of the 256 bytes included.
+        ending: let every text that it encodes end in END.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=["<pad>", "</s>", "<unk>"],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    sizes = np.cumsum([len(text) for text in texts["train"]])
-    tokenizer.train_from_iterator(decoded["train"][: int((sizes < BPE_TRAINING_BYTES).sum()) + 1], trainer)
-    ids = {split: [encoding.ids for encoding in tokenizer.encode_batch(decoded[split])] for split in decoded}
-    return {split: _joined([np.array(line, np.int16) for line in ids[split]]) for split in ids}
+    tokenizer.train_from_iterator(texts, trainer)
+    if ending:
+        end = SPECIAL_TOKENS[END]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, END)])
+    return tokenizer
 
 
 def _joined(lines: Sequence[np.ndarray]) -> Tensor:

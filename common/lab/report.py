@@ -6,12 +6,11 @@ Nothing here knows files or the time of day, so that what was written can be der
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-if TYPE_CHECKING:
-    from common.lab.run import Experiment
+from common.lab.experiment import Experiment
 
 COMPARISON = ("quantity", "paper", "ours", "sd", "n", "same_setting")  # what an experiment's compare() returns
 
@@ -65,7 +64,7 @@ def read_csv(source: Any) -> pd.DataFrame:
     return pd.read_csv(source, keep_default_na=False, na_values=[""])
 
 
-def verdict(experiment: "Experiment", data: pd.DataFrame, provenance: Mapping[str, Any]) -> str:
+def verdict(experiment: Experiment, data: pd.DataFrame, provenance: Mapping[str, Any]) -> str:
     """Return the verdict by the script's rule; the smoke scale never gives one."""
     if provenance["scale"] == "smoke":
         return "no verdict at smoke scale"
@@ -73,7 +72,7 @@ def verdict(experiment: "Experiment", data: pd.DataFrame, provenance: Mapping[st
     return f"{text} (partial run: no evidence)" if provenance["partial"] else text
 
 
-def comparison(experiment: "Experiment", data: pd.DataFrame) -> pd.DataFrame:
+def comparison(experiment: Experiment, data: pd.DataFrame) -> pd.DataFrame:
     """Return what the script's `compare` says, with the column `difference` = ours − paper added.
 
     Raises:
@@ -134,7 +133,7 @@ def number(value: float, digits: int = 4, sign: str = "") -> str:
     return f"{value:{sign}#.{digits}g}".rstrip(".")
 
 
-def readme(experiment: "Experiment", data: pd.DataFrame, provenance: Mapping[str, Any], drawn: Iterable[str]) -> str:
+def readme(experiment: Experiment, data: pd.DataFrame, provenance: Mapping[str, Any], drawn: Iterable[str]) -> str:
     """Return the text of a result's README.md; `drawn` are the figures' file stems."""
     first, *others = experiment.doc.strip().split("\n\n")
     scale, partial = provenance["scale"], provenance["partial"]
@@ -157,7 +156,7 @@ def readme(experiment: "Experiment", data: pd.DataFrame, provenance: Mapping[str
     return "\n\n".join(parts) + "\n"
 
 
-def _run_line(experiment: "Experiment", provenance: Mapping[str, Any]) -> str:
+def _run_line(experiment: Experiment, provenance: Mapping[str, Any]) -> str:
     seeds = ", ".join(str(seed) for seed in provenance["seeds"])
     return (
         f"Scale {provenance['scale']}; seed{'s' * (len(provenance['seeds']) != 1)} {seeds}; "

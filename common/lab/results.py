@@ -11,7 +11,6 @@ the index follows from data.csv, provenance.json and the script, so it can be de
 
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -22,21 +21,19 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from common.lab import figures, report
+from common.lab.experiment import SCALE_NAMES, Experiment
+from common.lab.experiment import load_experiment as load_experiment
 from common.lab.report import PUBLISHED, read_csv
 from common.lab.report import published as published
-
-if TYPE_CHECKING:
-    from common.lab.run import Experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 EXPERIMENTS = ROOT / "experiments"
-SCALE_NAMES = ("smoke", "laptop", "workstation", "paper")
 
 
 # Reading
@@ -45,22 +42,6 @@ SCALE_NAMES = ("smoke", "laptop", "workstation", "paper")
 def load(folder: Path) -> pd.DataFrame:
     """Return the rows of a result folder's data.csv. Text that looks like a number comes back as a number."""
     return read_csv(folder / "data.csv")
-
-
-def load_experiment(script: Path) -> "Experiment":
-    """Return the EXPERIMENT that a script defines, without running it.
-
-    Raises:
-        ValueError: the script is missing or defines no EXPERIMENT.
-    """
-    if not script.is_file():
-        raise ValueError(f"there is no script {script.name} in {script.parent.name}/")
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)  # so that --help finds its comments
-    spec.loader.exec_module(module)
-    if not hasattr(module, "EXPERIMENT"):
-        raise ValueError(f"{script.name} defines no EXPERIMENT")
-    return module.EXPERIMENT
 
 
 def settings_hash(settings: Any) -> str:
@@ -122,7 +103,7 @@ def _index(results_dir: Path) -> str:
 
 
 def write(
-    results_dir: Path, experiment: "Experiment", rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]
+    results_dir: Path, experiment: Experiment, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]
 ) -> Path:
     """Write one complete result and the index, and return its folder; a failure leaves the previous result as it was.
 
@@ -160,9 +141,9 @@ def _cell(value: Any) -> Any:
     return None if math.isnan(value) else f"{value:.6g}"
 
 
-def _write(folder: Path, experiment: "Experiment", csv: str, provenance: Mapping[str, Any]) -> None:
+def _write(folder: Path, experiment: Experiment, csv: str, provenance: Mapping[str, Any]) -> None:
     data = read_csv(io.StringIO(csv))  # as a reader of data.csv will see it
-    drawn = experiment.draw(data)
+    drawn = experiment.figures(data)
     facts = {
         **provenance,
         "data_sha256": _sha256(csv.encode()),
@@ -195,7 +176,7 @@ def _replace(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def summary(experiment: "Experiment", folder: Path) -> str:
+def summary(experiment: Experiment, folder: Path) -> str:
     """Return what a run prints at its end: comparison, verdict and folder."""
     table = report.comparison_markdown(report.comparison(experiment, load(folder)))
     return f"\n{table}\n\nVerdict: {_facts(folder)['verdict']}\nResults: {folder}"
@@ -225,7 +206,7 @@ def _folder_problems(folder: Path, experiments_dir: Path) -> Iterator[str]:
         experiment = load_experiment(experiments_dir / f"{folder.parent.name}.py")
         yield from (f"{where}/provenance.json: {line}" for line in _stale(provenance, experiment, folder))
         data = load(folder)
-        drawn = experiment.draw(data)
+        drawn = experiment.figures(data)
         if provenance["verdict"] != report.verdict(experiment, data, provenance):
             yield f"{where}/provenance.json: its verdict does not follow from data.csv"
         text = report.readme(experiment, data, provenance, drawn)
@@ -235,7 +216,7 @@ def _folder_problems(folder: Path, experiments_dir: Path) -> Iterator[str]:
         yield f"{where}: {type(error).__name__}: {error}"
 
 
-def _stale(provenance: Mapping[str, Any], experiment: "Experiment", folder: Path) -> Iterator[str]:
+def _stale(provenance: Mapping[str, Any], experiment: Experiment, folder: Path) -> Iterator[str]:
     """Yield what makes a committed result no evidence for today's script."""
     if provenance["partial"] or provenance["scale"] != folder.name:
         yield f"a {'partial ' * provenance['partial']}run of scale {provenance['scale']}, in the folder {folder.name}"

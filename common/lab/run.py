@@ -14,9 +14,11 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import errno
 import importlib.metadata
 import io
 import os
+import pickle
 import platform
 import re
 import subprocess
@@ -28,73 +30,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import joblib
-import pandas as pd
 import torch
 import tyro
 from accelerate import PartialState
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from common import cache
+from common import cache, code
+from common.data.hub import MissingResource
 from common.lab import results
-
-Row = Mapping[str, Any]
+from common.lab.experiment import Experiment as Experiment
+from common.lab.experiment import load_experiment
 
 PACKAGES = (
     "torch", "torchvision", "timm", "transformers", "datasets", "open_clip_torch", "accelerate",
     "peft", "safetensors", "huggingface-hub", "curvlinops-for-pytorch", "numpy", "pandas", "scipy", "scikit-learn",
     "matplotlib",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One experiment: its text, its settings at each scale and the functions that make, draw and judge its table.
-
-    Args:
-        doc: the script's docstring: figure or table, claim, verdict rule, cost per scale, command.
-        scales: settings (a frozen dataclass with defaults and a field `seeds`) for smoke, laptop, workstation, paper.
-        measure: (settings, context) → rows, one dict a measurement, whose keys become the columns of data.csv.
-        draw: table → {file stem: figure}.
-        compare: (table, published table or None) → one row a number: quantity, paper (NaN: not published), ours, sd, n,
-            same_setting.
-        verdict: table → the verdict by the rule of the docstring ("not run at this scale" where the rule's suites or
-            seeds are not in the table).
-        published: which table of results/published/ `compare` gets, or None.
-        tables: table → {heading: further table for the README}, optional.
-        remarks: table → what it shows, in a paragraph or two whose numbers come from the table, optional.
-        deviations: where the experiment departs from the paper; numbered in the README.
-    """
-
-    doc: str
-    scales: Mapping[str, Any]
-    measure: Callable[[Any, "Context"], Iterable[Row]]
-    draw: Callable[[pd.DataFrame], Mapping[str, Figure]]
-    compare: Callable[[pd.DataFrame, pd.DataFrame | None], pd.DataFrame]
-    verdict: Callable[[pd.DataFrame], str]
-    published: str | None = None
-    tables: Callable[[pd.DataFrame], Mapping[str, pd.DataFrame]] | None = None
-    remarks: Callable[[pd.DataFrame], str] | None = None
-    deviations: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if tuple(self.scales) != results.SCALE_NAMES:
-            raise ValueError(f"scales must be {results.SCALE_NAMES}, in this order, got {tuple(self.scales)}")
-        names = {setting.name for setting in dataclasses.fields(self.scales["smoke"])}
-        if "seeds" not in names:
-            raise ValueError(f"the settings need a field seeds, got {sorted(names)}")
-        if taken := names & {flag.name for flag in dataclasses.fields(Flags)}:
-            raise ValueError(f"settings named like the runner's own flags: {sorted(taken)}")
-
-    @property
-    def script(self) -> Path:
-        """The file that defines the experiment."""
-        return Path(self.measure.__code__.co_filename)
-
-    @property
-    def name(self) -> str:
-        """NN_name, which also names the folder of its results."""
-        return self.script.stem
 
 
 @dataclass(frozen=True)
@@ -115,6 +66,7 @@ class Context:
     device: torch.device
     jobs: int  # parallel processes of `map`
     threads: int  # torch threads of this process
+    script: Path | None = None  # the experiment's, which the processes of `map` import
     main: bool = True  # False on all but one process under `accelerate launch`
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
 
@@ -146,7 +98,7 @@ class Context:
         cache is asked for inside the processes is recorded in this one. The first exception ends the map.
 
         Args:
-            function: may be defined in the script itself; what it refers to is pickled with it.
+            function: of a module or of the script itself, or a partial of one: other processes import it by its name.
             items: the arguments, one each.
             description: title of the bar.
         """
@@ -159,7 +111,8 @@ class Context:
         with joblib.parallel_config("loky", inner_max_num_threads=threads):
             parallel = joblib.Parallel(processes, batch_size=1, return_as="generator_unordered")
             call = joblib.delayed(_call)
-            finished = parallel(call(function, index, item, threads) for index, item in enumerate(items))
+            work = ((index, pickle.dumps((function, item))) for index, item in enumerate(items))
+            finished = parallel(call(self.script, index, pickled, threads) for index, pickled in work)
         found: dict[int, Any] = {}
         with self._bar(finished, description, len(items)) as bar:
             for index, result, records in bar:
@@ -168,7 +121,14 @@ class Context:
         return [found[index] for index in range(len(items))]
 
 
-def _call(function: Callable[[Any], Any], index: int, item: Any, threads: int) -> tuple[int, Any, list[dict[str, Any]]]:
+def _call(script: Path | None, index: int, pickled: bytes, threads: int) -> tuple[int, Any, list[dict[str, Any]]]:
+    """Call a function on an item in a process of `Context.map`; both are pickled by name, after their script is known.
+
+    Functions of a script that were sent by value would have no file, so that nobody could tell which code they are.
+    """
+    if script and script.stem not in sys.modules:
+        load_experiment(script)
+    function, item = pickle.loads(pickled)
     torch.set_num_threads(threads)
     before = len(cache.RECORDS)
     result = function(item)
@@ -179,17 +139,23 @@ def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> Path 
     """Run an experiment as the command line says, write its results and return their folder.
 
     Settings other than those of the scale make a partial run, which goes to a sibling folder of its own. Under
-    `accelerate launch` all processes measure, one writes, and the others return None. Bad flags and files out of reach
-    (OSError: no connection to the hub, a missing repository) end in one line on stderr and exit status 2.
+    `accelerate launch` all processes measure, one writes, and the others return None. Bad flags and what is out of a
+    user's reach (`HubError`: no connection, a missing repository; a full disk) end in one line on stderr and exit
+    status 2; any other error is one of this project and keeps its traceback.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if experiment.measure.__module__ == "__main__":  # the script as a module under its own name: see load_experiment
+        experiment = load_experiment(experiment.script)
+    code.remember()
     try:
         flags, settings = parse(experiment, arguments)
-        context = make_context(flags, settings)
+        context = dataclasses.replace(make_context(flags, settings), script=experiment.script)
         commit = git_state()
         before, start = len(cache.RECORDS), time.perf_counter()
         rows = list(experiment.measure(settings, context))
     except (OSError, BadFlag) as error:
+        if isinstance(error, OSError) and not _is_the_users(error):
+            raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     context.seconds["total"] = round(time.perf_counter() - start, 3)
@@ -199,6 +165,12 @@ def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> Path 
     folder = results.write(flags.results_dir, experiment, rows, facts)
     print(results.summary(experiment, folder))
     return folder
+
+
+def _is_the_users(error: OSError) -> bool:
+    """Return whether the machine or the network refused, not a mistake of this project."""
+    refused = (MissingResource, ConnectionError, TimeoutError, PermissionError)
+    return isinstance(error, refused) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class BadFlag(ValueError):
@@ -215,6 +187,8 @@ def parse(experiment: Experiment, arguments: Sequence[str]) -> tuple[Flags, Any]
     first.add_argument("--scale", nargs="?", default=Flags.scale)
     scale = first.parse_known_args(arguments)[0].scale
     settings = experiment.scales.get(scale, experiment.scales[Flags.scale])
+    if taken := {own.name for own in dataclasses.fields(settings)} & {own.name for own in dataclasses.fields(Flags)}:
+        raise ValueError(f"settings named like the runner's own flags: {sorted(taken)}")
     unprefixed = tyro.conf.arg(name="")  # --seeds, not --settings.seeds
     both = dataclasses.make_dataclass(
         "Arguments",

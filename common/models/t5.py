@@ -1,6 +1,5 @@
-"""T5 from scratch: transformers' own class, in any size or in that of a repository, whose tokenizer is here too."""
+"""T5 from scratch: transformers' own class in any size, or in the size of a Hub repository with its tokenizer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,10 @@ from torch import nn
 
 from common.data.hub import snapshot
 from common.data.text import END, PAD
+from common.models.hub import configuration, load_tokenizer
 
 SENTINELS = 100  # of T5's tokenizers
+IGNORED = -100  # the label that transformers' loss leaves out
 
 
 def t5(vocabulary: int, width: int, depth: int, heads: int, d_ff: int, dropout: float = 0.0) -> nn.Module:
@@ -23,7 +24,7 @@ def t5(vocabulary: int, width: int, depth: int, heads: int, d_ff: int, dropout: 
         depth: layers of the encoder, and of the decoder.
         heads: of each attention; each has width / heads channels.
         d_ff: hidden units of an MLP.
-        dropout: everywhere where T5 has it.
+        dropout: its rate, wherever T5 has it.
 
     Raises:
         ValueError: width is no multiple of heads.
@@ -48,11 +49,8 @@ def t5_like(model_id: str, vocabulary: int) -> nn.Module:
     """
     from transformers import T5Config, T5ForConditionalGeneration
 
-    folder = _folder(model_id)
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != "t5":
-        raise ValueError(f"model {model_id} is of type {kind!r}, expected 't5'")
-    return T5ForConditionalGeneration(T5Config.from_pretrained(folder, vocab_size=vocabulary))
+    config = configuration(_folder(model_id), model_id, "t5")
+    return T5ForConditionalGeneration(T5Config.from_dict({**config, "vocab_size": vocabulary}))
 
 
 def t5_tokenizer(model_id: str) -> Any:
@@ -60,11 +58,10 @@ def t5_tokenizer(model_id: str) -> Any:
 
     Raises:
         HubError: the repository cannot be had.
-        ValueError: its special tokens are not where T5 has them.
+        ValueError: it has no tokenizer, or one whose special tokens are not where T5 has them.
     """
-    from transformers import T5Tokenizer
-
-    tokenizer = T5Tokenizer.from_pretrained(_folder(model_id), model_max_length=10**9)  # nothing is cut here
+    # texts of any length: they are cut into rows elsewhere
+    tokenizer = load_tokenizer("T5Tokenizer", _folder(model_id), model_id, model_max_length=10**9)
     found = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<extra_id_0>"))
     if found != (PAD, END, len(tokenizer) - 1):
         expected = (PAD, END, len(tokenizer) - 1)

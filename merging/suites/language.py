@@ -1,4 +1,4 @@
-"""Merging suites of language models: classification with an encoder or GPT-2 under a head a task, or by a T5 in text.
+"""Merging suites of language models: an encoder or GPT-2 with one head per task, or a T5 that writes its answers.
 
 Experiments name a backbone and see only `Suite`. MiniLM and the T5 of this project are there without a download, on
 tasks from the texts of installed packages; the others come from the hub, with GLUE and the like.
@@ -78,7 +78,7 @@ def _t5(recipe: TextRecipe, repositories: tuple[str, ...]) -> Base:
 
 def _at_commit(repository: str, kind: Literal["model", "dataset"] = "model") -> str:
     """Name a repository as it is now, so that nothing stale is found in the cache after it has changed."""
-    return f"{repository}@{hub.snapshot(repository, kind, ['README.md', '*config.json']).name}"
+    return f"{repository}@{hub.commit(repository, kind)}"
 
 
 @cache
@@ -150,7 +150,7 @@ def suite(name: str, tasks: int, seed: int, recipe: TextRecipe, device: torch.de
     networks = tuple(_network(base, text, expert.head).to(device) for text, expert in zip(texts, experts, strict=True))
     limits = {"test": recipe.test_texts or None, "validation": recipe.validation_texts or None}
     facts = {"base": base.name, "experts": [expert.key for expert in experts], "tasks": [text.key for text in texts]}
-    key = cache_key(facts | {"limits": limits}, (text_experts.Base, text_experts.evaluation_batches, language))
+    key = cache_key(facts | {"limits": limits}, suite)
     return Suite(
         key,
         tuple(text.name for text in texts),

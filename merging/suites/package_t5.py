@@ -4,7 +4,7 @@ As Flan-T5 it has seen the tasks in the format in which its experts are trained,
 knows what is asked, and is far from what an expert reaches.
 """
 
-from collections.abc import Iterator
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from common import training
 from common.cache import artefact
+from common.data import text
 from common.models import t5
 from merging.suites import text_experts
 from merging.suites.data import package_texts
@@ -24,7 +25,6 @@ from merging.suites.text_experts import Base, Trainee
 
 VOCABULARY = 4096
 SIZES = (128, 2, 4, 512)  # width, layers of encoder and of decoder, heads, units of an MLP
-SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
 def base(steps: int = 300) -> Base:
@@ -34,7 +34,7 @@ def base(steps: int = 300) -> Base:
     """
     tasks = [package_texts.task(name) for name in package_texts.TASKS]
     inputs = {"steps": steps, "tasks": [task.key for task in tasks]}
-    found = artefact("package_t5", inputs, (training, t5.t5, package_texts, _train), build=partial(_train, steps))
+    found = artefact("package_t5", inputs, partial(_train, steps))
     model = t5.t5(VOCABULARY, *SIZES)
     model.load_state_dict(load_file(found.path / "model.safetensors"), strict=False)  # tied tensors are there once
     return Base(f"package_t5/{found.key}", model.eval(), _tokenizer(found.path), pooling="")
@@ -43,17 +43,16 @@ def base(steps: int = 300) -> Base:
 def _tokenizer(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    names = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL, strict=True))
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), text.SPECIAL_TOKENS, strict=True))
     return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), model_max_length=64, **names)
 
 
 def _train(steps: int, folder: Path) -> None:
-    rows = [
-        (task.prompt(text), task.answer(target))
-        for task in map(package_texts.task, package_texts.TASKS)
-        for text, target in zip(*vars(task.split("base")).values(), strict=True)
-    ]
-    _train_tokenizer(text for row in rows for text in row).save(str(folder / "tokenizer.json"))
+    rows = []  # (prompt, answer) of all tasks
+    for task in map(package_texts.task, package_texts.TASKS):
+        examples = task.split("base")
+        rows += zip(map(task.prompt, examples.texts), map(task.answer, examples.targets), strict=True)
+    text.train_bpe(itertools.chain.from_iterable(rows), VOCABULARY, ending=True).save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
     model, recipe = t5.t5(VOCABULARY, *SIZES), training.Recipe(steps, 32, 2e-3)
     network = language.Generator(model, _tokenizer(folder), ())
@@ -67,19 +66,3 @@ def _train(steps: int, folder: Path) -> None:
 def _collate(tokenizer: Any, rows: list[tuple[str, str]]) -> tuple[dict[str, Tensor], Tensor]:
     prompts, answers = zip(*rows, strict=True)
     return text_experts.tokens(tokenizer, [prompts]), text_experts.answer_tokens(tokenizer, answers)
-
-
-def _train_tokenizer(texts: Iterator[str]) -> Any:
-    """A byte-level BPE whose special ids are T5's; every text ends in </s>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return tokenizer

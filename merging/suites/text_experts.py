@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, Sampler
 
 from common import training
 from common.cache import Artefact, artefact
+from common.models.t5 import IGNORED
 from merging.suites.data.text_tasks import Examples, TextTask
 from merging.suites.models import adapted, language
 
 EVALUATION_BATCH = 64
 POOL = 8  # batches that are sorted by length together
 PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # inverse penalties of the logistic regression
-IGNORED = -100  # what transformers' loss leaves out
 
 Tuned = Literal["full", "lora", "ia3"]
 
@@ -34,7 +34,7 @@ class TextRecipe:
     """How experts are trained, and how many texts score them (0: all)."""
 
     steps: int = 40
-    t5_steps: int = 150  # of a T5, in place of them
+    t5_steps: int = 150  # in place of `steps` where the base is a T5
     batch_size: int = 32
     rank: int = 8  # of LoRA
     base_steps: int = 300  # of the T5 that is trained here
@@ -177,8 +177,7 @@ def probe(base: Base, task: TextTask, recipe: TextRecipe, device: torch.device) 
     """
     texts = (recipe.probe_texts, recipe.test_texts)
     inputs = {"base": base.name, "task": task.key, "texts": texts, "device": device.type}
-    build = partial(_probe, base, task, recipe, device)
-    return artefact("text_probe", inputs, (_probe, features, language.Classifier, Base), build=build)
+    return artefact("text_probe", inputs, partial(_probe, base, task, recipe, device))
 
 
 def _probe(base: Base, task: TextTask, recipe: TextRecipe, device: torch.device, folder: Path) -> None:
@@ -214,13 +213,12 @@ def features(base: Base, task: TextTask, examples: Examples, device: torch.devic
 
 def expert(
     base: Base, task: TextTask, way: tuple[Tuned, float], seed: int, recipe: TextRecipe, device: torch.device
-) -> tuple[str, dict[str, Any], tuple[Any, ...]]:
-    """Return kind, inputs and code of an expert's artefact, which `fine_tune` builds; arguments as there."""
+) -> tuple[str, dict[str, Any], Callable[[Path], None]]:
+    """Return kind, inputs and builder of an expert's artefact; arguments as for `fine_tune`."""
     own = {"recipe": recipe.training(base, way), "head": recipe.head, "probe_texts": recipe.probe_texts}
     inputs = {"base": base.name, "task": task.key, "tuned": way[0], "seed": seed, "device": device.type} | own
     inputs |= {"rank": recipe.rank} if way[0] == "lora" else {}
-    code = (training, adapted, language.Classifier, Base, Trainee, LikeLengths, training_batches, _fine_tune)
-    return "text_expert", inputs, code
+    return "text_expert", inputs, partial(_fine_tune, base, task, way, seed, recipe, device)
 
 
 def fine_tune(
@@ -236,8 +234,7 @@ def fine_tune(
         recipe: further settings.
         device: where it is trained.
     """
-    build = partial(_fine_tune, base, task, way, seed, recipe, device)
-    return artefact(*expert(base, task, way, seed, recipe, device), build=build)
+    return artefact(*expert(base, task, way, seed, recipe, device))
 
 
 def _fine_tune(

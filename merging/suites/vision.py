@@ -23,9 +23,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from common import training
 from common.cache import Artefact, artefact, cache_key, is_cached
 from common.data import glyphs, hub
+from merging.suites.data import vision_tasks
+from merging.suites.data.vision_tasks import VISION_TASKS
 from merging.suites.models import clip as clip_models
 from merging.suites.models import tiny_clip
 from merging.suites.suite import Rows, Suite
+
+Build = Callable[[Path], None]  # fills the folder of an artefact
 
 
 class ZeroShot(nn.Module):
@@ -57,7 +61,7 @@ def suite(backbone: str, tasks: int, seed: int, recipe: "GlyphRecipe", device: t
 def check_suites(backbones: Sequence[str], sizes: Sequence[int]) -> None:
     """Raise a ValueError unless every backbone is known and has suites of all these numbers of tasks."""
     for backbone in backbones:
-        most = len(glyphs.TASKS) if is_glyph(backbone) else len(hub.VISION_TASKS)
+        most = len(glyphs.TASKS) if is_glyph(backbone) else len(VISION_TASKS)
         if is_glyph(backbone):
             GlyphRecipe().at(backbone)
         elif backbone not in CLIP:
@@ -162,15 +166,17 @@ SMOKE = GlyphRecipe(pretraining_steps=8, expert_steps=4)  # enough to run every 
 def pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None = None) -> Artefact:
     """Return the tiny CLIP pre-trained on all 559 classes in the mild style: an artefact with model.safetensors.
 
-    One base a width is shared by all seeds, as the paper shares one CLIP.
+    All seeds share one base per width, as the paper shares one CLIP.
     """
-    return artefact(*_base(recipe, device), build=partial(_pretrain, recipe, device, description))
+    return artefact(*_base(recipe, device, description))
 
 
-def _base(recipe: GlyphRecipe, device: torch.device) -> tuple[str, dict[str, Any], tuple[Any, ...]]:
-    """Kind, inputs and code of a base's artefact."""
+def _base(
+    recipe: GlyphRecipe, device: torch.device, description: str | None = None
+) -> tuple[str, dict[str, Any], Build]:
+    """Return kind, inputs and builder of a base's artefact."""
     inputs = {"width": recipe.width, "recipe": recipe.pretraining, "device": device.type}
-    return "tiny_clip", inputs, (glyphs, tiny_clip, training, _pretrain)
+    return "tiny_clip", inputs, partial(_pretrain, recipe, device, description)
 
 
 def _pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None, folder: Path) -> None:
@@ -189,21 +195,19 @@ def _pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None
 
 def fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device) -> Artefact:
     """Return the task's expert: the image encoder fine-tuned under the frozen zero-shot head; model.safetensors."""
-    base = pretrain(recipe, device).path
-    return artefact(*_expert(recipe, task, seed, device), build=partial(_fine_tune, recipe, task, seed, device, base))
+    pretrain(recipe, device)  # not inside of the expert's own build: other experts wait for the same base
+    return artefact(*_expert(recipe, task, seed, device))
 
 
-def _expert(
-    recipe: GlyphRecipe, task: str, seed: int, device: torch.device
-) -> tuple[str, dict[str, Any], tuple[Any, ...]]:
-    """Kind, inputs and code of an expert's artefact."""
+def _expert(recipe: GlyphRecipe, task: str, seed: int, device: torch.device) -> tuple[str, dict[str, Any], Build]:
+    """Return kind, inputs and builder of an expert's artefact."""
     _, *base = _base(recipe, device)
     inputs = {"task": task, "seed": seed, "recipe": recipe.expert, "style": recipe.style, "base": cache_key(*base)}
-    return "glyph_expert", inputs, (glyphs, tiny_clip, training, _fine_tune)
+    return "glyph_expert", inputs, partial(_fine_tune, recipe, task, seed, device)
 
 
-def _fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device, base: Path, folder: Path) -> None:
-    clip = load_clip(recipe.width, base)
+def _fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device, folder: Path) -> None:
+    clip = load_clip(recipe.width, pretrain(recipe, device).path)
     head = tiny_clip.zero_shot_head(clip, glyphs.class_names(task))
     generator = torch.Generator().manual_seed(seed)
 
@@ -235,7 +239,7 @@ def glyph_suite(recipe: GlyphRecipe, tasks: int, seed: int, device: torch.device
     bare = zero_shot_suite(recipe, tasks, device)
     artefacts = [fine_tune(recipe, name, seed, device) for name in bare.tasks]
     experts = tuple(load_file(expert.path / "model.safetensors", str(device)) for expert in artefacts)
-    return replace(bare, key=cache_key({"experts": [expert.key for expert in artefacts]}, _IMAGES), experts=experts)
+    return replace(bare, key=cache_key({"experts": [expert.key for expert in artefacts]}, glyph_suite), experts=experts)
 
 
 def zero_shot_suite(recipe: GlyphRecipe, tasks: int, device: torch.device) -> Suite:
@@ -245,7 +249,7 @@ def zero_shot_suite(recipe: GlyphRecipe, tasks: int, device: torch.device) -> Su
     model = load_clip(recipe.width, base.path)
     heads = [tiny_clip.zero_shot_head(model, glyphs.class_names(name)) for name in names]
     pretrained = {name: tensor.detach().clone().to(device) for name, tensor in model.visual.state_dict().items()}
-    key = cache_key({"base": base.key, "style": recipe.style, "tasks": names}, _IMAGES)
+    key = cache_key({"base": base.key, "style": recipe.style, "tasks": names}, zero_shot_suite)
     networks = tuple(ZeroShot(model.visual, head).to(device) for head in heads)
     return Suite(key, names, networks, pretrained, (), _GlyphBatches(recipe.style, device))
 
@@ -263,9 +267,6 @@ class _GlyphBatches:
             images, labels = glyphs.photographs(drawn, self.style, copies, seed=1 if split == "test" else 2)
             self.made[task, split] = (images.to(self.device), labels.to(self.device))
         return list(zip(*(tensor.split(batch_size) for tensor in self.made[task, split]), strict=True))
-
-
-_IMAGES = (glyphs, _GlyphBatches)
 
 
 def train_all(recipes_seeds_tasks: Sequence[tuple[GlyphRecipe, int, str]], context: Any) -> None:
@@ -293,7 +294,7 @@ def _fine_tune_one(device: torch.device, item: tuple[GlyphRecipe, int, str]) -> 
 # CLIP ----------------------------------------------------------------------------------------------------------------
 
 CLIP = {"ViT-B/32": "openai/clip-vit-base-patch32"}  # the other two backbones follow the same pattern
-VALIDATION_IMAGES = 512  # a task, of the held-out part of its training split
+VALIDATION_IMAGES = 512  # per task, of the held-out part of its training split
 
 
 @lru_cache(maxsize=1)  # several parts of an experiment ask for the same one, and it takes minutes to load
@@ -305,7 +306,7 @@ def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
     Raises:
         OSError: the hub cannot be reached or a repository is missing; the message says what to do.
     """
-    rows = list(hub.VISION_TASKS.values())[:tasks]
+    rows = list(VISION_TASKS.values())[:tasks]
     base = clip_models.clip_vision(CLIP[backbone])
     tower = base.tower.state_dict()
     experts = [clip_models.clip_expert_state(row.expert_id(CLIP[backbone]), like=tower) for row in rows]
@@ -315,17 +316,18 @@ def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
     for row in rows:  # a data set that is missing should not cost hours first
         batches(row.name, "test"), batches(row.name, "validation")
     models = [CLIP[backbone], *(row.expert_id(CLIP[backbone]) for row in rows)]
-    commits = [hub.snapshot(model, "model", ["config.json"]).name for model in models]
-    commits += [hub.snapshot(row.repo, "dataset", ["README.md"]).name for row in rows]
-    key = cache_key({"models": models, "tasks": [row.name for row in rows], "commits": commits}, (hub, clip_models))
+    commits = [hub.commit(model, "model") for model in models] + [hub.commit(row.repo, "dataset") for row in rows]
+    inputs = {"models": models, "tasks": [row.name for row in rows], "commits": commits}
+    inputs |= {"prompts": [(row.class_names, row.templates) for row in rows]}  # they make the heads
+    key = cache_key(inputs, clip_suite)
     networks = tuple(ZeroShot(base, head).to(device) for head in heads)
     return Suite(key, tuple(row.name for row in rows), networks, states[0], tuple(states[1:]), batches)
 
 
 @cache
 def _clip_batches(model_id: str, device: torch.device, task: str, split: str) -> DataLoader:
-    row = hub.VISION_TASKS[task]
-    images = hub.load_test_set(row) if split == "test" else hub.load_validation_set(row, VALIDATION_IMAGES)
+    row = VISION_TASKS[task]
+    images = row.rows("test") if split == "test" else vision_tasks.validation_rows(row, VALIDATION_IMAGES)
     workers = 0 if device.type == "cpu" else min(8, len(os.sched_getaffinity(0)))
-    loader = hub.image_loader(images, clip_models.preprocessing(model_id), workers=workers)
+    loader = vision_tasks.image_loader(images, clip_models.preprocessing(model_id), workers=workers)
     return Accelerator(cpu=device.type == "cpu").prepare(loader)

@@ -19,7 +19,6 @@ from common.cache import cache_key
 from common.data import glyphs, hub
 from common.training import Recipe, ShuffledBatches
 from sparsity.studies.data import digits, pictures
-from sparsity.studies.models import vit as vit_module
 from sparsity.studies.models.vit import vit
 from sparsity.studies.task import Batch, Task, as_it_is
 
@@ -38,8 +37,9 @@ EVALUATION_BATCH = 512
 class ImageTask:
     """Which images are classified, and by which ViT.
 
-    glyph_tasks (none: all 20, 559 classes) and copies (fixed photographs of each training glyph) are the glyphs'. What
-    follows pooling is the other data sets': how training images are augmented, see sparsity.studies.data.pictures.
+    glyph_tasks (none: all 20, 559 classes) and copies (fixed photographs of each training glyph) are for glyphs only.
+    The fields after label_smoothing are for the other data sets: how training images are augmented, see
+    sparsity.studies.data.pictures.
     """
 
     data: Literal["digits", "glyphs", "fashion_mnist", "cifar10", "imagenet"] = "glyphs"
@@ -55,7 +55,7 @@ class ImageTask:
     label_smoothing: float = 0.0
     mixup: float = 0.0  # parameter of the Beta law; 0 is off. With cutmix too, each batch takes one of the two
     cutmix: float = 0.0
-    randaugment: int = 0  # magnitude, of 30; 0 is off
+    randaugment: int = 0  # magnitude, from 1 to 30; 0 is off
     repeats: int = 1  # differently augmented copies of an image in its batch
     normalised: bool = True  # False leaves the pixels of the hub's images in [0, 1]
 
@@ -139,14 +139,14 @@ def _network(settings: ImageTask, classes: int) -> nn.Module:
 def _embedded_task(settings: ImageTask, device: torch.device) -> Task:
     names = settings.glyph_tasks or tuple(glyphs.TASKS)
     if settings.data == "digits":
-        read, source, classes = digits.digits, digits, digits.CLASSES
+        read, classes = digits.digits, digits.CLASSES
     else:
-        read, source = partial(_glyph_images, names, settings.copies), glyphs
+        read = partial(_glyph_images, names, settings.copies)
         classes = sum(len(glyphs.characters(name)) for name in names)
     fixed = {"data", "glyph_tasks", "copies", "width", "depth", "heads", "mlp_ratio", "patch", "pooling"}
     inputs = {name: value for name, value in asdict(settings).items() if name in fixed | {"label_smoothing"}}
     return Task(
-        key=cache_key(inputs, (source, vit_module, _network, _glyph_images, _loss, _score, _fixed_loader, FixedImages)),
+        key=cache_key(inputs, _embedded_task),
         model=partial(_network, settings, classes),
         loss=partial(_loss, settings.label_smoothing),
         loader=partial(_fixed_loader, read),
@@ -202,9 +202,9 @@ def _hub_task(settings: ImageTask, device: torch.device) -> Task:
     kinds = {"mixup", "cutmix", "randaugment", "repeats"}
     augmentation = pictures.Augmentation(**{kind: getattr(settings, kind) for kind in kinds})
     workers = pictures.workers(device)
-    inputs = {"task": settings, "commit": pictures.commit(name)}
+    inputs = {"task": settings, "commit": hub.commit(pictures.PICTURES[name].repo, "dataset")}
     return Task(
-        key=cache_key(inputs, (hub, pictures, vit_module, _network, _loss, _score)),
+        key=cache_key(inputs, _hub_task),
         model=partial(_network, settings, pictures.PICTURES[name].classes),
         loss=partial(_loss, settings.label_smoothing),
         loader=partial(pictures.training_loader, name, pixels, augmentation, settings.normalised, workers),

@@ -47,10 +47,10 @@ def test_code_counts_and_its_comments_do_not(tmp_path):
         "commented": '"""Text."""\ndef f(x):\n    """More."""\n    return x + 1  # why\n',
         "changed": "def f(x):\n    return x + 2\n",
     }
-    keys = {name: cache.cache_key({}, [module(tmp_path, name, text).f]) for name, text in texts.items()}
+    keys = {name: cache.cache_key({}, module(tmp_path, name, text).f) for name, text in texts.items()}
     assert keys["plain"] != keys["changed"]
     bare = module(tmp_path, "bare", 'def f(x):\n    """Text."""\n    return x + 1\n')
-    assert cache.cache_key({}, [bare.f]) == keys["commented"]
+    assert cache.cache_key({}, bare.f) == keys["commented"]
 
 
 def test_a_failed_build_leaves_nothing_that_could_be_found():
@@ -60,15 +60,37 @@ def test_a_failed_build_leaves_nothing_that_could_be_found():
 
     with pytest.raises(RuntimeError, match="killed"):
         cache.artefact("kind", {"seed": 0}, build=fail)
-    assert not cache.is_cached("kind", {"seed": 0})
-    whole = cache.artefact("kind", {"seed": 0}, build=lambda folder: (folder / "whole").touch())
-    assert not (whole.path / "half").exists() and cache.is_cached("kind", {"seed": 0})
+    assert not cache.is_cached("kind", {"seed": 0}, fail)
+    failing = True
+
+    def fail_once(folder):
+        (folder / ("half" if failing else "whole")).touch()
+        if failing:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        cache.artefact("kind", {"seed": 1}, fail_once)
+    failing = False
+    whole = cache.artefact("kind", {"seed": 1}, fail_once)
+    assert not (whole.path / "half").exists() and cache.is_cached("kind", {"seed": 1}, fail_once)
 
 
 def test_rows_come_back_as_they_were(tmp_path):
-    rows = [{"task": "digits", "value": 0.1 + 0.2, "alpha": None}]
-    assert cache.cached_rows("rows", {"seed": 1}, lambda: iter(rows)) == rows
-    assert cache.cached_rows("rows", {"seed": 1}, lambda: pytest.fail("built twice")) == rows
+    rows, calls = [{"task": "digits", "value": 0.1 + 0.2, "alpha": None}], []
+
+    def build():
+        calls.append(1)
+        return iter(rows)
+
+    assert cache.cached_rows("rows", {"seed": 1}, build) == rows
+    assert cache.cached_rows("rows", {"seed": 1}, build) == rows and len(calls) == 1
+
+
+def test_other_code_builds_again(tmp_path):
+    """Two functions of the same name and inputs: what the first one made is nothing to the second."""
+    first = module(tmp_path, "first", "def rows():\n    return [{'value': 1}]\n").rows
+    second = module(tmp_path, "second", "def rows():\n    return [{'value': 2}]\n").rows
+    assert [cache.cached_rows("rows", {}, build)[0]["value"] for build in (first, second, first)] == [1, 2, 1]
 
 
 def test_inputs_that_are_no_plain_data_are_refused():

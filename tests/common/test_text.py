@@ -57,6 +57,15 @@ def test_pieces_spell_the_same_text_in_fewer_tokens(own_cache):
         assert not (tokens == text.UNKNOWN).any()
 
 
+def test_a_trained_bpe_spells_every_text_and_ends_it_if_asked():
+    plain, ended = (text.train_bpe(["a rose is a rose"] * 9, 3 + 256 + 5, ending) for ending in (False, True))
+    assert [plain.token_to_id(token) for token in text.SPECIAL_TOKENS] == [text.PAD, text.END, text.UNKNOWN]
+    assert plain.get_vocab_size() == 264 and len(plain.encode("a rose").ids) < 6
+    for words in ("a rose", "Größe 大\n", ""):
+        assert plain.decode(plain.encode(words).ids) == words
+        assert ended.encode(words).ids == [*plain.encode(words).ids, text.END]
+
+
 def test_the_second_time_comes_from_the_cache(own_cache, monkeypatch):
     first = text.corpus(SMALL)
     text.corpus.cache_clear()

@@ -1,4 +1,4 @@
-"""Every experiment runs end to end at smoke scale, by path, as a user would run it."""
+"""Every experiment runs end to end at smoke scale, by path and in two processes, as a user would run it."""
 
 import json
 import os
@@ -16,7 +16,7 @@ SCRIPTS = sorted((ROOT / "experiments").glob("[0-9]*.py"))
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_smoke(script, tmp_path):
-    flags = ["--scale", "smoke", "--device", "cpu", "--jobs", "1", "--results-dir", str(tmp_path)]
+    flags = ["--scale", "smoke", "--device", "cpu", "--jobs", "2", "--results-dir", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, str(script), *flags],
         capture_output=True,

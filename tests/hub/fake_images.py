@@ -34,14 +34,14 @@ def write_pictures(root: Path, name: str, names: Sequence[str] | None = None, an
     pictures = PICTURES[name]
     folder = repository(root, "dataset", pictures.repo)
     names = label_names(name) if names is None else list(names)
-    features = Features({pictures.image: Image(), pictures.label: ClassLabel(names=names)})
+    features = Features({pictures.image: Image(), "label": ClassLabel(names=names)})
     (folder / pictures.folder).mkdir(exist_ok=True)
     for number, split in enumerate(SPLITS[name]):
         generator = np.random.default_rng(number)
         labels = generator.integers(0, len(names), ROWS[split])
         images = [{"bytes": _file(name, int(label), place, generator)} for place, label in enumerate(labels)]
         labels = [-1] * len(labels) if (name, split) == ("imagenet", "test") else labels.tolist()
-        data = Dataset.from_dict({pictures.image: images, pictures.label: labels}, features=features)
+        data = Dataset.from_dict({pictures.image: images, "label": labels}, features=features)
         shards = SHARDS[split] if name == "imagenet" else 1
         for index in range(shards):
             path = folder / pictures.folder / f"{split}-{index:05d}-of-{shards:05d}.parquet"

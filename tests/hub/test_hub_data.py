@@ -11,8 +11,8 @@ from datasets import Value
 from fake_hub import BASE, SHARDS, TEST_ROWS, TRAIN_ROWS, write_data
 from huggingface_hub import errors
 
-from common.data import hub as data
-from common.data.hub import VISION_TASKS, HubError, load_test_set, load_validation_set
+from common.data.hub import HubError, snapshot
+from merging.suites.data.vision_tasks import VISION_TASKS, image_loader, unverified, validation_rows
 from merging.suites.models.clip import preprocessing
 
 MNIST, SUN397, EUROSAT = (VISION_TASKS[name] for name in ("MNIST", "SUN397", "EuroSAT"))
@@ -26,84 +26,79 @@ def one_line(caught) -> str:
 
 def test_table_is_the_papers_suite():
     assert list(VISION_TASKS) == ["SUN397", "Cars", "RESISC45", "EuroSAT", "SVHN", "GTSRB", "MNIST", "DTD"]
-    assert [task.classes for task in VISION_TASKS.values()] == [397, 196, 45, 10, 10, 43, 10, 47]
+    assert [len(task.class_names) for task in VISION_TASKS.values()] == [397, 196, 45, 10, 10, 43, 10, 47]
     base = "openai/clip-vit-base-patch32"
     assert VISION_TASKS["Cars"].expert_id(base) == "tanganke/clip-vit-base-patch32_stanford-cars"
     for task in VISION_TASKS.values():
-        assert len(set(task.class_names)) == len(task.class_names) == task.classes
+        assert len(set(task.class_names)) == len(task.class_names)
         assert all(template.count("{}") == 1 for template in task.templates)
     assert [len(task.templates) for task in VISION_TASKS.values()] == [2, 8, 18, 3, 1, 3, 1, 8]
     assert EUROSAT.class_names[:2] == ["annual crop land", "forest"]  # the data set's order, not CLIP's page
 
 
 def test_unverified_lists_every_open_fact():
-    assert len(data.unverified()) == sum(len(task.unverified) for task in VISION_TASKS.values()) > 0
-    assert any(line.startswith("RESISC45 (tanganke/resisc45): label names") for line in data.unverified())
+    assert len(unverified()) == sum(len(task.unverified) for task in VISION_TASKS.values()) > 0
+    assert any(line.startswith("RESISC45 (tanganke/resisc45): label names") for line in unverified())
 
 
 @pytest.mark.parametrize("name", VISION_TASKS)
 def test_test_set_loads(hub, name):
-    rows = load_test_set(VISION_TASKS[name])
+    rows = VISION_TASKS[name].rows("test")
     assert rows.column_names == ["image", "label"] and len(rows) == TEST_ROWS
-    assert rows.features["label"].num_classes == VISION_TASKS[name].classes
+    assert rows.features["label"].num_classes == len(VISION_TASKS[name].class_names)
     assert rows["label"][:] == sorted(rows["label"][:])  # all shards, in order
 
 
 def test_several_shards_are_read(hub):
     assert SHARDS["SUN397"] > 1
-    folder = data.snapshot(SUN397.repo, "dataset", ["data/test-*"])
+    folder = snapshot(SUN397.repo, "dataset", ["data/test-*"])
     assert len(list(folder.glob("data/test-*.parquet"))) == SHARDS["SUN397"]
-    assert len(load_test_set(SUN397)) == TEST_ROWS
-
-
-def test_limit_is_a_fixed_random_subset(hub):
-    first, second = load_test_set(EUROSAT, limit=7)["label"][:], load_test_set(EUROSAT, limit=7)["label"][:]
-    assert first == second and len(first) == 7
-    assert len(set(first)) > len(set(load_test_set(EUROSAT)["label"][:7]))  # not the first files' classes only
-    assert len(load_test_set(EUROSAT, limit=1000)) == TEST_ROWS
+    assert len(SUN397.rows("test")) == TEST_ROWS
 
 
 def test_validation_is_a_tenth_of_train(hub):
-    rows = load_validation_set(EUROSAT)
-    train = data.load_split(EUROSAT, "train")
+    rows = validation_rows(EUROSAT)
+    train = EUROSAT.rows("train")
     split = torch.utils.data.random_split(
         range(TRAIN_ROWS), [TRAIN_ROWS - 16, 16], generator=torch.Generator().manual_seed(0)
     )
     assert rows["label"][:] == [train[index]["label"] for index in split[1].indices]
-    assert load_validation_set(EUROSAT, limit=5)["label"][:] == rows["label"][:5]
+    assert validation_rows(EUROSAT, limit=5)["label"][:] == rows["label"][:5]
     assert len(set(rows["label"][:])) > 3
 
 
 def test_loader_gives_tensors_and_labels(hub):
-    rows = load_test_set(MNIST, limit=5)
+    rows = MNIST.rows("test").select(range(5))
 
     def preprocess(image):
         return torch.full((3, 2, 2), float(image.size[0]))
 
-    batches = list(data.image_loader(rows, preprocess, batch_size=4))
+    batches = list(image_loader(rows, preprocess, batch_size=4))
     assert [tuple(images.shape) for images, _ in batches] == [(4, 3, 2, 2), (1, 3, 2, 2)]
     assert torch.cat([labels for _, labels in batches]).tolist() == rows["label"][:]
     assert batches[0][0].unique().tolist() == [28.0]
 
 
 def test_loader_can_be_sent_to_workers(hub):
-    loader = data.image_loader(load_test_set(MNIST), preprocessing(BASE), workers=2)
+    loader = image_loader(MNIST.rows("test"), preprocessing(BASE), workers=2)
     images, labels = pickle.loads(pickle.dumps(loader.collate_fn))([loader.dataset[0]])
     assert images.shape == (1, 3, 224, 224) and labels.shape == (1,) and loader.num_workers == 2
 
 
 def test_renamed_column_fails(own_hub):
     write_data(own_hub, MNIST, columns=("picture", "label"))
-    with pytest.raises(ValueError, match=r"ylecun/mnist, split test: no column 'image'.* picture, label") as caught:
-        load_test_set(MNIST)
+    with pytest.raises(
+        ValueError, match=r"ylecun/mnist, mnist/test-\*.parquet: no column 'image'.* picture, label"
+    ) as caught:
+        MNIST.rows("test")
     one_line(caught)
 
 
 def test_label_column_without_names_fails(own_hub):
-    path = data.snapshot(MNIST.repo, "dataset", ["mnist/test-*"]) / "mnist" / "test-00000-of-00001.parquet"
-    load_test_set(MNIST).cast_column("label", Value("int64")).to_parquet(path)
+    path = snapshot(MNIST.repo, "dataset", ["mnist/test-*"]) / "mnist" / "test-00000-of-00001.parquet"
+    MNIST.rows("test").cast_column("label", Value("int64")).to_parquet(path)
     with pytest.raises(ValueError, match="column 'label' must be a ClassLabel, got Value") as caught:
-        load_test_set(MNIST)
+        MNIST.rows("test")
     one_line(caught)
 
 
@@ -113,60 +108,62 @@ def test_permuted_labels_fail(own_hub, name):
     names = task.class_names
     names = [*names[:-2], names[-1], names[-2]]
     write_data(own_hub, task, names=names)
-    with pytest.raises(ValueError, match=f"label {task.classes - 2} is ") as caught:
-        load_test_set(task)
+    with pytest.raises(ValueError, match=f"label {len(names) - 2} is ") as caught:
+        task.rows("test")
     assert task.repo in one_line(caught)
 
 
 def test_alphabetical_labels_of_eurosat_fail(own_hub):
     write_data(own_hub, EUROSAT, names=sorted(EUROSAT.class_names))
     with pytest.raises(ValueError, match="label 1 is 'brushland or shrubland', expected 'forest'"):
-        load_test_set(EUROSAT)
+        EUROSAT.rows("test")
 
 
 def test_spelling_of_labels_may_differ(own_hub):
     task = VISION_TASKS["RESISC45"]
     write_data(own_hub, task, names=[name.replace(" ", "_") for name in task.class_names])
-    assert len(load_test_set(task)) == TEST_ROWS
+    assert len(task.rows("test")) == TEST_ROWS
 
 
 def test_other_number_of_classes_fails(own_hub):
     write_data(own_hub, MNIST, names=MNIST.class_names[:9])
     with pytest.raises(ValueError, match="column 'label' has 9 classes, expected 10") as caught:
-        load_test_set(MNIST)
+        MNIST.rows("test")
     one_line(caught)
 
 
 def test_other_split_name_fails(own_hub):
-    for path in data.snapshot(MNIST.repo, "dataset", ["mnist/*"]).glob("mnist/test-*"):
+    for path in snapshot(MNIST.repo, "dataset", ["mnist/*"]).glob("mnist/test-*"):
         path.unlink()
     write_data(own_hub, MNIST, test_split="validation")
-    message = r"no files mnist/test-\*.parquet for split test .*train, validation"
+    message = r"ylecun/mnist has no files mnist/test-\*.parquet .*train, validation"
     with pytest.raises(ValueError, match=message) as caught:
-        load_test_set(MNIST)
+        MNIST.rows("test")
     one_line(caught)
 
 
 def test_missing_shard_fails(own_hub):
-    folder = data.snapshot(SUN397.repo, "dataset", ["data/test-*"])
+    folder = snapshot(SUN397.repo, "dataset", ["data/test-*"])
     (folder / "data" / f"test-00001-of-{SHARDS['SUN397']:05d}.parquet").unlink()
-    with pytest.raises(ValueError, match="tanganke/sun397, split test: 2 of 3 files") as caught:
-        load_test_set(SUN397)
+    with pytest.raises(ValueError, match=r"tanganke/sun397, data/test-\*.parquet: 2 of 3 files") as caught:
+        SUN397.rows("test")
     one_line(caught)
 
 
 def test_other_number_of_rows_than_on_the_card_fails(own_hub):
-    card = data.snapshot(VISION_TASKS["SVHN"].repo, "dataset", ["README.md"]) / "README.md"
+    card = snapshot(VISION_TASKS["SVHN"].repo, "dataset", ["README.md"]) / "README.md"
     card.write_text(card.read_text().replace("num_examples: 24\n", "num_examples: 26032\n"))
-    with pytest.raises(ValueError, match="split test: 24 rows in the files, 26032 on the data card") as caught:
-        load_test_set(VISION_TASKS["SVHN"])
+    with pytest.raises(
+        ValueError, match=r"cropped_digits/test-\*.parquet: 24 rows in the files, 26032 on the data card"
+    ) as caught:
+        VISION_TASKS["SVHN"].rows("test")
     one_line(caught)
 
 
 def test_repository_that_is_not_cached_fails_offline(own_hub):
     shutil.rmtree(own_hub / "hub" / "datasets--tanganke--dtd")
     with pytest.raises(HubError, match=r"dataset tanganke/dtd is not in the local cache.*HF_HOME") as caught:
-        load_test_set(VISION_TASKS["DTD"])
+        VISION_TASKS["DTD"].rows("test")
     one_line(caught)
 
 
@@ -191,5 +188,5 @@ def test_hub_errors_say_what_to_do_in_one_line(monkeypatch, error, advice):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(HubError, match=advice) as caught:
-        load_test_set(MNIST)
+        MNIST.rows("test")
     assert "dataset ylecun/mnist" in one_line(caught)

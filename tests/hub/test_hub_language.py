@@ -124,16 +124,16 @@ def test_bad_data_is_named(hub):
     fails("unknown task 'wnli'; there are cola", task, "wnli")
     fails("unknown split 'dev'; there are train", load_split, COLA, "dev")
     differences = {
-        "split test of cola: labels of -1 are hidden": {"test_split": "test"},
+        r"nyu-mll/glue, cola/test-\*.parquet: labels of -1 are hidden": {"test_split": "test"},
         r"no files cola/dev-\*.parquet": {"test_split": "dev"},
-        "are unacceptable, acceptable, expected acceptable, unacceptable": {"classes": COLA.classes[::-1]},
+        "label 0 is 'unacceptable', expected 'acceptable'": {"classes": COLA.classes[::-1]},
         "column 'label' must be a Value, got ClassLabel": {"classes": ()},
         "column 'idx' must be a ClassLabel, got Value": {"label": "idx"},
     }
     for message, difference in differences.items():
         fails(message, load_split, replace(COLA, **difference), "test")
     next(repository(hub, "dataset", COLA.repo).glob("qnli/train-00001-*")).unlink()
-    fails("split train of qnli: 1 of 2 files; delete", load_split, HUB_TEXTS["qnli"], "train")
+    fails(r"qnli/train-\*.parquet: 1 of 2 files; delete", load_split, HUB_TEXTS["qnli"], "train")
     fake.write_texts(hub, [COLA], columns={"sentence": "text"})
     fails(r"nyu-mll/glue, .*no column 'sentence', the columns are text, label, idx", load_split, COLA, "test")
     card = repository(hub, "dataset", "ucirvine/sms_spam") / "README.md"
@@ -237,6 +237,29 @@ def test_bad_bert_and_gpt2_repositories_are_named(hub):
     fails(r"tensor score.weight has shape \(3, 16\), its config.json says \(2, 16\)", load)
     (folder / "model.safetensors").unlink()
     fails("has neither model.safetensors nor pytorch_model.bin", load)
+
+
+def test_tensors_that_a_model_does_not_have_are_named(hub):
+    """A file may hold heads that are not asked for, and masks of old checkpoints, but no layer beyond config.json's."""
+    folder = repository(hub, "model", GPT2)
+    change(folder, lambda tensors: tensors.update({"h.0.attn.masked_bias": torch.zeros(1)}))
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["wte.weight"].clone()}))
+    language.gpt2(GPT2)
+    change(folder, lambda tensors: tensors.update({"h.2.ln_1.bias": torch.zeros(16)}))
+    fails(f"model {GPT2} has 1 tensors that GPT2Model has not, the first is h.2.ln_1.bias", language.gpt2, GPT2)
+    change(repository(hub, "model", BERT), lambda tensors: tensors.update({"classifier.bias": torch.zeros(2)}))
+    fails(f"model {BERT} has 1 tensors that BertModel has not, the first is classifier.bias", language.encoder, BERT)
+
+
+def test_a_missing_tokenizer_is_named(hub):
+    """transformers would hand out one that knows no word."""
+    for repo, load, file in ((BERT, language.encoder, "vocab.txt"), (GPT2, language.gpt2, "merges.txt")):
+        folder = repository(hub, "model", repo)
+        expected = len(load(repo)[1])
+        (folder / "tokenizer.json").unlink()
+        assert len(load(repo)[1]) == expected
+        (folder / file).unlink()
+        fails(f"model {repo} has no tokenizer: neither tokenizer.json nor .*{file}", load, repo)
 
 
 # ---- T5

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
-from common.data.hub import VISION_TASKS, HubError
+from common.data.hub import HubError
+from merging.suites.data.vision_tasks import VISION_TASKS
 from merging.suites.models.clip import clip_expert_state, clip_vision, preprocessing, zero_shot_head
 
 EXPERT = VISION_TASKS["SUN397"].expert_id(BASE)

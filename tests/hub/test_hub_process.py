@@ -11,7 +11,7 @@ from fake_hub import TEST_ROWS, environment
 SCRIPT = """
 import json, torch
 import torch.nn.functional as F
-from common.data.hub import VISION_TASKS, image_loader, load_test_set
+from merging.suites.data.vision_tasks import VISION_TASKS, image_loader
 from merging.suites.models.clip import clip_expert_state, clip_vision, preprocessing, zero_shot_head
 
 base = "openai/clip-vit-base-patch32"
@@ -24,7 +24,7 @@ for name in ("Cars", "SVHN"):
     with torch.no_grad():
         right = sum(
             int(((F.normalize(vision(images), dim=-1) @ head.T).argmax(1) == labels).sum())
-            for images, labels in image_loader(load_test_set(task), preprocess)
+            for images, labels in image_loader(task.rows("test"), preprocess)
         )
     result[name] = [list(head.shape), right]
 print(json.dumps(result))
@@ -53,7 +53,8 @@ def test_offline_process(true_hub):
 
 def test_import_reaches_for_nothing(tmp_path):
     heavy = "{'datasets', 'huggingface_hub', 'transformers'}"
-    code = f"import sys, common.data.hub, merging.suites.models.clip; print(sorted({heavy} & set(sys.modules)))"
+    modules = "merging.suites.data.vision_tasks, merging.suites.data.hub_texts, merging.suites.models.clip"
+    code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
     done = run(code, environment(tmp_path))
     assert done.stdout.strip() == "[]", done.stderr[-2000:]
     assert list(tmp_path.iterdir()) == []

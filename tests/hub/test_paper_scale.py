@@ -13,8 +13,8 @@ import pytest
 from fake_hub import BASE, TEST_ROWS, environment, repository, write_data
 from pandas.testing import assert_frame_equal
 
-from common.data.hub import VISION_TASKS
 from common.lab.results import load
+from merging.suites.data.vision_tasks import VISION_TASKS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "22_vision_merging.py"
 

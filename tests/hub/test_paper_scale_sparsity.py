@@ -17,7 +17,7 @@ from common.lab.results import load, load_experiment
 from common.lab.run import run
 from sparsity.studies import images
 from sparsity.studies.data import c4, pictures
-from sparsity.studies.study import VARIANTS
+from sparsity.studies.runs import VARIANTS
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 SHARD, COUNT = 12, 30

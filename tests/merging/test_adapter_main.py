@@ -69,17 +69,18 @@ def made_by_peft(folder, name, config, count=3):
 
 
 def expected_model(base, folded, method, svc=False, final_scale=1.0, transposed=()):
-    """The dense path on what peft folded: task vectors of whole models, in float64, matrices as (out, in)."""
+    """The dense path on what peft folded in float32: task vectors of whole models in float64, matrices as (out, in)."""
 
     def oriented(state):
         return {n: t.double().T if n in transposed else t.double() for n, t in state.items() if t.is_floating_point()}
 
     start, tasks = oriented(base), [task_vector(oriented(state), oriented(base)) for state in folded]
-    merged = MERGERS[method](tasks)
+    own, came_in = MERGERS[method], {"precision": torch.float32}
+    merged = own(tasks, **own.known(**came_in))
     if svc:
-        bases = iso_basis(tasks, method) if method.startswith("iso") else None
+        bases = iso_basis(tasks, method, **came_in) if own.basis else None
         bases = bases and {n: b for n, b in bases.items() if "embedding" not in n}
-        merged = calibrate(merged, tasks, alpha=1.0 if method == "tsv_m" else None, bases=bases)
+        merged = calibrate(merged, tasks, alpha=own.alpha, bases=bases)
     ends = apply(start, merged, final_scale)
     return {name: end.T if name in transposed else end for name, end in ends.items()}
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsity import probes
+from sparsity.accumulators import HISTOGRAM
 from sparsity.activations import derivative, make
 from sparsity.blocks import LAYOUTS, Layout, find_blocks
 from sparsity.probes import probe
-from sparsity.sums import HISTOGRAM
 
 COLUMNS = ("density", "derivative_density", "density_from_flatness", "augmented_flatness_key",
            "augmented_flatness_value")  # fmt: skip

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from common.data.hub import VALIDATION_FRACTION, VALIDATION_SEED, announced_rows, permutation, snapshot
+from common.data import hub
 from merging.suites.data.text_tasks import Examples, TextTask
+from merging.suites.data.vision_tasks import VALIDATION_SEED, held_out
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_LIMIT = 512
@@ -171,51 +172,21 @@ def load_split(text: HubText, split: str) -> Examples:
     if split == "test" and text.test_split is not None:
         return _examples(text, _rows(text, text.test_split))
     rows = _rows(text, "train")
-    order = permutation(len(rows), VALIDATION_SEED)
-    test = int(len(order) * TEST_FRACTION) if text.test_split is None else 0
-    validation = len(order) - int((len(order) - test) * VALIDATION_FRACTION)
-    parts = {"test": order[:test], "train": order[test:validation], "validation": order[validation:][:VALIDATION_LIMIT]}
+    order = hub.permutation(len(rows), VALIDATION_SEED)
+    count = int(len(order) * TEST_FRACTION) if text.test_split is None else 0
+    train, validation = held_out(order[count:])
+    parts = {"test": order[:count], "train": train, "validation": validation[:VALIDATION_LIMIT]}
     return _examples(text, rows.select(parts[split]))
+
+
+def _rows(text: HubText, split: str) -> Any:
+    """Return all rows of a split of the repository, checked."""
+    files = text.files.format(config=text.config, split=split)
+    columns = {**dict.fromkeys(text.fields, "Value"), text.label: "ClassLabel" if text.classes else "Value"}
+    return hub.load_rows(text.repo, files, columns, text.classes, spelling=str, card=(text.config, split))
 
 
 def _examples(text: HubText, rows: Any) -> Examples:
     labels = rows[text.label][:]
     targets = labels if text.classes else [float(f"{label:.1f}") for label in labels]
     return Examples(list(zip(*(rows[field][:] for field in text.fields), strict=True)), targets)
-
-
-def _rows(text: HubText, split: str) -> Any:
-    """All rows of a split of the repository as a `datasets.Dataset`, checked."""
-    from datasets import load_dataset
-
-    pattern = text.files.format(config=text.config, split=split)
-    folder = snapshot(text.repo, "dataset", ["README.md", pattern])
-    files = sorted(folder.glob(pattern))
-    where = f"{text.repo}, split {split} of {text.config}"
-    if not files:
-        raise ValueError(f"{where}: there are no files {pattern}")
-    expected = int(files[0].stem.rsplit("-of-", 1)[1]) if "-of-" in files[0].name else 1
-    if len(files) != expected:
-        raise ValueError(f"{where}: {len(files)} of {expected} files; delete {folder} and run again")
-    rows = load_dataset("parquet", data_files={split: [str(path) for path in files]}, split=split)
-    _check_columns(text, where, rows.features)
-    announced = announced_rows(text, split, folder)
-    if announced is not None and announced != len(rows):
-        raise ValueError(f"{where}: {len(rows)} rows in the files, {announced} on the data card")
-    if text.classes and min(rows[text.label][:], default=0) < 0:
-        raise ValueError(f"{where}: labels of -1 are hidden ones, take another split")
-    return rows
-
-
-def _check_columns(text: HubText, where: str, features: Any) -> None:
-    from datasets import ClassLabel, Value
-
-    label = ClassLabel if text.classes else Value
-    for column, kind in {**dict.fromkeys(text.fields, Value), text.label: label}.items():
-        if column not in features:
-            raise ValueError(f"{where}: no column {column!r}, the columns are {', '.join(features)}")
-        if not isinstance(features[column], kind):
-            raise ValueError(f"{where}: column {column!r} must be a {kind.__name__}, got {features[column]}")
-    if text.classes and tuple(features[text.label].names) != text.classes:
-        names = f"{', '.join(features[text.label].names)}, expected {', '.join(text.classes)}"
-        raise ValueError(f"{where}: the classes of {text.label!r} are {names}")

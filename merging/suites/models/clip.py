@@ -1,4 +1,4 @@
-"""CLIP of the paper scale, from the Hub: base encoder, experts, zero-shot heads. Nothing else calls from_pretrained.
+"""CLIP of the paper scale, from the Hub: base encoder, experts and zero-shot heads.
 
 The base is OpenAI's CLIP (openai/clip-vit-base-patch32 and its siblings); an expert is the vision tower alone, tuned
 for a task (tanganke/clip-vit-base-patch32_TASK). Visual projection, text side and logit scale stay those of the base,
@@ -9,7 +9,6 @@ file hands them out as the installed `CLIPVisionModel` names them, base and expe
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data.hub import snapshot
+from common.models.hub import check_fits, load_model, load_tokenizer, model_folder
 
 
 class ClipVision(nn.Module):
@@ -39,7 +39,7 @@ def clip_vision(model_id: str) -> ClipVision:
         HubError: the repository cannot be had.
         ValueError: the checkpoint lacks tensors of the model.
     """
-    clip = _load_clip(_model_folder(model_id), model_id)
+    clip = load_model("CLIPModel", model_folder(model_id), model_id)
     return ClipVision(clip.vision_model, clip.visual_projection).eval()
 
 
@@ -54,25 +54,9 @@ def clip_expert_state(model_id: str, like: Mapping[str, Tensor]) -> dict[str, Te
         HubError: the repository cannot be had.
         ValueError: the first tensor that is missing, additional or of another shape than the base's.
     """
-    from transformers import CLIPVisionModel
-
-    tower = _load(CLIPVisionModel, _model_folder(model_id), model_id)
-    state = dict(tower.state_dict())
+    state = dict(load_model("CLIPVisionModel", model_folder(model_id), model_id).state_dict())
     check_fits(model_id, state, like)
     return state
-
-
-def check_fits(model_id: str, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError that names the first tensor of an expert that the base lacks, or has in another shape."""
-    for name in sorted(like.keys() ^ state.keys()):
-        owner = "base" if name in like else "expert"
-        raise ValueError(f"expert {model_id} does not fit the base: only the {owner} has the tensor {name}")
-    for name, tensor in like.items():
-        if state[name].shape != tensor.shape:
-            raise ValueError(
-                f"expert {model_id} does not fit the base: {name} has shape {tuple(state[name].shape)},"
-                f" the base's has {tuple(tensor.shape)}"
-            )
 
 
 @torch.no_grad()
@@ -92,15 +76,13 @@ def zero_shot_head(
         HubError: the repository cannot be had.
         ValueError: no class, no template, or a template without `{}`.
     """
-    from transformers import CLIPTokenizer
-
     if not class_names or not templates:
         raise ValueError(f"a head needs classes and templates, got {len(class_names)} and {len(templates)}")
     if bad := [template for template in templates if template.count("{}") != 1]:
         raise ValueError(f"a template has one {{}} for the class name, got {bad[0]!r}")
-    folder = _model_folder(model_id)
-    clip = _load_clip(folder, model_id).to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    folder = model_folder(model_id)
+    clip = load_model("CLIPModel", folder, model_id).to(device)
+    tokenizer = load_tokenizer("CLIPTokenizer", folder, model_id)
     length = clip.text_model.config.max_position_embeddings
     rows = []
     for name in class_names:
@@ -134,27 +116,3 @@ def _preprocess(image: Any, size: int, crop: list[int], mean: list[float], std: 
     image = V.resize(image.convert("RGB"), [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
     pixels = V.to_dtype(V.to_image(V.center_crop(image, crop)), torch.float32, scale=True)  # (3, H, W)
     return V.normalize(pixels, mean, std).as_subclass(Tensor)
-
-
-def _model_folder(model_id: str) -> Path:
-    """The local folder with configuration, tokenizer and weights (safetensors if there are any, else the .bin)."""
-    folder = snapshot(model_id, "model", ["*.json", "merges.txt", "model.safetensors"])
-    if not (folder / "model.safetensors").exists():
-        folder = snapshot(model_id, "model", ["pytorch_model.bin"])
-        if not (folder / "pytorch_model.bin").exists():
-            raise ValueError(f"model {model_id} has neither model.safetensors nor pytorch_model.bin in {folder}")
-    return folder
-
-
-def _load_clip(folder: Path, model_id: str) -> Any:
-    from transformers import CLIPModel
-
-    return _load(CLIPModel, folder, model_id)
-
-
-def _load(kind: Any, folder: Path, model_id: str) -> Any:
-    """Load in float32; a tensor that the checkpoint lacks would be random, hence an error."""
-    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"model {model_id} lacks {len(missing)} tensors of {kind.__name__}, the first is {missing[0]}")
-    return model.eval()

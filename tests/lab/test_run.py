@@ -106,7 +106,7 @@ def test_experiments_are_checked_when_they_are_defined(experiment):
         dataclasses.replace(experiment, scales={name: unseeded() for name in experiment.scales})
     taken = dataclasses.make_dataclass("Settings", [("seeds", tuple, (0,)), ("device", str, "cpu")])
     with pytest.raises(ValueError, match="device"):
-        dataclasses.replace(experiment, scales={name: taken() for name in experiment.scales})
+        parse(dataclasses.replace(experiment, scales={name: taken() for name in experiment.scales}), [])
 
 
 def work(item: int) -> tuple[int, int, int]:
@@ -132,9 +132,13 @@ def test_map_runs_here_with_one_job_or_one_item(monkeypatch):
     assert context(jobs=2).map(work, [], "work") == []
 
 
+def inverse(number: float) -> float:
+    return 1 / number
+
+
 def test_an_exception_in_a_process_reaches_the_caller():
     with pytest.raises(ZeroDivisionError):
-        context(jobs=2).map(lambda x: 1 / x, [1, 0], "divide")
+        context(jobs=2).map(inverse, [1, 0], "divide")
 
 
 def test_stages_add_up_under_their_name():

@@ -1,0 +1,160 @@
+"""The eight vision tasks of the paper scale as public Hub repositories, with CLIP's class names and prompts.
+
+What the table states, and where each fact was read (cards and file lists are the public pages of the repositories):
+
+    fact                                  source
+    ------------------------------------  ---------------------------------------------------------------------------
+    repositories, configs, splits,        fusion_bench, config/dataset/image_classification/{test,train,val}/*.yaml and
+    expert names                          config/modelpool/CLIPVisionModelPool/clip-vit-base-patch32_TA8.yaml
+    columns `image`, `label`              cards of tanganke/{sun397,stanford_cars,dtd} and ylecun/mnist; viewers of
+                                          tanganke/{gtsrb,eurosat}
+    folders and file names                file lists of tanganke/{sun397,stanford_cars,eurosat,gtsrb,resisc45},
+                                          ufldl-stanford/svhn, ylecun/mnist; card of tanganke/dtd
+    class names in label order            fusion_bench, tasks/clip_classification/*.py, made for these same data sets
+    prompt templates                      OpenAI CLIP, data/prompts.md (SVHN: mlfoundations/task_vectors)
+
+Names and templates are in clip_prompts.json. They agree with CLIP's prompts.md word for word, but for the ORDER of
+EuroSAT, where CLIP's page differs from the data set. The order of the data set's own labels is the one that counts, and
+every load compares the two. What no source showed is listed in each task's `unverified`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from common.data import hub
+
+VALIDATION_FRACTION, VALIDATION_SEED = 0.1, 0
+
+
+@dataclass(frozen=True)
+class VisionTask:
+    """One task: which expert belongs to it, where its images are, and what about it is not confirmed."""
+
+    name: str
+    expert: str  # the expert of base B is tanganke/B_{expert}
+    repo: str
+    config: str = "default"
+    folder: str = "data"  # files: {folder}/{split}-00000-of-00001.parquet
+    unverified: tuple[str, ...] = ()
+
+    @property
+    def class_names(self) -> list[str]:
+        """The class names in label order, as CLIP's prompts spell them."""
+        return _prompts()[self.name]["classes"]
+
+    @property
+    def templates(self) -> list[str]:
+        """CLIP's prompt templates for this data set, each with one `{}` for the class name."""
+        return _prompts()[self.name]["templates"]
+
+    def expert_id(self, base_id: str) -> str:
+        """Return the repository of this task's expert of a base such as openai/clip-vit-base-patch32."""
+        return f"tanganke/{base_id.split('/')[-1]}_{self.expert}"
+
+    def rows(self, split: str) -> Any:
+        """Return all rows of the split "train" or "test", a `datasets.Dataset` of `image` (PIL) and `label` (int).
+
+        Raises:
+            HubError: the repository cannot be reached, is gated or does not exist.
+            ValueError: files, columns, number or order of the classes, or number of rows are not the expected ones.
+        """
+        columns = {"image": "Image", "label": "ClassLabel"}
+        files = f"{self.folder}/{split}-*.parquet"
+        return hub.load_rows(self.repo, files, columns, self.class_names, card=(self.config, split))
+
+
+@cache
+def _prompts() -> dict[str, dict[str, list[str]]]:
+    return json.loads((Path(__file__).parent / "clip_prompts.json").read_text(encoding="utf-8"))
+
+
+VISION_TASKS: dict[str, VisionTask] = {
+    task.name: task
+    for task in (
+        VisionTask(
+            "SUN397", "sun397", "tanganke/sun397",
+            unverified=(
+                "label names after the 41st on the data card (the order is fusion_bench's; the public viewer counts 287"
+                " classes in the part it reads, every load here checks for 397)",
+            ),
+        ),
+        VisionTask(
+            "Cars", "stanford-cars", "tanganke/stanford_cars",
+            unverified=("label names after the 44th on the data card (the order is fusion_bench's)",),
+        ),
+        VisionTask(
+            "RESISC45", "resisc45", "tanganke/resisc45",
+            unverified=(
+                "columns image and label (no card seen)",
+                "label names on the data card (the order is fusion_bench's)",
+            ),
+        ),
+        VisionTask(
+            "EuroSAT", "eurosat", "tanganke/eurosat",
+            unverified=(
+                "label names after the first on the data card (the order is fusion_bench's, not that of CLIP's page)",
+            ),
+        ),
+        VisionTask(
+            "SVHN", "svhn", "ufldl-stanford/svhn", config="cropped_digits", folder="cropped_digits",
+            unverified=(
+                "columns image and label of config cropped_digits (only the label names of full_numbers seen)",
+                "OpenAI publishes no template for SVHN (this one: task_vectors and fusion_bench)",
+            ),
+        ),
+        VisionTask(
+            "GTSRB", "gtsrb", "tanganke/gtsrb",
+            unverified=("label names after the first on the data card (the order is fusion_bench's)",),
+        ),
+        VisionTask("MNIST", "mnist", "ylecun/mnist", config="mnist", folder="mnist"),
+        VisionTask("DTD", "dtd", "tanganke/dtd", unverified=("number of data files (the card shows data/test-*)",)),
+    )
+}  # fmt: skip
+
+
+def unverified() -> list[str]:
+    """Return every fact of the table which no source confirmed, one line each: `task (repository): fact`."""
+    return [f"{task.name} ({task.repo}): {fact}" for task in VISION_TASKS.values() for fact in task.unverified]
+
+
+def held_out(order: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Divide a random order of training examples into those to train on and those to validate on, the last tenth.
+
+    Source: fusion_bench, whose seed is VALIDATION_SEED. The official protocols have no validation split.
+    """
+    cut = len(order) - int(len(order) * VALIDATION_FRACTION)
+    return order[:cut], order[cut:]
+
+
+def validation_rows(task: VisionTask, limit: int | None = None) -> Any:
+    """Return the images of the train split that we hold out for choices that are tuned; format and errors as `rows`.
+
+    They are a random tenth (the last tenth of the files would hold the last classes only). The public experts were
+    fine-tuned on the whole train split, so they have seen these images: good for choosing a scale of the merged model,
+    not for measuring an expert.
+
+    Args:
+        task: an entry of VISION_TASKS.
+        limit: take the first so many images of the random order; default all.
+    """
+    rows = task.rows("train")
+    _, validation = held_out(hub.permutation(len(rows), VALIDATION_SEED))
+    return rows.select(validation[:limit])
+
+
+def image_loader(rows: Any, preprocess: Callable[[Any], Tensor], batch_size: int = 128, workers: int = 0) -> DataLoader:
+    """Iterate over rows as pairs: images (B, 3, H, W), labels (B,); `preprocess` makes (3, H, W) of a PIL image."""
+    return DataLoader(rows, batch_size=batch_size, num_workers=workers, collate_fn=partial(_collate, preprocess))
+
+
+def _collate(preprocess: Callable[[Any], Tensor], batch: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    images = torch.stack([preprocess(row["image"]) for row in batch])  # (B, 3, H, W)
+    return images, torch.tensor([row["label"] for row in batch])  # (B,)

@@ -1,0 +1,77 @@
+"""The settings in which networks are trained from scratch, each named once: data, network, recipe, steps between logs.
+
+Experiment 03 trains the ViTs and 05 the T5s in all variants; 01, 08 and 31 take the ViTs too, and so find networks that
+03 has trained in the cache. The paper scale has the authors' recipes (arXiv 2605.25612). At the smaller scales, which
+last minutes, weight decay is larger, so that E = Σ learning rate × weight decay over the steps is large all the same.
+"""
+
+from dataclasses import replace
+
+from common.training import Recipe
+from sparsity.studies.images import IMAGENET, ImageTask
+from sparsity.studies.span_corruption import SpanCorruption
+
+ADAMW = (0.9, 0.999)  # β₁ and β₂, the defaults of AdamW, which the authors keep
+
+# Vision Transformers: weight decay goes with the size of the network, and so it stands beside the recipes.
+SMOKE_RECIPE = Recipe(6, 16, 3e-3, betas=ADAMW)
+DIGITS_RECIPE = Recipe(2400, 16, 3e-3, warmup=0.07, betas=ADAMW)
+GLYPHS_RECIPE = Recipe(5500, 32, 3e-3, warmup=0.036, betas=ADAMW)
+IMAGENET_RECIPE = Recipe(187_500, 2048, 3e-3, warmup=0, betas=ADAMW, stairs=300, precision="fp16")
+DIGITS_DECAY = 1.25
+GLYPHS_DECAY = 0.48
+LARGER_GLYPHS_DECAY = 0.96  # of width 96 and 6 layers
+IMAGENET_DECAY = 0.3
+
+VIT = {
+    "smoke": dict(
+        task=ImageTask("digits", width=16, depth=2),
+        recipe=replace(SMOKE_RECIPE, weight_decay=DIGITS_DECAY),
+        log_every=3,
+    ),
+    "laptop": dict(
+        task=ImageTask("digits", width=64, depth=2),
+        recipe=replace(DIGITS_RECIPE, weight_decay=DIGITS_DECAY),
+        log_every=80,
+    ),
+    "workstation": dict(
+        task=ImageTask("glyphs", width=64, depth=4),
+        recipe=replace(GLYPHS_RECIPE, weight_decay=GLYPHS_DECAY),
+        log_every=110,
+    ),
+    "paper": dict(
+        task=IMAGENET,
+        recipe=replace(IMAGENET_RECIPE, weight_decay=IMAGENET_DECAY),
+        log_every=100,
+    ),
+}
+
+# T5 on span corruption: half a cosine at a moderate rate, and the authors' inverse square root at a high one.
+T5 = {
+    "smoke": dict(
+        task=SpanCorruption(width=16, depth=1, heads=2, d_ff=32, megabytes=0.5, evaluation_rows=32),
+        recipes=(Recipe(4, 4, 3e-3), Recipe(4, 4, 1e-2, schedule="inverse_sqrt")),
+        log_every=2,
+    ),
+    "laptop": dict(
+        task=SpanCorruption(depth=1),
+        recipes=(
+            Recipe(1200, 16, 3e-3, warmup=0.07, weight_decay=1.4, betas=ADAMW),
+            Recipe(1200, 16, 1e-2, warmup=0.1, weight_decay=0.5, betas=ADAMW, schedule="inverse_sqrt"),
+        ),
+        log_every=50,
+    ),
+    "workstation": dict(
+        task=SpanCorruption(depth=2),
+        recipes=(
+            Recipe(3000, 16, 3e-3, warmup=0.05, weight_decay=0.92, betas=ADAMW),
+            Recipe(3000, 16, 1e-2, warmup=0.1, weight_decay=0.27, betas=ADAMW, schedule="inverse_sqrt"),
+        ),
+        log_every=100,
+    ),
+    "paper": dict(
+        task=SpanCorruption("c4", length=512, model="google-t5/t5-base"),
+        recipes=(Recipe(100_000, 256, 1e-2, warmup=0.1, weight_decay=1e-3, betas=ADAMW, schedule="inverse_sqrt"),),
+        log_every=50,
+    ),
+}

@@ -1,0 +1,72 @@
+"""The density tables: means, relative changes, the verdict and the remarks, of a table with known numbers."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from sparsity.studies import density_tables
+
+
+def table(inference, training=None, seeds=3):
+    """Rows of made-up runs in one setting: {variant: density}, a little different from seed to seed."""
+    rows = []
+    for variant, density in inference.items():
+        for seed in range(seeds):
+            labels = dict(setting="s", variant=variant, seed=seed)
+            for layer in ("a", "b"):
+                for metric in (
+                    *density_tables.TEST_METRICS,
+                    "score",
+                    "loss",
+                    "score without MLPs",
+                    "loss without MLPs",
+                ):
+                    value = density * (1 + 0.01 * seed) * (0.5 if layer == "a" else 1.5)
+                    rows.append({**labels, "split": "test", "layer": layer, "metric": metric, "value": value})
+            for step in (1, 100, 200):
+                for metric in density_tables.CURVE_METRICS:
+                    value = 9.0 if step == 1 else (training or inference)[variant] * (1 + 0.01 * seed)
+                    rows.append(
+                        {**labels, "split": "train", "step": step, "layer": "all", "metric": metric, "value": value}
+                    )
+    return pd.DataFrame(rows)
+
+
+CONTROL = density_tables.CONTROL
+
+
+def test_finals_are_means_over_layers_and_logged_steps():
+    final = density_tables.finals(table({"vanilla": 0.2})).set_index("seed")
+    assert final.density[0] == pytest.approx(0.2) and final.training_density[0] == pytest.approx(0.2)
+    assert final.forward_left[0] == pytest.approx(0.6) and final.backward_left[0] == pytest.approx(0.2)
+
+
+def densities(modified, control):
+    return {"vanilla": 0.2, "modified": modified, CONTROL: control}
+
+
+@pytest.mark.parametrize(
+    "inference, training, head, tail",
+    [
+        (densities(0.05, 0.1), None, "reproduced", "beyond the control"),
+        (densities(0.15, 0.1), None, "direction reproduced", "not certainly beyond the control"),
+        (densities(0.05, 0.04), densities(0.15, 0.1), "direction reproduced", "not certainly beyond the control"),
+        (densities(0.25, 0.1), None, "not reproduced", "not certainly beyond the control"),
+    ],
+)
+def test_the_verdict_follows_the_rule(inference, training, head, tail):
+    text = density_tables.verdict(table(inference, training))
+    assert text.startswith(f"{head}.") and text.endswith(f": {tail}")
+    assert density_tables.verdict(table(inference, training, seeds=2)) == "not run at this scale"
+
+
+def test_comparison_and_remarks_state_the_change():
+    data = table({"vanilla": 0.2, "modified": 0.1, CONTROL: 0.125})
+    lines = density_tables.compare(data, None, "no").set_index("quantity")
+    line = lines.loc["change of inference density, %: modified against vanilla; s"]
+    assert line.paper == -36 and line.ours == pytest.approx(-50) and line.n == 3
+    against = lines.loc["change of inference density, %: modified against vanilla, MLP norms undecayed; s"]
+    assert math.isnan(against.paper) and against.ours == pytest.approx(-20)
+    share = 100 * math.log(0.625) / math.log(0.5)
+    assert f"that is {share:.0f} % of the effect" in density_tables.remarks(data)
