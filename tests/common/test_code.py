@@ -70,18 +70,18 @@ def function(where: str):
     return getattr(importlib.import_module(module), name)
 
 
-SWEEP, STUDY, MERGER = "24_alpha_and_scale:sweeps", "sparsity.studies.study:_train", "merging.suites.comparison"
+SWEEP, TRAINED, MERGER = "24_alpha_and_scale:sweeps", "sparsity.studies.training:_train", "merging.suites.comparison"
 MERGER += ":merger_rows"
 REACHED = [  # what builds, the file and the function in it that the result depends on
     ("24_alpha_and_scale:basis", "experiments/24_alpha_and_scale.py", "distance"),
     ("24_alpha_and_scale:basis", "experiments/24_alpha_and_scale.py", "perturbed"),
     (SWEEP, "experiments/24_alpha_and_scale.py", "times"),
     (SWEEP, "experiments/24_alpha_and_scale.py", "labelled"),
-    (STUDY, "sparsity/studies/study.py", "_absolute_activations"),  # the penalty itself
-    (STUDY, "sparsity/studies/study.py", "Recorder._log"),  # a method
-    (STUDY, "sparsity/studies/study.py", "Run.snapshot_steps"),  # a property
-    (STUDY, "sparsity/activations.py", "JSReLU.derivative"),  # in a table of classes
-    (STUDY, "common/training.py", "decay_groups"),
+    (TRAINED, "sparsity/studies/training.py", "_absolute_activations"),  # the penalty itself
+    (TRAINED, "sparsity/studies/training.py", "Recorder._log"),  # a method
+    (TRAINED, "sparsity/studies/runs.py", "Run.snapshot_steps"),  # a property
+    (TRAINED, "sparsity/activations.py", "JSReLU.derivative"),  # in a table of classes
+    (TRAINED, "common/training.py", "decay_groups"),
     (MERGER, "merging/mergers.py", "star"),  # in a table of functions
     (MERGER, "merging/calibration.py", "_divisor"),
     (MERGER, "common/spectral.py", "projection_coefficients"),
@@ -106,7 +106,7 @@ def test_an_edit_of_what_a_result_depends_on_is_seen(built_by, file, name, edite
     [
         (SWEEP, "experiments/24_alpha_and_scale.py", lambda text: text.replace("range(-8, 5)", "range(-8, 6)")),
         (SWEEP, "merging/calibration.py", lambda text: text.replace('"text_projection", "emb', '"text", "emb')),
-        (STUDY, "sparsity/probes.py", lambda text: text.replace("REDUCTIONS = (", "REDUCTIONS = ('x', ")),
+        (TRAINED, "sparsity/probes.py", lambda text: text.replace("REDUCTIONS = (", "REDUCTIONS = ('x', ")),
     ],
 )
 def test_an_edit_of_a_constant_is_seen(built_by, file, change, edited):
@@ -141,7 +141,7 @@ def test_an_edit_of_comments_docstrings_and_layout_leaves_rows_alone(edited):
 
 
 def test_asking_costs_well_under_a_second():
-    build = function(STUDY)
+    build = function(TRAINED)
     forget()
     start = time.process_time()
     code.code_of(build)
