@@ -139,7 +139,7 @@ def _trained(base: Base, task: TextTask, rows: Sequence[tuple]) -> tuple[dict[st
     return base.inputs(task, texts), base.targets(task, targets)
 
 
-class LikeLengths(Sampler[list[int]]):
+class LengthGroupedBatches(Sampler[list[int]]):
     """Index batches of a recipe in which texts are about equally long, so that little is padding.
 
     Pools of `POOL` batches hold each class equally often; each is sorted by length and cut.
@@ -169,7 +169,7 @@ def training_batches(base: Base, task: TextTask, recipe: training.Recipe, seed: 
     examples = task.split("train")
     rows = list(zip(examples.texts, examples.targets, strict=True))
     lengths = [sum(map(len, text)) for text in examples.texts]
-    sampler = LikeLengths(torch.tensor(examples.targets), lengths, recipe, seed)
+    sampler = LengthGroupedBatches(torch.tensor(examples.targets), lengths, recipe, seed)
     return DataLoader(rows, batch_sampler=sampler, collate_fn=partial(_trained, base, task))
 
 
