@@ -25,7 +25,7 @@ from merging.suites.data import hub_texts, package_texts
 from merging.suites.data.text_tasks import TextTask
 from merging.suites.models import adapted, language
 from merging.suites.suite import Rows, State, Suite
-from merging.suites.text_experts import Base, TextRecipe, Tuned
+from merging.suites.text_experts import Base, FineTuning, TextRecipe, Tuned
 
 GLUE = tuple(name for name in hub_texts.GLUE if name != "stsb")
 FLAN = "google/flan-t5-base", "google/flan-t5-large"
@@ -53,9 +53,9 @@ class Backbone:
     hub: str = ""
 
     @property
-    def way(self) -> tuple[Tuned, float]:
-        """How experts are trained here: what is tuned, and the learning rate."""
-        return self.tuned, self.learning_rate
+    def tuning(self) -> FineTuning:
+        """How experts are trained here."""
+        return FineTuning(self.tuned, self.learning_rate)
 
 
 def _minilm(recipe: TextRecipe) -> Base:
@@ -170,7 +170,7 @@ def _base(name: str, recipe: TextRecipe) -> Base:
 def _own_expert(
     backbone: Backbone, seed: int, recipe: TextRecipe, device: torch.device, base: Base, task: TextTask
 ) -> _Expert:
-    found = text_experts.fine_tune(base, task, backbone.way, seed, recipe, device)
+    found = text_experts.fine_tune(base, task, backbone.tuning, seed, recipe, device)
     head = load_file(found.path / "head.safetensors") if base.pooling else None
     if backbone.tuned != "full":
         return _Expert(found.key, adapter=found.path / "adapter", head=head)
@@ -276,7 +276,7 @@ def prepare(settings: Any, context: Any) -> None:
 
 def _artefact(name: str, task: str, seed: int, recipe: TextRecipe, device: torch.device) -> tuple:
     backbone = BACKBONES[name]
-    return text_experts.expert(_base(name, recipe), backbone.task(task), backbone.way, seed, recipe, device)
+    return text_experts.expert(_base(name, recipe), backbone.task(task), backbone.tuning, seed, recipe, device)
 
 
 def _probe_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str]) -> None:
@@ -288,7 +288,7 @@ def _probe_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str]) 
 def _fine_tune_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str, int]) -> None:
     name, task, seed = item
     backbone = BACKBONES[name]
-    text_experts.fine_tune(_base(name, recipe), backbone.task(task), backbone.way, seed, recipe, device)
+    text_experts.fine_tune(_base(name, recipe), backbone.task(task), backbone.tuning, seed, recipe, device)
 
 
 def suite_table(data: pd.DataFrame) -> pd.DataFrame:
