@@ -90,7 +90,11 @@ def load_experiment(script: Path) -> Experiment:
         raise ValueError(f"{script}: another module is named {script.stem}; give the script another name")
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)  # so that --help finds its comments
-    spec.loader.exec_module(module)
-    if not hasattr(module, "EXPERIMENT"):
-        raise ValueError(f"{script.name} defines no EXPERIMENT")
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "EXPERIMENT"):
+            raise ValueError(f"{script.name} defines no EXPERIMENT")
+    except BaseException:  # as an import does
+        del sys.modules[script.stem]
+        raise
     return module.EXPERIMENT

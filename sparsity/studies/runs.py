@@ -13,7 +13,7 @@ import numpy as np
 from common.lab.figures import INK, MUTED, Style
 from common.training import Recipe
 from sparsity.studies.images import ImageTask
-from sparsity.studies.span_corruption import TextTask
+from sparsity.studies.span_corruption import SpanCorruption
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Run:
         snapshots: how many times weights are kept, from step 0 to the last, the denser the earlier.
     """
 
-    task: ImageTask | TextTask
+    task: ImageTask | SpanCorruption
     recipe: Recipe
     variant: Variant = VARIANTS["vanilla"]
     seed: int = 0
@@ -104,7 +104,7 @@ def check_variants(names: Iterable[str]) -> None:
 
 def plan_setting(
     setting: str,
-    task: ImageTask | TextTask,
+    task: ImageTask | SpanCorruption,
     recipe: Recipe,
     seeds: Mapping[str, Sequence[int]],
     variants: Mapping[str, Variant] = VARIANTS,
@@ -125,7 +125,7 @@ def plan_setting(
 
 
 def plan_density_tables(
-    settings: Sequence[tuple[str, ImageTask | TextTask, Recipe]],
+    settings: Sequence[tuple[str, ImageTask | SpanCorruption, Recipe]],
     seeds: Sequence[int],
     single_seeds: Sequence[int],
     l1: Sequence[float],

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from models_on_disk import content, weights
+from safetensors.torch import save_file
 
 from merging import MERGERS, apply, calibrate, iso_basis, task_vector
 from merging.command.main import main, merge
@@ -45,14 +46,6 @@ def models(tmp_path):
 def flags_of(folders, method, *more):
     base, *experts = map(str, folders)
     return ["--base", base, "--experts", *experts, "--method", method, *more]
-
-
-def weights(folder):
-    return {name: t for path in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(path).items()}
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 class Harmful:
