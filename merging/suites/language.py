@@ -217,41 +217,18 @@ class _Batches:
 # For experiments -----------------------------------------------------------------------------------------------------
 
 
-def measure_suites(settings: Any, context: Any, measure_suite: Callable[[str, Suite, int], Rows]) -> Rows:
-    """Train what is missing, then yield the rows of every backbone, suite and seed, in parallel processes.
-
-    Args:
-        settings: with backbones, suites (numbers of tasks; at most all that a backbone has), seeds and recipe.
-        context: of the run.
-        measure_suite: maps (backbone, suite, seed) to rows, to which seed, suite and backbone are added.
-    """
-    with context.stage("train"):
-        prepare(settings, context)
-    units = [
-        (name, min(tasks, len(BACKBONES[name].tasks)), seed)
-        for name in settings.backbones
-        for tasks in sorted(settings.suites, reverse=True)
-        for seed in settings.seeds
-    ]
-    measure = partial(_measure_unit, settings.recipe, context.device, measure_suite)
-    with context.stage("merge and measure"):
-        for rows in context.map(measure, list(dict.fromkeys(units)), "merge and measure"):
-            yield from rows
+def task_names(backbone: str) -> tuple[str, ...]:
+    """Return the tasks of a backbone, in the order in which suites take them."""
+    return BACKBONES[backbone].tasks
 
 
-def _measure_unit(recipe: TextRecipe, device: torch.device, measure_suite: Callable, unit: tuple) -> list[dict]:
-    name, tasks, seed = unit
-    rows = measure_suite(name, suite(name, tasks, seed, recipe, device), seed)
-    return [{"seed": seed, "suite": tasks, "backbone": name, **row} for row in rows]
-
-
-def probe_rows(name: str, suite: Suite, recipe: TextRecipe, device: torch.device) -> Rows:
+def probe_rows(name: str, suite: Suite, recipe: TextRecipe) -> Rows:
     """Yield the rows "chance" and "probe" of each task, where experts are trained here under heads."""
     backbone = BACKBONES[name]
     if backbone.hub or not _base(name, recipe).pooling:
         return
     for task in suite.tasks:
-        folder = text_experts.probe(_base(name, recipe), backbone.task(task), recipe, device).path
+        folder = text_experts.probe(_base(name, recipe), backbone.task(task), recipe, suite.device).path
         scores = json.loads((folder / "scores.json").read_text())
         for method in ("chance", "probe"):
             row = {"method": method, "task": task, "metric": "accuracy", "value": scores[method]}

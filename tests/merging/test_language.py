@@ -227,7 +227,7 @@ def test_limits_and_the_rows_of_references(monkeypatch):
     suite = language.suite("bert", 2, 0, recipe, CPU)
     sizes = {split: sum(len(labels) for _, labels in suite.batches("one", split)) for split in ("test", "validation")}
     assert sizes == {"test": 20, "validation": 10}
-    rows = list(language.probe_rows("bert", suite, recipe, CPU))
+    rows = list(language.probe_rows("bert", suite, recipe))
     assert [(row["method"], row["task"]) for row in rows] == [
         (m, t) for t in ("one", "two") for m in ("chance", "probe")
     ]
