@@ -3,7 +3,7 @@
 Arrays in, arrays out. Bases and singular values come from the float64 Gram matrix of a matrix's SMALLER side: one
 symmetric eigenproblem of size min(m, n) instead of an SVD. Squaring the condition number costs half of float64's
 digits, so singular values are resolved down to about 1e-8 of the largest: all that float32, or anything narrower,
-can hold.
+can hold. For a matrix that holds more, `svd` and `polar` take precision=torch.float64: a true SVD, resolved to 1e-15.
 
 Shapes: m × n matrices, r = min(m, n), K matrices of one shape; `...` stands for batch dimensions.
 """
@@ -15,12 +15,25 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**22  # entries of a matrix that are copied to float64 at a time
-RANK_TOLERANCE = 1e-6  # singular values below this share of the largest count as rounding noise
+RANK_TOLERANCE = 1e-6  # singular values below this share of the largest count as rounding noise of float32
 
 
 def working(matrix: Tensor) -> Tensor:
     """Return the matrix in the dtype that arithmetic is done in: its own, and float32 where it is narrower."""
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
+def rank_tolerance(precision: torch.dtype) -> float:
+    """Return the share of σ_1 up to which singular values count as rounding noise, by the precision of the input.
+
+    1e-10 for float64, and 1e-6 for float32 and whatever is narrower: above the rounding of a few operations in that
+    dtype, 1e-15 and 1e-7. The rounding of bfloat16 and float16 fills all directions of a matrix, among small ones that
+    are meant, so that no threshold tells them apart: they are treated as float32, in which they are computed.
+
+    Args:
+        precision: dtype of what a matrix was computed from; a float64 sum of float32 matrices has float32's noise.
+    """
+    return 1e-10 if precision == torch.float64 else RANK_TOLERANCE
 
 
 def _is_tall(matrix: Tensor) -> bool:
@@ -86,7 +99,12 @@ def spectral_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix @ basis, basis.T) if _is_tall(matrix) else (basis, basis.T @ matrix)
 
 
-def svd(matrix: Tensor, count: int | None = None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def svd(
+    matrix: Tensor,
+    count: int | None = None,
+    dtype: torch.dtype | None = None,
+    precision: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the thin SVD, matrix = U @ diag(σ) @ Vh, with U and Vh orthonormal and σ descending.
 
     Where the matrix has no more directions (σ_r below 1e-7 σ_1) the singular vectors of the longer side are an
@@ -96,13 +114,18 @@ def svd(matrix: Tensor, count: int | None = None, dtype: torch.dtype | None = No
         matrix: (..., m, n), any floating dtype; computed in float64.
         count: how many singular vectors are formed, the leading ones (default: all r).
         dtype: of the result (default: that of the matrix).
+        precision: of what the matrix was computed from; torch.float64 asks for a true SVD, which keeps directions
+            apart down to 1e-15 σ_1, at several times the price.
 
     Returns:
         U (..., m, count), all σ (..., r), Vh (..., count, n).
     """
     dtype = dtype or matrix.dtype
+    if precision == torch.float64:
+        left, singular, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return left[..., :count].to(dtype), singular.to(dtype), right[..., :count, :].to(dtype)
     if _is_tall(matrix):
-        right, singular, left = svd(matrix.mT, count, dtype)
+        right, singular, left = svd(matrix.mT, count, dtype, precision)
         return left.mT, singular, right.mT
     eigenvalues, basis = torch.linalg.eigh(_gram(matrix))
     singular = eigenvalues.flip(-1).clamp_min(0).sqrt()  # (..., m), descending
@@ -132,26 +155,33 @@ def _projected(basis: Tensor, matrix: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return result, squares.sqrt()
 
 
-def singular_values(matrix: Tensor) -> Tensor:
-    """Return the singular values of (..., m, n) in descending order, (..., r), in the dtype of the matrix."""
+def singular_values(matrix: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+    """Return the singular values of (..., m, n) in descending order, (..., r), in the dtype of the matrix.
+
+    `precision` is that of `svd`: torch.float64 asks for those of a true SVD.
+    """
+    if precision == torch.float64:
+        return torch.linalg.svdvals(matrix.double()).to(matrix.dtype)
     return torch.linalg.eigvalsh(_gram(matrix)).clamp_min(0).sqrt().flip(-1).to(matrix.dtype)
 
 
-def polar(matrix: Tensor, tolerance: float = RANK_TOLERANCE) -> Tensor:
+def polar(matrix: Tensor, tolerance: float | None = None, precision: torch.dtype = torch.float32) -> Tensor:
     """Return the orthogonal factor U Vᵀ of a matrix: the nearest one whose singular values are all 1, or 0.
 
     Triplets with σ_r ≤ tolerance · σ_1 are left out: their vectors are arbitrary, and with them U Vᵀ would be.
 
     Args:
         matrix: (..., m, n), any floating dtype.
-        tolerance: share of the largest singular value.
+        tolerance: share of the largest singular value (default: `rank_tolerance` of the precision).
+        precision: of what the matrix was computed from, as for `svd`.
 
     Returns:
         (..., m, n) in the dtype of the matrix.
     """
     if _is_tall(matrix):
-        return polar(matrix.mT, tolerance).mT
-    left, singular, right = svd(matrix, dtype=torch.float64)
+        return polar(matrix.mT, tolerance, precision).mT
+    tolerance = rank_tolerance(precision) if tolerance is None else tolerance
+    left, singular, right = svd(matrix, dtype=torch.float64, precision=precision)
     left = left * (singular > tolerance * singular[..., :1]).unsqueeze(-2)  # (..., m, m)
     for block in _blocks(right):
         right[..., block] = left @ right[..., block]
@@ -239,7 +269,7 @@ def projection_coefficients(left: Tensor, right: Tensor, updates: Iterable[Tenso
 
     With the UNIT vector u_r along column r of `left`, b_r = u_rᵀ (left @ right) and a_ir = u_rᵀ τ_i:
 
-        s_ir = <b_r, a_ir> / max(‖a_ir‖², 1e-12)                               (arXiv 2602.05536, eq. 8)
+        s_ir = <b_r, a_ir> / max(‖a_ir‖², 1e-12)
 
     1 means that the matrix holds update i as it is, above 1 over-counted, below 0 opposed. The columns may have any
     length, as those of `spectral_factors` do: it is divided out of every result. A column of zeros gives zeros.

@@ -26,7 +26,7 @@ class Recipe:
 
     `warmup` is a share of the steps, W of them. The rate rises linearly to `learning_rate` and then falls as a half
     cosine to 0 ("cosine"), as √(W/t) ("inverse_sqrt"), or not at all ("constant"); `stairs` > 0 changes it only so
-    many times during the run (once an epoch, in many recipes). `clip` bounds the norm of the gradient.
+    many times during the run (once per epoch, in many recipes). `clip` bounds the norm of the gradient.
     """
 
     steps: int
@@ -57,13 +57,13 @@ class Recipe:
 
 
 class RandomBatches(Sampler[list[int]]):
-    """Index batches drawn with a seed: `steps` times `batch_size` samples of as many different classes as there are.
+    """Batches of random indices in which every class comes equally often, as far as that is possible.
 
-    With at least `batch_size` classes every batch holds different ones (a contrastive loss needs that); with fewer,
-    each class comes equally often, up to one.
+    With at least `batch_size` classes no class comes twice in a batch (a contrastive loss needs that); with fewer, the
+    numbers of their samples in a batch differ by at most one. The seed decides all `recipe.steps` batches.
     """
 
-    drop_last = False
+    drop_last = False  # read by accelerate when it shares batches among processes; no batch is incomplete here
 
     def __init__(self, labels: Tensor, recipe: Recipe, seed: int):
         self.labels, self.batch_size, self.steps, self.seed = labels, recipe.batch_size, recipe.steps, seed
@@ -83,9 +83,9 @@ class RandomBatches(Sampler[list[int]]):
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Index batches of a recipe: every epoch a new seeded order of all `length` samples, incomplete batches dropped."""
+    """Batches of indices: every epoch all `length` samples in a new seeded order, without its incomplete last batch."""
 
-    drop_last = True
+    drop_last = True  # read by accelerate when it shares batches among processes
 
     def __init__(self, length: int, recipe: Recipe, seed: int):
         if length < recipe.batch_size:
@@ -151,7 +151,7 @@ def fit(
     batches = accelerator.skip_first_batches(loader, done) if done else loader
     hidden = description is None or not accelerator.is_main_process
     for batch in tqdm(batches, description, recipe.steps, initial=done, disable=hidden, leave=False):
-        if kept:  # only now: the loader has drawn from the generators whose state comes back
+        if kept:  # only now: a loader that starts draws from the generators whose state comes back here
             accelerator.load_state(str(kept[done]))
             kept = {}
         value = loss(prepared, batch)
@@ -173,7 +173,7 @@ def fit(
 
 
 def _save(accelerator: Accelerator, folder: Path, done: int) -> None:
-    """Keep the state after `done` steps; the one before is dropped only when the new one is complete."""
+    """Keep the state after `done` steps; the state kept before it is removed once the new one is complete."""
     accelerator.save_state(str(folder / f"unfinished-{done}"))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

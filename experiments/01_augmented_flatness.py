@@ -30,19 +30,19 @@ import pandas as pd
 from common.lab import figures
 from common.lab.results import published as published_table
 from common.lab.run import Experiment, run
-from common.lab.statistics import relative_change, spread
+from common.lab.statistics import change_from_one, significant, spread
 from common.training import Recipe
 from sparsity.studies import snapshots
 from sparsity.studies.images import IMAGENET, ImageTask
-from sparsity.studies.measurement import curve, measure_all
+from sparsity.studies.measurement import curve, curve_rows, measure_all
 from sparsity.studies.recipes import ADAMW, VIT
-from sparsity.studies.runs import RUN, check_variants, plan_setting
+from sparsity.studies.runs import RUN, STYLES, check_variants, plan_setting
 from sparsity.studies.snapshots import ERRORS
 
 ERROR_GOAL = 1e-5
 AUTHORS = "authors, ImageNet"
 AUTHORS_ENTRIES = 197 * 3072  # T · d_ff of ViT-B/16
-AUTHORS_STEPS, AUTHORS_TRAINING = 2125, 300 * 625  # logged, of all
+AUTHORS_STEPS, AUTHORS_TRAINING = 2125, 300 * 625  # the last step in their log; steps of their whole training
 
 METRICS = (
     "density", "augmented_flatness_key", "coefficient_key", "coefficient_key_authors",
@@ -62,14 +62,18 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Task, recipe, log_every and snapshots are those of experiment 03 at the same scale: its runs are found again."""
+    """Task, recipe and log_every are those of experiment 03 at the same scale, so that its networks are used again.
+
+    Of the study (`learning_rates`, `batch_sizes`) there are runs of vanilla with the first seed, in which one option of
+    `study_recipe` is changed at a time.
+    """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[str, ...] = ("vanilla", "modified")
     task: ImageTask = VIT["laptop"]["task"]
     recipe: Recipe = VIT["laptop"]["recipe"]
     log_every: int = VIT["laptop"]["log_every"]
-    study_task: ImageTask = VIT["laptop"]["task"]  # of the two below: vanilla, first seed, one option changed at a time
+    study_task: ImageTask = VIT["laptop"]["task"]
     study_recipe: Recipe = VIT["laptop"]["recipe"]
     learning_rates: tuple[float, ...] = ()
     batch_sizes: tuple[int, ...] = ()  # at the same number of training images
@@ -110,7 +114,11 @@ def measure(settings, context):
     for labels, (by_step, logged) in measure_all(plan(settings), context, measure_run):
         for step, measured in by_step.items():
             yield from snapshot_rows(labels, step, measured)
-        yield from curve_rows(labels, logged, is_whole=labels["setting"] == main)
+        if labels["setting"] == main:
+            metrics = ("density", "augmented_flatness_key", "coefficient_key", "decay")
+        else:  # of the study's runs E alone, at the end
+            metrics, logged = ("decay",), [row for row in logged if row["step"] == logged[-1]["step"]]
+        yield from (labels | row for row in curve_rows(logged, metrics, "training batches"))
 
 
 def plan(settings):
@@ -139,17 +147,6 @@ def snapshot_rows(labels, step, measured):
     yield from snapshots.snapshot_rows(labels, step, whole | layers, metrics)
 
 
-def curve_rows(labels, logged, is_whole):
-    """Layer means of single logged training batches; of the study's runs only E at the end."""
-    entries = pd.DataFrame(logged)
-    means = entries.drop(columns="layer").groupby("step").mean()
-    wanted = ("density", "augmented_flatness_key", "coefficient_key", "decay") if is_whole else ("decay",)
-    for step, values in means.iterrows() if is_whole else means.tail(1).iterrows():
-        for metric in wanted:
-            row = {"split": "training batches", "step": step, "layer": "all", "metric": metric}
-            yield {**labels, **row, "value": values[metric]}
-
-
 # From here on only the table is seen --------------------------------------------------------------------------------
 
 
@@ -173,7 +170,7 @@ def batch_means(data):
 
 
 def moved(data):
-    """Δ ln of density and of its factors from the first to the last saved step, means over layers: a row per run."""
+    """Return Δ ln of density and of its factors from the first to the last saved step, means over layers, per run."""
     table = by_layer(data)
     # C_0 = ‖x‖² · g² · rest
     table = table.assign(rest=table.coefficient_key / table.input_norm / table.activation_gradient_active)
@@ -181,9 +178,8 @@ def moved(data):
 
 
 def change(logs, variant, metric):
-    """By how many % a metric changes during training, with its interval over seeds."""
-    values = logs[logs.variant == variant].set_index("seed")[metric]
-    return relative_change(pd.Series(1.0, values.index), np.exp(values))
+    """Return by how many % a metric changes during training, with its interval over seeds."""
+    return change_from_one(np.exp(logs[logs.variant == variant][metric]))
 
 
 def relative(table, metrics, by=()):
@@ -257,10 +253,9 @@ def draw_errors(means, options):
 def draw_moved(data):
     logs, rows = moved(data), []
     for metric in FACTORS:
-        for variant, part in logs.groupby("variant", sort=False):
+        for variant in logs.variant.unique():
             found = change(logs, variant, metric)
-            ends = (found.low, found.high) if len(part) > 1 else (found.mean, found.mean)  # one seed has no interval
-            mean, low, high = (math.log1p(percent / 100) for percent in (found.mean, *ends))
+            mean, low, high = (math.log1p(percent / 100) for percent in (found.mean, *found.ends))
             rows.append({"item": metric, "variant": variant, "mean": mean, "low": low, "high": high})
     text = "Δ ln, first to last saved step (mean over layers, 95 % over seeds)"
     return figures.forest(pd.DataFrame(rows), condition="variant", names=NAMES, xlabel=text)
@@ -311,10 +306,6 @@ def tables(data):
     return shown
 
 
-def significant(table):
-    return table.map("{:.3g}".format).reset_index()
-
-
 def error_table(data):
     table, rows = by_layer(data), []
     for variant, part in table.groupby("variant", sort=False):
@@ -338,7 +329,7 @@ def factors(data):
 
 
 def span(values):
-    """Geometric mean and, of several seeds, the range."""
+    """Write the geometric mean and, of several seeds, the range."""
     mean = f"{math.exp(np.log(values).mean()):.3g}"
     return mean if len(values) == 1 else f"{mean} ({values.min():.3g} to {values.max():.3g})"
 
@@ -425,7 +416,7 @@ DEVIATIONS = (
 
 EXPERIMENT = Experiment(
     __doc__, SCALES, measure, draw, compare, verdict, published="sparsity_augmented_flatness_imagenet",
-    tables=tables, remarks=remarks, deviations=DEVIATIONS,
+    tables=tables, remarks=remarks, deviations=DEVIATIONS, styles=STYLES,
 )  # fmt: skip
 
 if __name__ == "__main__":

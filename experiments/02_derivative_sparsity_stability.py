@@ -32,10 +32,9 @@ from common.training import Recipe
 from sparsity.activations import Mixture, derivative, make, shifted_name
 from sparsity.studies import density_tables
 from sparsity.studies.images import ImageTask
-from sparsity.studies.measurement import curve, measure_all
-from sparsity.studies.measurement import measure as measure_snapshot
+from sparsity.studies.measurement import curve, curve_rows, measure_all, measure_snapshot
 from sparsity.studies.recipes import ADAMW
-from sparsity.studies.runs import Run, Variant
+from sparsity.studies.runs import STYLES, Run, Variant
 
 FAMILIES = {"squared_relu": "σ₀ = squared ReLU", "jsrelu": "σ₀ = JSReLU"}
 SHIFTS = ((1.6, 1.6), (1.6, -1.6), (-1.6, 1.6), (-1.6, -1.6))  # the last two mirror the second and the first
@@ -101,24 +100,20 @@ def shown(dx, dy):
 
 
 def measure_run(run, trained, device):
-    """Rows of a run: on test data before (step 0) and after training, each layer; along training, means over layers."""
+    """Return the rows of a run: by layer on test data, before (step 0) and after training; layer means along it."""
     rows = []
     for step in (0, run.recipe.steps):
         found = measure_snapshot(run, trained, device, step=step)
         kept = [row for row in found if row["metric"] in METRICS or (row["layer"] == "all" and step)]
         rows += [{"split": "test", "step": step, **row} for row in kept]
-    means = pd.DataFrame(curve(trained)).drop(columns="layer").groupby("step").mean()
-    for step, values in means.iterrows():
-        for metric in (*METRICS[:3], "loss"):
-            rows.append({"split": "train", "step": step, "layer": "all", "metric": metric, "value": values[metric]})
-    return rows
+    return [*rows, *curve_rows(curve(trained), (*METRICS[:3], "loss"), "train")]
 
 
 # From here on only the table is seen --------------------------------------------------------------------------------
 
 
 def finals(data):
-    """One row a run: test numbers after training (means over layers), and derivative density before (untrained)."""
+    """Return a row per run: test numbers after training, and derivative density before (means over layers)."""
     test = data[data.split == "test"]
     before = test[(test.step == 0) & (test.metric == "derivative_density")].groupby(RUN, sort=False).value.mean()
     after = test[test.step > 0].groupby([*RUN, "metric"], sort=False).value.mean().unstack()
@@ -126,18 +121,18 @@ def finals(data):
 
 
 def s_shaped(table):
-    """The runs that the verdict is about: S, shifted or not."""
+    """Return the runs that the verdict is about: S, shifted or not."""
     return table[~table["shift"].isin([RELU, PLAIN])]
 
 
 def spreads(table):
-    """Largest − smallest over S unshifted and its shifts: a row (family, seed), a column each kind of density."""
+    """Return largest − smallest over S unshifted and its shifts: a row per family and seed, a column per density."""
     groups = s_shaped(table).groupby(["family", "seed"], sort=False)[["density", "derivative_density"]]
     return groups.max() - groups.min()
 
 
 def stability(table):
-    """(a) by family: by how many % the spread of derivative density differs from that of density."""
+    """Return for rule (a), by family, by how many % the spread of derivative density differs from that of density."""
     return {
         family: relative_change(part.density, part.derivative_density)
         for family, part in spreads(table).groupby("family", sort=False)
@@ -145,7 +140,7 @@ def stability(table):
 
 
 def learned(table):
-    """(b) by family and shift: by how many % derivative density differs from that of the untrained network."""
+    """Return for rule (b), by family and shift, by how many % training changes derivative density."""
     return {
         key: relative_change(part.set_index("seed").untrained, part.set_index("seed").derivative_density)
         for key, part in s_shaped(table).groupby(["family", "shift"], sort=False)
@@ -202,20 +197,16 @@ def tables(data):
         "loss": ("test loss", 3),
     }
     names = {"family": "setting", "shift": "variant"}
-    main = density_tables.show(table.rename(columns=names), columns).rename(
+    main = density_tables.means_by_variant(table.rename(columns=names), columns).rename(
         columns={new: old for old, new in names.items()}
     )
-    changes = pd.DataFrame([{"family": f, "shift": s, "change": text(x)} for (f, s), x in learned(table).items()])
-    spread = pd.DataFrame([{"family": family, "change": text(change)} for family, change in stability(table).items()])
+    changes = pd.DataFrame([{"family": f, "shift": s, "change": str(x)} for (f, s), x in learned(table).items()])
+    spread = pd.DataFrame([{"family": family, "change": str(change)} for family, change in stability(table).items()])
     return {
         "Test data (means over layers ± sd over seeds)": main,
         "(a) Spread of derivative density against spread of density, % [95 % interval over seeds]": spread,
         "(b) Derivative density, trained against untrained, % [95 % interval over seeds]": changes,
     }
-
-
-def text(change):
-    return f"{change.mean:+.1f} (one seed)" if np.isinf(change.high) else str(change)
 
 
 def remarks(data):
@@ -245,7 +236,7 @@ def _remark(means):
 def draw(data):
     families = data[data.family != RELU]
     layers = families[(families.split == "test") & (families.step > 0) & (families.layer != "all")]
-    layers = layers.assign(number=layers.layer.map({name: i for i, name in enumerate(layers.layer.unique(), 1)}))
+    layers = layers.assign(number=pd.factorize(layers.layer)[0] + 1)
     train = families[families.split == "train"]
     panels = train.family.str.removeprefix("σ₀ = ") + ": " + train.metric.str.replace("_", " ")
     train = train.assign(panel=panels, percent=100 * train.value)
@@ -283,9 +274,9 @@ def draw_by_shift(table):
     )  # fmt: skip
 
 
-@figures.styled
+@figures.plot_style
 def draw_activations(data):
-    """σ and σ' of every activation: a function drawing, for which the table only says which shifts there are."""
+    """Draw the graphs of σ and σ' of every activation; the table only says which shifts there are."""
     mixture = Mixture(make("relu"), make("jsrelu"))
     mixture.set_mixing(0.5)
     plain = {"ReLU": make("relu"), "squared ReLU": make("squared_relu"), "JSReLU": make("jsrelu")}
@@ -342,7 +333,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, tables=tables, remarks=remarks, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    remarks=remarks,
+    deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

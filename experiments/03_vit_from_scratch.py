@@ -21,57 +21,48 @@ from functools import partial
 
 from common.lab.run import Experiment, run
 from common.training import Recipe
-from sparsity.studies import density_tables
+from sparsity.studies import density_tables, recipes
 from sparsity.studies.images import IMAGENET, ImageTask
-from sparsity.studies.recipes import (
-    DIGITS_DECAY,
-    DIGITS_RECIPE,
-    GLYPHS_DECAY,
-    GLYPHS_RECIPE,
-    IMAGENET_DECAY,
-    IMAGENET_RECIPE,
-    LARGER_GLYPHS_DECAY,
-    SMOKE_RECIPE,
-    VIT,
-)
-from sparsity.studies.runs import plan_density_tables
+from sparsity.studies.runs import STYLES, plan_density_tables
 
 
 @dataclass(frozen=True)
 class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)  # of vanilla, modified and the controls
     single_seeds: tuple[int, ...] = (0,)  # of each plug-in alone and of the rivals
-    task: ImageTask = ImageTask("digits")
-    recipe: Recipe = DIGITS_RECIPE
+    task: ImageTask = ImageTask("digits")  # in the sizes below
+    recipe: Recipe = recipes.DIGITS_RECIPE  # with the weight decays below
     sizes: tuple[tuple[int, int], ...] = ((64, 2),)  # width and depth of each setting
-    weight_decays: tuple[float, ...] = (DIGITS_DECAY,)  # of each setting; E grows with it
+    weight_decays: tuple[float, ...] = (recipes.DIGITS_DECAY,)  # of each setting
     l1: tuple[float, ...] = (0.3, 1.0)  # weights of the penalty
-    log_every: int = VIT["laptop"]["log_every"]
+    log_every: int = recipes.VIT["laptop"]["log_every"]
 
     def __post_init__(self):
         if len(self.sizes) != len(self.weight_decays):
             given = f"{len(self.sizes)} and {len(self.weight_decays)}"
-            raise ValueError(f"sizes and weight_decays go together, one of each a setting, got {given}")
+            raise ValueError(f"sizes and weight_decays go together, one of each per setting, got {given}")
 
 
 SCALES = {
-    "smoke": Settings(seeds=(0,), recipe=SMOKE_RECIPE, sizes=((16, 2),), log_every=VIT["smoke"]["log_every"]),
+    "smoke": Settings(
+        seeds=(0,), recipe=recipes.SMOKE_RECIPE, sizes=((16, 2),), log_every=recipes.VIT["smoke"]["log_every"]
+    ),
     "laptop": Settings(),
     "workstation": Settings(
         task=ImageTask("glyphs"),
-        recipe=GLYPHS_RECIPE,
+        recipe=recipes.GLYPHS_RECIPE,
         sizes=((64, 4), (96, 6)),
-        weight_decays=(GLYPHS_DECAY, LARGER_GLYPHS_DECAY),
+        weight_decays=(recipes.GLYPHS_DECAY, recipes.LARGER_GLYPHS_DECAY),
         l1=(0.3, 2.0),
-        log_every=VIT["workstation"]["log_every"],
+        log_every=recipes.VIT["workstation"]["log_every"],
     ),
     "paper": Settings(
         seeds=(0,),
         task=IMAGENET,
-        recipe=IMAGENET_RECIPE,
+        recipe=recipes.IMAGENET_RECIPE,
         sizes=((768, 12),),
-        weight_decays=(IMAGENET_DECAY,),
-        log_every=VIT["paper"]["log_every"],
+        weight_decays=(recipes.IMAGENET_DECAY,),
+        log_every=recipes.VIT["paper"]["log_every"],
     ),
 }
 
@@ -83,7 +74,7 @@ def measure(settings, context):
 
 
 def named_settings(settings):
-    """Name, task and recipe of every setting: the first in all variants, others as vanilla, modified and control."""
+    """Return name, task and recipe of every setting."""
     return [
         (
             f"{settings.task.data}, d {width}, {depth} layers, decay {decay:g}",
@@ -115,6 +106,7 @@ EXPERIMENT = Experiment(
     verdict=density_tables.verdict,
     published="sparsity",
     deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

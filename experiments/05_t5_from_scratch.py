@@ -23,15 +23,15 @@ from common.training import Recipe
 from sparsity.plugins import PROTOCOLS
 from sparsity.studies import density_tables
 from sparsity.studies.recipes import T5
-from sparsity.studies.runs import plan_density_tables
-from sparsity.studies.span_corruption import TextTask
+from sparsity.studies.runs import STYLES, plan_density_tables
+from sparsity.studies.span_corruption import SpanCorruption
 
 
 @dataclass(frozen=True)
 class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)  # of vanilla, modified and the controls
     single_seeds: tuple[int, ...] = (0,)  # of each plug-in alone and of the rivals
-    task: TextTask = T5["laptop"]["task"]
+    task: SpanCorruption = T5["laptop"]["task"]
     # the first recipe with all variants, the others with vanilla, modified and one control
     recipes: tuple[Recipe, ...] = T5["laptop"]["recipes"]
     l1: tuple[float, ...] = (0.003, 0.01)  # weights of the penalty
@@ -54,7 +54,7 @@ def measure(settings, context):
 
 
 def named_settings(settings):
-    """Name, task and recipe of every schedule."""
+    """Return name, task and recipe of every setting: one per schedule."""
     return [
         (f"{recipe.schedule}, rate {recipe.learning_rate:g}, decay {recipe.weight_decay:g}", settings.task, recipe)
         for recipe in settings.recipes
@@ -81,6 +81,7 @@ EXPERIMENT = Experiment(
     verdict=density_tables.verdict,
     published="sparsity",
     deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

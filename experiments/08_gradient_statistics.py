@@ -26,14 +26,14 @@ import pandas as pd
 
 from common.lab import figures
 from common.lab.run import Experiment, run
-from common.lab.statistics import relative_change, spread
+from common.lab.statistics import change_from_one, relative_change, significant, spread
 from common.training import Recipe
 from sparsity.studies import snapshots
 from sparsity.studies.gradients import histogram_rows, measure_gradients
 from sparsity.studies.images import ImageTask
 from sparsity.studies.measurement import measure_all
 from sparsity.studies.recipes import VIT
-from sparsity.studies.runs import RUN, check_variants, plan_setting
+from sparsity.studies.runs import RUN, STYLES, check_variants, plan_setting
 
 BOTH = ("vanilla", "modified")
 NEEDED = "activation_gradient"  # > 0 where there are gradients
@@ -62,9 +62,9 @@ SIZES = ("effective_gradient_l1", "effective_gradient_l2", "coefficient_value_au
 
 @dataclass(frozen=True)
 class Settings:
-    """Task, recipe, log_every and snapshots are those of experiment 03 at the same scale: its runs are found again."""
+    """Task, recipe and log_every are those of experiment 03 at the same scale, so that its networks are used again."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)  # whole histograms of the first, quantiles of all
+    seeds: tuple[int, ...] = (0, 1, 2)  # histograms are kept of the first one, quantiles of all
     variants: tuple[str, ...] = BOTH
     task: ImageTask = VIT["laptop"]["task"]
     recipe: Recipe = VIT["laptop"]["recipe"]
@@ -151,7 +151,7 @@ def draw(data):
 
 
 def draw_histogram(data, variant):
-    """Four saved steps with gradients, early to last."""
+    """Draw the histograms of four saved steps with gradients, from an early one to the last."""
     rows = data[(data.variant == variant) & data.metric.str.startswith("histogram, ")]
     steps = sorted(rows.step.unique())
     chosen = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, min(4, len(steps)))]
@@ -195,10 +195,6 @@ def tables(data):
     }
 
 
-def significant(table):
-    return table.map("{:.3g}".format).reset_index()
-
-
 def final_table(data):
     rows = []
     for variant, part in last(data).groupby("variant", sort=False):
@@ -209,7 +205,7 @@ def final_table(data):
 
 
 def vanished(data):
-    """Largest share of the entries with σ' ≠ 0 that have η = 0, at the last saved step, over layers and seeds."""
+    """Return by variant how many of the entries with σ' ≠ 0 have η = 0 at the end: the share in the worst layer."""
     table = snapshots.layer_table(data, needed=NEEDED)
     final = snapshots.last_step(table)
     shares = 1 - final.gradient_density / final.derivative_density
@@ -217,13 +213,13 @@ def vanished(data):
 
 
 def ratios(data):
-    """E[g² | active] / E[g²] at the last saved step against 1: changes in %, by variant."""
+    """Return by variant how many % E[g² | active] / E[g²] is above 1 at the last saved step."""
     table = snapshots.layer_table(data, needed=NEEDED)
     final = snapshots.last_step(table)
     final = final[final.activation_gradient_ratio > 0]  # dead layers have none
     logs = np.log(final.activation_gradient_ratio).groupby([final.variant, final.seed], sort=False).mean()
     found = {variant: np.exp(part.droplevel(0)) for variant, part in logs.groupby(level=0, sort=False)}
-    return {variant: relative_change(pd.Series(1.0, own.index), own) for variant, own in found.items()}
+    return {variant: change_from_one(own) for variant, own in found.items()}
 
 
 def remarks(data):
@@ -280,7 +276,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, tables=tables, remarks=remarks, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    remarks=remarks,
+    deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

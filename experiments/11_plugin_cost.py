@@ -20,8 +20,6 @@ Run      python experiments/11_plugin_cost.py --scale laptop
 import contextlib
 import gc
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,11 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.lab import benchmark, figures
-from common.lab.memory import peak_allocated_mib
+from common.lab.memory import peak_allocated_mib, state_mib
 from common.lab.run import Experiment, run
 from common.models.t5 import t5
 from sparsity import JSReLU, find_blocks, probe, sparsify
 from sparsity.studies.models.vit import vit
+from sparsity.studies.runs import STYLES
 
 CYCLE = 10  # turns
 ALONE = "activation alone"
@@ -48,6 +47,8 @@ ALL_MEMORY = "weights and moments too"
 
 @dataclass(frozen=True)
 class Contender:
+    """What takes part in a comparison: plug-ins, what is compiled, how often a probe records."""
+
     plugins: Mapping[str, Any] | None = None  # arguments of sparsify; None: vanilla
     compiled: Literal["", "activations", "model"] = ""
     probe_every: int = 0  # 0: no probe
@@ -81,7 +82,7 @@ ORDER = ("ReLU", "GELU", *CONTENDERS)
 
 @dataclass(frozen=True)
 class Size:
-    """Arguments of `vit` and `t5`, and what a batch holds: samples, and for T5 tokens of the source and the target."""
+    """Arguments of `vit` and `t5`, and the size of a batch: images; texts, tokens of a source and of a target."""
 
     vit: Mapping[str, int] = field(default_factory=dict)
     images: int = 4
@@ -142,26 +143,11 @@ def measure(settings, context):
             for part in (*settings.networks, ALONE):
                 labels = dict(seed=seed, part=part, size=settings.size, threads=threads)
                 labels |= dict(shape=shape_text(settings.shape)) if part == ALONE else {}
-                with context.stage(f"{part}, {threads_text(threads)}"), cold_compiler():
+                with context.stage(f"{part}, {threads_text(threads)}"), benchmark.cold_compiler():
                     for row in part_rows(settings, context.device, part, seed):
                         yield labels | row
-                gc.collect()  # the hook of the optimizers looks at all plugged models that are alive
+                gc.collect()  # the optimizers' hook visits every sparsified model alive
     torch.set_num_threads(context.threads)
-
-
-@contextlib.contextmanager
-def cold_compiler() -> Iterator[None]:
-    """Let torch.compile start from nothing, so that its seconds do not depend on what was compiled before."""
-    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    torch.compiler.reset()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        try:
-            yield
-        finally:
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-            if before is not None:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
 
 
 def part_rows(settings, device, part, seed) -> Iterator[dict]:
@@ -176,7 +162,7 @@ def part_rows(settings, device, part, seed) -> Iterator[dict]:
                 steps[name] = activation_step(name, contender, settings, device)
             else:
                 model, steps[name] = training_step(contender, part, settings, device)
-            seconds = warm_up(steps[name], device)
+            seconds = benchmark.warm_up(steps[name], device)
             if contender.compiled:
                 yield dict(contender=name, metric="compile seconds", value=seconds)
             if contender.probe_every:
@@ -188,7 +174,9 @@ def part_rows(settings, device, part, seed) -> Iterator[dict]:
             yield dict(contender=name, turn=turn, recorded=recorded, metric="seconds", value=seconds)
         for name, step in steps.items():
             if name in probes:
-                yield dict(contender=name, metric="summary seconds", value=timed(probes[name].summary, device))
+                yield dict(
+                    contender=name, metric="summary seconds", value=benchmark.seconds_of(probes[name].summary, device)
+                )
                 probes[name].reset()
             yield dict(contender=name, metric="peak MiB", value=peak_allocated_mib(step, device))
             if part != ALONE:
@@ -254,29 +242,11 @@ def activation_step(name: str, contender: Contender, settings: Settings, device:
     return step
 
 
-def warm_up(step: Callable[[], Any], device: torch.device) -> float:
-    """Run a step three times, and return the seconds that the first one, with compilation, took beyond the last."""
-    seconds = [timed(step, device) for _ in range(3)]
-    return seconds[0] - seconds[-1]
-
-
-def timed(function: Callable[[], Any], device: torch.device) -> float:
-    [(_, _, seconds)] = benchmark.interleaved_seconds({"": function}, 1, device)
-    return seconds
-
-
-def state_mib(optimizer: torch.optim.Optimizer) -> float:
-    """Return the size of parameters and of what the optimizer keeps of them."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *moments)) / 2**20
-
-
 # From here on only the table is seen --------------------------------------------------------------------------------
 
 
 def cycles(data: pd.DataFrame) -> pd.DataFrame:
-    """Return mean seconds: a row for each part, threads, seed and cycle, a column for each contender, in order."""
+    """Return mean seconds: a row per part, number of threads, seed and cycle, a column per contender, in order."""
     rows = data[data.metric == "seconds"]
     rows = rows.assign(cycle=rows.turn // CYCLE)
     means = rows.groupby(["part", "threads", "seed", "cycle", "contender"], sort=False).value.mean().unstack()
@@ -297,7 +267,7 @@ def ranges(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def others(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of all contenders but those that the others are compared with."""
+    """Return the rows of all contenders except vanilla and ReLU, with which they are compared."""
     return table[~table.contender.isin(["vanilla", "ReLU"])]
 
 
@@ -322,7 +292,7 @@ def draw(data):
 
 
 def memory(data: pd.DataFrame) -> pd.DataFrame:
-    """Return for each network and contender the MiB that stay from step to step and those that a step adds."""
+    """Return by network and contender the MiB that stay from step to step, those that a step adds, and their sum."""
     rows = data[data.metric.isin(["peak MiB", "state MiB"]) & (data.part != ALONE)]
     table = rows.groupby(["part", "contender", "metric"], sort=False).value.mean().unstack()
     return table.assign(together=table["peak MiB"] + table["state MiB"]).reset_index()
@@ -441,7 +411,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, tables=tables, remarks=remarks, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    remarks=remarks,
+    deviations=DEVIATIONS,
+    styles=STYLES,
 )
 
 if __name__ == "__main__":

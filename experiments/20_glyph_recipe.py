@@ -21,7 +21,7 @@ from common.data import glyphs
 from common.lab import figures
 from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
-from merging.suites import vision
+from merging.suites import comparison, vision
 from merging.suites.suite import Suite
 
 PAPER = {"pretrained": 48.2, "fine_tuned": 90.3}
@@ -155,6 +155,7 @@ EXPERIMENT = Experiment(
     verdict,
     tables=tables,
     deviations=("The paper has no such step: its models and data sets are given.",),
+    styles=comparison.merging_styles(),
 )
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def draw_spectra(data, by):
 
 def draw_mergers(data):
     data = data[data.method.isin(MERGERS)]
-    figure = draw_spectra(data.assign(panel=data.svc.map(figures.LABELS)), by="method")
+    figure = draw_spectra(data.assign(panel=data.svc.map(figures.label)), by="method")
     figure.axes[0].set_ylim(bottom=0.2)  # STAR's spectrum ends
     return figure
 
@@ -326,7 +326,17 @@ DEVIATIONS = (
     "On Iso-C and Iso-CTS all singular values are equal, so that their directions are arbitrary.",
 )
 
-EXPERIMENT = Experiment(__doc__, SCALES, measure, draw, compare, verdict, tables=tables, deviations=DEVIATIONS)
+EXPERIMENT = Experiment(
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=comparison.merging_styles(),
+)
 
 if __name__ == "__main__":
     run(EXPERIMENT)

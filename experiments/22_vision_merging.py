@@ -102,6 +102,7 @@ EXPERIMENT = Experiment(
     published="merging",
     tables=comparison.tables,
     deviations=DEVIATIONS,
+    styles=comparison.merging_styles(),
 )
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from merging import calibrate, plain_sum
 from merging.calibration import SVC_MATRICES
+from merging.suites import comparison
 from merging.suites.reference import calibrate_by_svd, calibration_floor
 
 CONTENDERS = {
@@ -262,7 +263,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, published="merging", tables=tables, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    published="merging",
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=comparison.merging_styles(),
 )
 
 if __name__ == "__main__":

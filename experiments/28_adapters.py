@@ -25,7 +25,7 @@ from common.lab.run import Experiment, run
 from merging import MERGERS, mergers
 from merging.adapters import load_adapter
 from merging.calibration import published_alpha
-from merging.lowrank import FACTORED
+from merging.mergers import merger
 from merging.suites import comparison, language
 from merging.suites.comparison import SVC_GAIN, TUNED_GAIN, published_accuracy
 from merging.suites.reference import factored_errors
@@ -76,7 +76,7 @@ def measure_suite(settings, suite, backbone, seed):
     if adapters[0].kind == "lora":
         yield from probes
         yield from comparison.suite_rows(suite, settings.methods, seed, own_form, {"form": "factored"})
-        yield from error_rows(adapters, [method for method in settings.methods if method in FACTORED])
+        yield from error_rows(adapters, [method for method in settings.methods if merger(method).factored])
         return
     for form, measure_merger in {"vectors": own_form, "matrices": comparison.variant_rows}.items():
         labels = {"form": form, "backbone": f"{backbone}, {form}"}
@@ -181,7 +181,16 @@ DEVIATIONS = (
 )
 
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, published="merging", tables=tables, deviations=DEVIATIONS
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    published="merging",
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=comparison.merging_styles(),
 )
 
 if __name__ == "__main__":

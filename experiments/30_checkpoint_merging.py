@@ -47,6 +47,7 @@ from common.lab import benchmark, figures
 from common.lab.run import Experiment, run
 from merging.command.recipe import shard_bytes
 from merging.lowrank import LowRank, merge_and_calibrate, merge_low_rank
+from merging.suites import comparison
 from merging.suites.reference import task_arithmetic_by_entry, ties_by_entry
 
 SCALE = 0.3
@@ -445,7 +446,17 @@ DEVIATIONS = (
     "their factors is not counted.",
 )
 
-EXPERIMENT = Experiment(__doc__, SCALES, measure, draw, compare, verdict, tables=tables, deviations=DEVIATIONS)
+EXPERIMENT = Experiment(
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=comparison.merging_styles(),
+)
 
 if __name__ == "__main__":
     run(EXPERIMENT)

@@ -47,7 +47,7 @@ from sparsity.studies.curvature import measure_curvature
 from sparsity.studies.images import ImageTask
 from sparsity.studies.measurement import measure_all
 from sparsity.studies.recipes import VIT
-from sparsity.studies.runs import check_variants, plan_setting
+from sparsity.studies.runs import STYLES, check_variants, plan_setting
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Settings:
     variants: tuple[str, ...] = ("vanilla", "modified", "vanilla, MLP norms undecayed")  # of sparsity.studies.runs
     task: ImageTask = VIT["laptop"]["task"]
     training: Recipe = VIT["laptop"]["recipe"]
-    training_images: int = 64  # of each snapshot
+    training_images: int = 64  # test images on which each snapshot is measured
     log_every: int = VIT["laptop"]["log_every"]
-    probes: int = 16  # random vectors for each Hessian trace, draws of labels for a sampled Fisher
+    probes: int = 16  # random vectors per Hessian trace, draws of labels for a sampled Fisher
     ggn: str = "fisher"  # how the GGN trace is taken: exactly, or as sampled_fisher, where there are many classes
 
     def __post_init__(self):
@@ -174,7 +174,7 @@ CELL = ["backbone", "suite", "method", "svc", "scale_rule", "seed", "task"]
 
 
 def training_table(data):
-    """A row a snapshot after step 0: its traces and augmented flatness (sums over layers), densities (means), loss."""
+    """Return a row per snapshot after step 0: traces and AF (sums over layers), densities (means), loss."""
     rows = data[(data.part == "training") & (data.step > 0)]
     keys = ["variant", "seed", "step"]
     sums = rows[rows.metric.isin(KINDS)].groupby([*keys, "metric", "matrix"], sort=False).value.sum().unstack([-2, -1])
@@ -184,7 +184,7 @@ def training_table(data):
 
 
 def correlations(data):
-    """Spearman's correlations over the snapshots of each run."""
+    """Return Spearman's correlations over the snapshots of each run: variant, seed, pair, value."""
     pairs = {
         "AF_K, GGN of keys": ("augmented_flatness key", "ggn key"),
         "AF_V, GGN of values": ("augmented_flatness value", "ggn value"),
@@ -202,7 +202,7 @@ def correlations(data):
 
 
 def merging_table(data):
-    """A row a model, seed and task: traces (sums over matrices) with the Hessian's error, relative trace, loss, …"""
+    """Return a row per model, seed and task: traces (sums over matrices), the Hessian's error, loss, …"""
     rows = data[data.part == "merging"]
     traces = rows[rows.matrix != "all"]
     traces = traces.assign(weighted=traces.value * traces.mean_square, variance=traces.error**2)
@@ -262,9 +262,9 @@ def draw(data):
     }  # fmt: skip
 
 
-@figures.styled
+@figures.plot_style
 def scatter(rows, x, y, xlabel, ylabel, by="variant", filled=None):
-    """Points in logarithmic axes, a colour for each value of `by`; where `filled` is "none" they are hollow."""
+    """Draw points in logarithmic axes, a colour per value of `by`; hollow where the column `filled` is "none"."""
     figure, axes = figures.new_figure(width=5.4, height=3.4)
     tones = {name: figures.colour(name, place) for place, name in enumerate(rows[by].unique())}
     rows = rows[(rows[x] > 0) & (rows[y] > 0)]
@@ -381,7 +381,17 @@ DEVIATIONS = (
     "Training part: step 0 is left out, where a head of zeros makes all gradients of the MLPs vanish.",
 )
 
-EXPERIMENT = Experiment(__doc__, SCALES, measure, draw, compare, verdict, tables=tables, deviations=DEVIATIONS)
+EXPERIMENT = Experiment(
+    __doc__,
+    SCALES,
+    measure,
+    draw,
+    compare,
+    verdict,
+    tables=tables,
+    deviations=DEVIATIONS,
+    styles=STYLES | comparison.merging_styles(),
+)
 
 if __name__ == "__main__":
     run(EXPERIMENT)

@@ -1,8 +1,9 @@
 """Merging fine-tuned models by their task vectors, and singular value calibration (SVC, arXiv 2602.05536)."""
 
-from merging.calibration import calibrate, diagnose
+from merging.calibration import SVC, calibrate, diagnose
 from merging.mergers import (
     MERGERS,
+    Merger,
     dare,
     iso_basis,
     iso_c,
@@ -19,6 +20,8 @@ from merging.task_vectors import apply, task_vector
 
 __all__ = [
     "MERGERS",
+    "SVC",
+    "Merger",
     "apply",
     "calibrate",
     "dare",

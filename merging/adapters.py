@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.spectral import working
+from merging.calibration import SVC
 from merging.lowrank import extract, fold, merge_and_calibrate, merge_low_rank, zero_like
 from merging.peft_files import Adapter, load_adapter, save_adapter
 from merging.task_vectors import Predicate, TaskVector, check_finite, matrices_without
@@ -33,7 +34,7 @@ MODULES = matrices_without("embed")
 def merge_adapters(
     adapters: Sequence[Adapter],
     method: str,
-    svc: Mapping[str, Any] | None = None,
+    svc: SVC | Mapping[str, Any] | None = None,
     *,
     base: Mapping[str, Tensor] | None = None,
     final_scale: float = 1.0,
@@ -48,7 +49,7 @@ def merge_adapters(
     Args:
         adapters: K adapters of one kind.
         method: a merger; for LoRA one that has a factored form.
-        svc: options of `calibrate` ({} for its defaults), or None for no calibration.
+        svc: the options of SVC ({} for its defaults), or None for no calibration.
         base: state dict; only the tensors that adapters hold whole (biases, modules_to_save) are read from it.
         final_scale: factor of the finished update, after calibration.
         **options: of the merger.

@@ -11,7 +11,7 @@ of the merged update with left singular vectors u_r, and the tasks' own updates 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from common.spectral import (
     svd,
     working,
 )
+from merging.mergers import MERGERS, iso_basis, merger
 from merging.task_vectors import OneTensor, Predicate, TaskVector, check, check_choice, matrices_without
 
 SVC_MATRICES = matrices_without("text_projection", "embedding")
@@ -33,19 +34,69 @@ FUSED_QKV = ("in_proj_weight", "qkv.weight")  # how torch and open_clip, and tim
 OVERLAP_RANK = 8  # leading directions that `Diagnosis.overlap` compares
 
 
+@dataclass(frozen=True)
+class SVC:
+    """The options of SVC. Which tensors are calibrated, and in which bases, is said where the tensors are."""
+
+    alpha: float | None = None
+    """Floor of the coefficients, > 0. Default 1/K."""
+    space: str = "output"
+    """"output" compares u_rᵀ ΔW with u_rᵀ τ_i, "input" ΔW v_r with τ_i v_r (the same on the transposes)."""
+    target: int | None = None
+    """Index of a task to calibrate for: γ_r = 1 / max(s_tr, α) where s_tr > 0, else 1."""
+    rule: str = "current"
+    """"current" as above, or "legacy", the authors' code until March 2026: γ_r = 1 / max(mean_i s_ir, α) where all
+    s_ir > 0, else 1. Has no influence where there is a target."""
+    split_qkv: bool = False
+    """Calibrate the query, key and value part of a fused (3d, d) weight each by itself, not as one."""
+    vectors: bool = False
+    """Calibrate 1-D tensors too (IA³), as a whole: γ = K / Σ_i s_i with s_i = <τ, τ_i> / ‖τ_i‖², and 1 where that sum
+    is not positive. Independent of alpha, space, target and rule."""
+    flatten: bool = False
+    """Offer tensors of more dimensions to `matrices` as (out, rest); without it they keep the merged value."""
+
+    def check(self, tasks: int) -> None:
+        """Raise a ValueError that names the option and what it can be, unless all are in range for K tasks."""
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
+        check_choice("space", self.space, ("output", "input"))
+        check_choice("rule", self.rule, ("current", "legacy"))
+        if self.target is not None and self.target not in range(tasks):
+            raise ValueError(f"target must be the index of a task, 0 to {tasks - 1}, got {self.target}")
+
+    def treatment(self, name: str, tensor: Tensor, matrices: Predicate = SVC_MATRICES) -> str:
+        """Return what becomes of a tensor: "calibrated", "vector rule" or "merged value".
+
+        Raises:
+            ValueError: `matrices` selects a tensor that is no matrix.
+        """
+        if not tensor.numel():
+            return "merged value"
+        if tensor.ndim == 1 and self.vectors:
+            return "vector rule"
+        tensor = tensor.flatten(1) if self.flatten and tensor.ndim > 2 else tensor
+        if not matrices(name, tensor):
+            return "merged value"
+        if tensor.ndim != 2:
+            raise ValueError(
+                f"{name!r}: `matrices` selects a tensor of shape {tuple(tensor.shape)}, which is no matrix"
+                + (" (flatten=True makes it one)" if tensor.ndim > 2 else "")
+            )
+        return "calibrated"
+
+    def splits(self, name: str) -> bool:
+        """Return whether a tensor of this name is calibrated in three parts."""
+        return self.split_qkv and name.endswith(FUSED_QKV)
+
+
 def calibrate(
     merged: TaskVector,
     task_vectors: Sequence[TaskVector],
+    svc: SVC | None = None,
     *,
-    alpha: float | None = None,
-    space: str = "output",
-    target: int | None = None,
-    rule: str = "current",
     matrices: Predicate = SVC_MATRICES,
-    vectors: bool = False,
-    split_qkv: bool = False,
-    flatten: bool = False,
     bases: Mapping[str, Tensor] | None = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Return `merged` with its singular values calibrated (SVC, equations above); the inputs are left unchanged.
 
@@ -65,18 +116,11 @@ def calibrate(
         merged: the merged task vector.
         task_vectors: the K ORIGINAL task vectors, not trimmed or masked ones, with the same floating-point keys.
             They are read one tensor at a time, and moved to the device of `merged`.
-        alpha: floor of the coefficients, > 0. Default 1/K.
-        space: "output" compares u_rᵀ ΔW with u_rᵀ τ_i, "input" ΔW v_r with τ_i v_r (the same on the transposes).
-        target: index of a task to calibrate for: γ_r = 1 / max(s_tr, α) where s_tr > 0, else 1.
-        rule: "current" as above, or "legacy", the authors' code until March 2026: γ_r = 1 / max(mean_i s_ir, α)
-            where all s_ir > 0, else 1. Has no influence where there is a target.
+        svc: the options; default `SVC()`.
         matrices: which tensors are calibrated; the others keep the merged value.
-        vectors: calibrate 1-D tensors too (IA³), as a whole: γ = K / Σ_i s_i with s_i = <τ, τ_i> / ‖τ_i‖², and 1
-            where that sum is not positive. Independent of alpha, space, target and rule.
-        split_qkv: calibrate the query, key and value part of a fused (3d, d) weight each by itself, not as one.
-        flatten: offer tensors of more dimensions to `matrices` as (out, rest); without it they keep the merged value.
         bases: name → (m, c), orthonormal columns which span those of that matrix (rows for space="input"), to use
             in place of its singular vectors; the parts of a split weight are named "NAME[q]", "[k]" and "[v]".
+        **options: fields of `SVC`, such as alpha=1.0, which go before those of `svc`.
 
     Returns:
         name → calibrated update, in the dtype of `merged`; its tensors of other dtypes than floating are left out.
@@ -84,10 +128,10 @@ def calibrate(
     Raises:
         TypeError, ValueError: bad task vectors (as for the mergers), or an option out of range.
     """
-    options = _Options(alpha, space, target, rule, matrices, vectors, split_qkv, flatten, bases)
+    svc = replace(svc or SVC(), **options)
     calibrated = {}
-    for name, _, blocks in _walk(merged, task_vectors, options):
-        parts = [_directions(block, updates, options).calibrated().to(block.merged.dtype) for block, updates in blocks]
+    for name, _, blocks in _walk(merged, task_vectors, svc, matrices, bases):
+        parts = [_directions(block, updates, svc).calibrated().to(block.merged.dtype) for block, updates in blocks]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else merged[name].clone()
         calibrated[name] = whole.reshape(merged[name].shape)
     return calibrated
@@ -95,7 +139,32 @@ def calibrate(
 
 def published_alpha(method: str, tasks: int) -> float:
     """Return the α of the paper's "+SVC" column: 1 on TSV-M, 1/K on every other merger."""
-    return 1.0 if method == "tsv_m" else 1 / tasks
+    own = merger(method).alpha if method in MERGERS else None
+    return 1 / tasks if own is None else own
+
+
+def own_bases(
+    method: str, task_vectors: Sequence[TaskVector], svc: SVC, matrices: Predicate = SVC_MATRICES, **options: Any
+) -> dict[str, Tensor] | None:
+    """Return the `bases` in which SVC calibrates what a merger made: its own if it has any (Iso), else None.
+
+    There are none in the input space, nor for a weight that is split in three.
+
+    Args:
+        method: the merger.
+        task_vectors: the K task vectors that were merged.
+        svc, matrices: as for `calibrate`.
+        **options: `side` and `precision` of `iso_basis`.
+    """
+    own = merger(method)
+    if own.basis is None or svc.space != "output":
+        return None
+
+    def is_calibrated(name: str, tensor: Tensor) -> bool:
+        whole = svc.treatment(name, tensor, matrices) == "calibrated" and not svc.splits(name)
+        return whole and own.takes(name, tensor)
+
+    return iso_basis(task_vectors, method, matrices=is_calibrated, **options) or None
 
 
 @dataclass(frozen=True)
@@ -118,7 +187,15 @@ class Diagnosis:
     overlap: Tensor | None = None  # (K, K) of the leading min(8, r) directions of each task, see below
 
 
-def diagnose(merged: TaskVector, task_vectors: Sequence[TaskVector], **options: Any) -> dict[str, Diagnosis]:
+def diagnose(
+    merged: TaskVector,
+    task_vectors: Sequence[TaskVector],
+    svc: SVC | None = None,
+    *,
+    matrices: Predicate = SVC_MATRICES,
+    bases: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> dict[str, Diagnosis]:
     """Return per tensor what `calibrate` computes with the same options, from the same computation.
 
     `overlap` is ‖U_iᵀ U_j‖_F² / k for the top k = min(8, r) singular directions (in the calibrated space) of tasks
@@ -127,43 +204,22 @@ def diagnose(merged: TaskVector, task_vectors: Sequence[TaskVector], **options: 
     Args:
         merged: the merged task vector.
         task_vectors: the K original task vectors.
-        **options: as for `calibrate`, with the same defaults.
+        svc, matrices, bases, **options: as for `calibrate`.
 
     Returns:
         name → Diagnosis, with one entry each for "NAME[q]", "NAME[k]" and "NAME[v]" of a weight that is split.
     """
-    chosen = _Options(**(calibrate.__kwdefaults__ | options))
+    svc = replace(svc or SVC(), **options)
     diagnoses = {}
-    for name, treatment, blocks in _walk(merged, task_vectors, chosen):
+    for name, treatment, blocks in _walk(merged, task_vectors, svc, matrices, bases):
         if not blocks:
             diagnoses[name] = Diagnosis(treatment)
         for block, updates in blocks:
-            diagnoses[block.name] = _diagnosis(treatment, block, updates, chosen)
+            diagnoses[block.name] = _diagnosis(treatment, block, updates, svc)
     return diagnoses
 
 
 # What is calibrated --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Options:
-    alpha: float | None
-    space: str
-    target: int | None
-    rule: str
-    matrices: Predicate
-    vectors: bool
-    split_qkv: bool
-    flatten: bool
-    bases: Mapping[str, Tensor] | None
-
-    def check(self, tasks: int) -> None:
-        if self.alpha is not None and not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
-        check_choice("space", self.space, ("output", "input"))
-        check_choice("rule", self.rule, ("current", "legacy"))
-        if self.target is not None and self.target not in range(tasks):
-            raise ValueError(f"target must be the index of a task, 0 to {tasks - 1}, got {self.target}")
 
 
 @dataclass(frozen=True)
@@ -173,22 +229,30 @@ class _Block:
     name: str
     merged: Tensor  # (m, n)
     is_vector: bool
+    basis: Tensor | None  # (m, c), in place of its singular vectors
 
 
 def _walk(
-    merged: TaskVector, task_vectors: Sequence[TaskVector], options: _Options
+    merged: TaskVector,
+    task_vectors: Sequence[TaskVector],
+    svc: SVC,
+    matrices: Predicate,
+    bases: Mapping[str, Tensor] | None,
 ) -> Iterator[tuple[str, str, list[tuple[_Block, Sequence[Tensor]]]]]:
     """Yield (name, treatment, matrices to calibrate with the tasks' updates); all are views of the inputs."""
-    names = check(task_vectors, merged)
-    options.check(len(task_vectors))
-    unused = set(options.bases or ())
+    names, bases = check(task_vectors, merged), bases or {}
+    svc.check(len(task_vectors))
+    unused = set(bases)
     for name in names:
-        treatment = _treatment(name, merged[name], options)
+        treatment = svc.treatment(name, merged[name], matrices)
         blocks = []
         if treatment != "merged value":
-            parts = _parts(name, merged[name], options)
+            parts = _parts(name, merged[name], svc)
             blocks = [
-                (_Block(part, matrix, treatment == "vector rule"), _own(task_vectors, name, part, options))
+                (
+                    _Block(part, matrix, treatment == "vector rule", bases.get(part)),
+                    _own(task_vectors, name, part, svc),
+                )
                 for part, matrix in parts.items()
             ]
             unused -= parts.keys()
@@ -197,32 +261,16 @@ def _walk(
         raise ValueError(f"bases has entries that are not calibrated: {', '.join(map(repr, sorted(unused)))}")
 
 
-def _own(task_vectors: Sequence[TaskVector], name: str, part: str, options: _Options) -> Sequence[Tensor]:
+def _own(task_vectors: Sequence[TaskVector], name: str, part: str, svc: SVC) -> Sequence[Tensor]:
     """Return the tasks' own updates of one matrix."""
-    return OneTensor(task_vectors, name, lambda tensor: _parts(name, tensor, options)[part])
+    return OneTensor(task_vectors, name, lambda tensor: _parts(name, tensor, svc)[part])
 
 
-def _treatment(name: str, tensor: Tensor, options: _Options) -> str:
-    if not tensor.numel():
-        return "merged value"
-    if tensor.ndim == 1 and options.vectors:
-        return "vector rule"
-    tensor = tensor.flatten(1) if options.flatten and tensor.ndim > 2 else tensor
-    if not options.matrices(name, tensor):
-        return "merged value"
-    if tensor.ndim != 2:
-        raise ValueError(
-            f"{name!r}: `matrices` selects a tensor of shape {tuple(tensor.shape)}, which is no matrix"
-            + (" (flatten=True makes it one)" if tensor.ndim > 2 else "")
-        )
-    return "calibrated"
-
-
-def _parts(name: str, tensor: Tensor, options: _Options) -> dict[str, Tensor]:
+def _parts(name: str, tensor: Tensor, svc: SVC) -> dict[str, Tensor]:
     if tensor.ndim == 1:
         return {name: tensor[None]}  # a vector as (1, n): u = 1, and s is that of the vector rule
     matrix = tensor.flatten(1)
-    if not (options.split_qkv and name.endswith(FUSED_QKV)):
+    if not svc.splits(name):
         return {name: matrix}
     if len(matrix) % 3:
         raise ValueError(f"{name!r}: a fused qkv weight of {len(matrix)} rows cannot be split in three")
@@ -251,26 +299,26 @@ class _Directions:
         return matrix.T if self.transposed else matrix
 
 
-def _directions(block: _Block, updates: Sequence[Tensor], options: _Options) -> _Directions:
-    transposed = options.space == "input" and not block.is_vector
+def _directions(block: _Block, updates: Sequence[Tensor], svc: SVC) -> _Directions:
+    transposed = svc.space == "input" and not block.is_vector
     matrix = working(block.merged.T if transposed else block.merged)
-    if options.bases and block.name in options.bases:
-        left, right = _factors_in_basis(block.name, matrix, options.bases[block.name])
+    if block.basis is not None:
+        left, right = _factors_in_basis(block.name, matrix, block.basis)
     else:
         left, right = spectral_factors(matrix)
     oriented = map(torch.t, updates) if transposed else updates  # one task at a time: no (K, m, n)
     coefficients, energy = projection_coefficients(left, right, oriented)
-    divisor = _vector_divisor(coefficients) if block.is_vector else _divisor(coefficients, options)
+    divisor = _vector_divisor(coefficients) if block.is_vector else _divisor(coefficients, svc)
     return _Directions(left, right, coefficients, energy, divisor, transposed)
 
 
-def _divisor(coefficients: Tensor, options: _Options) -> Tensor:
+def _divisor(coefficients: Tensor, svc: SVC) -> Tensor:
     """Return d_r = 1/γ_r from the coefficients s (K, r)."""
-    alpha = 1 / len(coefficients) if options.alpha is None else options.alpha
-    if options.target is not None:
-        own = coefficients[options.target]
+    alpha = 1 / len(coefficients) if svc.alpha is None else svc.alpha
+    if svc.target is not None:
+        own = coefficients[svc.target]
         return own.clamp_min(alpha).where(own > 0, 1)
-    if options.rule == "legacy":
+    if svc.rule == "legacy":
         return coefficients.mean(0).clamp_min(alpha).where((coefficients > 0).all(0), 1)
     return coefficients.clamp_min(alpha).mean(0)
 
@@ -294,8 +342,8 @@ def _factors_in_basis(name: str, matrix: Tensor, basis: Tensor) -> tuple[Tensor,
     return left, right
 
 
-def _diagnosis(treatment: str, block: _Block, updates: Sequence[Tensor], options: _Options) -> Diagnosis:
-    found = _directions(block, updates, options)
+def _diagnosis(treatment: str, block: _Block, updates: Sequence[Tensor], svc: SVC) -> Diagnosis:
+    found = _directions(block, updates, svc)
     singular = torch.linalg.vector_norm(found.left, dim=0) * torch.linalg.vector_norm(found.right, dim=1)
     singular, order = singular.sort(descending=True)
     coefficients, energy = found.coefficients[:, order], found.energy[:, order]

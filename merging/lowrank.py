@@ -11,7 +11,8 @@ every merger that knows only sums, norms and singular triplets, do to the cores 
 O((m + n) R² + K R³) instead of O(K m n min(m, n)). Arithmetic is float64.
 
 The rank rule of `merging.mergers` makes this exact: TSV-M and Iso drop null directions, which alone could lie outside
-of the two bases. TIES and DARE look at single entries and have no factored form: merge `LowRank.dense()` instead.
+of the two bases; its tolerance is that of the factors' dtype. TIES and DARE look at single entries and have no factored
+form: merge `LowRank.dense()` instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,15 +23,12 @@ import torch
 from torch import Tensor
 
 from common.spectral import numerical_rank, svd, working
-from merging.calibration import SVC_MATRICES, Diagnosis, calibrate, diagnose
-from merging.mergers import iso_basis, merger
-from merging.task_vectors import TaskVector, check_choice
+from merging.calibration import SVC, SVC_MATRICES, Diagnosis, calibrate, diagnose, own_bases
+from merging.mergers import merger
+from merging.task_vectors import Predicate, TaskVector, check_choice
 
-FACTORED = ("weight_average", "task_arithmetic", "plain_sum", "tsv_m", "iso_c", "iso_cts", "star")
-ON_ENTRIES = ("ties", "dare")
-SIDED = ("tsv_m", "iso_cts")  # their numbers of triplets depend on min(m, n), not on the core's size
 LAYOUTS = ("linear", "conv1d", "embedding")  # how peft would store the two factors, see `merging.adapters`
-SVC_OPTIONS = ("alpha", "space", "target", "rule", "matrices")
+ON_WHOLE_TENSORS = ("split_qkv", "vectors", "flatten")  # options of SVC that a core knows nothing of
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def joint_basis(updates: Sequence[LowRank], name: str = "weight") -> JointBasis:
 def merge_low_rank(
     updates: Sequence[LowRank],
     method: str,
-    svc: Mapping[str, Any] | None = None,
+    svc: SVC | Mapping[str, Any] | None = None,
     *,
     name: str = "weight",
     **options: Any,
@@ -118,8 +116,9 @@ def merge_low_rank(
 
     Args:
         updates: the K updates, of any ranks.
-        method: a merger, one of FACTORED.
-        svc: options of `calibrate` (SVC_OPTIONS; {} for its defaults), or None for no calibration.
+        method: a merger that has a factored form.
+        svc: the options of SVC, or a mapping of them ({} for the defaults) that may also hold `matrices`; None for no
+            calibration.
         name: of the weight; some mergers, and SVC, treat embeddings and projections by name.
         **options: of the merger, such as `scale` of task_arithmetic.
 
@@ -132,24 +131,42 @@ def merge_low_rank(
     check_factored(method)
     basis = joint_basis([oriented(update) for update in updates], name)
     cores = [{name: core} for core in basis.cores]
-    core = merge_and_calibrate(cores, method, svc, **_side(method, updates), **options)[name]
+    options |= _cut_out_of(method, updates)
+    core = _merged(cores, method, *_options(svc, ON_WHOLE_TENSORS), **options)[name]
     return oriented(basis.outside(core, oriented(updates[0])))
 
 
 def diagnose_low_rank(
-    updates: Sequence[LowRank], method: str, svc: Mapping[str, Any], *, name: str = "weight", **options: Any
+    updates: Sequence[LowRank], method: str, svc: SVC | Mapping[str, Any], *, name: str = "weight", **options: Any
 ) -> dict[str, Diagnosis]:
     """Return what `diagnose` says of the merged update, over the Σ r_i directions that are not null by construction.
 
     Args:
         updates, method, svc, name, **options: as for `merge_low_rank`.
     """
+    svc, matrices = _options(svc, ON_WHOLE_TENSORS)
     cores = [{name: core} for core in joint_basis([oriented(update) for update in updates], name).cores]
-    return diagnose(merger(method)(cores, **_side(method, updates), **options), cores, **svc)
+    merged = merger(method)(cores, **_cut_out_of(method, updates), **options)
+    return diagnose(merged, cores, svc, matrices=matrices)
 
 
-def _side(method: str, updates: Sequence[LowRank]) -> dict[str, int]:
-    return {"side": min(updates[0].shape)} if method in SIDED else {}
+def _cut_out_of(method: str, updates: Sequence[LowRank]) -> dict[str, Any]:
+    """Return what a merger of cores has to know of their matrices: it counts triplets by min(m, n), ranks by dtype."""
+    wide = all(factor.dtype == torch.float64 for update in updates for factor in (update.b, update.a))
+    return merger(method).known(side=min(updates[0].shape), precision=torch.float64 if wide else torch.float32)
+
+
+def _options(svc: SVC | Mapping[str, Any] | None, refused: Sequence[str] = ()) -> tuple[SVC | None, Predicate]:
+    """Return the options of SVC as a record, and which tensors are calibrated, which a mapping may hold too."""
+    if svc is None:
+        return None, SVC_MATRICES
+    defaults = vars(SVC())
+    given = {key: value for key, value in vars(svc).items() if value != defaults[key]} if isinstance(svc, SVC) else svc
+    for option in given:
+        check_choice("option of SVC", option, [key for key in (*defaults, "matrices") if key not in refused])
+    options = dict(given)
+    matrices = options.pop("matrices", SVC_MATRICES)
+    return SVC(**options), matrices
 
 
 def oriented(update: LowRank) -> LowRank:
@@ -163,17 +180,16 @@ def oriented(update: LowRank) -> LowRank:
 
 def check_factored(method: str) -> None:
     """Raise a ValueError unless the merger has a factored form; the message says what to do instead."""
-    if method in ON_ENTRIES:
-        raise ValueError(
-            f"{method} looks at single entries, which factors do not have: merge the folded weights instead"
-        )
-    check_choice("merger of low-rank updates", method, FACTORED)
+    own = merger(method)
+    if not own.factored:
+        reason = "looks at single entries, which factors do not have" if own.by_entry else "has no factored form"
+        raise ValueError(f"{method} {reason}: merge the folded weights instead")
 
 
 def merge_and_calibrate(
     task_vectors: Sequence[TaskVector],
     method: str,
-    svc: Mapping[str, Any] | None = None,
+    svc: SVC | Mapping[str, Any] | None = None,
     *,
     vectors: bool = False,
     **options: Any,
@@ -181,26 +197,29 @@ def merge_and_calibrate(
     """Return the merged task vector of dense tensors, calibrated if `svc` is not None; Iso in its own basis.
 
     Args:
-        task_vectors: K task vectors (or cores).
+        task_vectors: K task vectors.
         method, svc, **options: as for `merge_low_rank`; `seed` for DARE.
         vectors: calibrate 1-D tensors by SVC's rule for vectors.
 
     Raises:
         ValueError: unknown merger or option, or Iso is to be calibrated in the input space.
     """
-    for option in svc or ():
-        check_choice("option of SVC", option, SVC_OPTIONS)
-    merged = merger(method)(task_vectors, **options)
+    svc, matrices = _options(svc)
+    return _merged(task_vectors, method, svc and replace(svc, vectors=svc.vectors or vectors), matrices, **options)
+
+
+def _merged(
+    task_vectors: Sequence[TaskVector], method: str, svc: SVC | None, matrices: Predicate, **options: Any
+) -> dict[str, Tensor]:
+    own = merger(method)
+    if svc and own.basis and svc.space != "output":
+        raise ValueError(f"SVC after {method} is defined in the output space only, got space={svc.space!r}")
+    merged = own(task_vectors, **options)
     if svc is None:
         return merged
-    bases = None
-    if method in ("iso_c", "iso_cts"):
-        if svc.get("space", "output") != "output":
-            raise ValueError(f"SVC after {method} is defined in the output space only, got space={svc['space']!r}")
-        accepted = svc.get("matrices", SVC_MATRICES)
-        own = iso_basis(task_vectors, method, **({"side": options["side"]} if "side" in options else {}))
-        bases = {name: basis for name, basis in own.items() if accepted(name, merged[name])}
-    return calibrate(merged, task_vectors, bases=bases, vectors=vectors, **svc)
+    cut = {key: options[key] for key in ("side", "precision") if key in options}
+    bases = own_bases(method, task_vectors, svc, matrices, **cut)
+    return calibrate(merged, task_vectors, svc, matrices=matrices, bases=bases)
 
 
 # Ranks and folding ---------------------------------------------------------------------------------------------------

@@ -5,22 +5,27 @@ the function says otherwise. Notation: K task vectors τ_i; per matrix m × n an
 the thin SVD and polar(A) = U Vᵀ. Arithmetic is at least float32, the result has the dtype of the inputs.
 
 Rank rule: for updates without full rank (LoRA, repeated tasks) the published TSV-M, Iso-C and Iso-CTS depend on
-arbitrary null vectors. Here triplets with σ_r ≤ 1e-6 σ_1 are dropped, and Iso spreads its singular values over the
-remaining directions only. Updates of full rank are not affected.
+arbitrary null vectors. Here triplets with σ_r ≤ ε σ_1 are dropped, and Iso spreads its singular values over the
+remaining directions only. ε is the rounding noise of the input's dtype: 1e-6 for float32 and narrower, 1e-10 for
+float64, which is decomposed by a true SVD (`common.spectral.rank_tolerance`). Updates whose singular values are all
+above it, those of full rank, are not affected.
 
-To add a merger, write one function and add it to `MERGERS` at the end.
+To add a merger, write one function and put its record into `MERGERS` at the end: a `Merger` holds all that the rest of
+the project has to know about it, and no other file knows a merger by its name.
 """
 
-import hashlib
-import math
+import inspect
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.spectral import RANK_TOLERANCE, numerical_rank, polar, product, singular_values, svd, working
+from common.spectral import numerical_rank, polar, product, rank_tolerance, singular_values, svd, working
 from merging.task_vectors import OneTensor, Predicate, TaskVector, check, check_choice, check_finite, matrices_without
+from merging.ties_dare import dare, dare_by_rows, elect, elected_together, ties, ties_by_rows
 
 Updates = Sequence[Tensor]  # one tensor of each task
 
@@ -28,6 +33,70 @@ SUM_MATRICES = matrices_without("text_projection", "token_embedding")
 TSV_MATRICES = matrices_without("text_projection", "embedding")
 ISO_MATRICES = matrices_without("text_projection")
 STAR_MATRICES = matrices_without(conv=True)
+
+
+@dataclass(frozen=True)
+class ByRows:
+    """How ranges of rows are merged where an entry of the result depends on more than the K entries at its place."""
+
+    start: Callable[..., Callable[[Updates], Tensor]]
+    """(tensor's name, K, what was decided, **options) → what merges its ranges of rows, each once and in order."""
+    decide: Callable[..., Any] | None = None
+    """([reader of the ranges of a tensor, …], map, **options) → what must be known first, as plain data."""
+    together: Callable[..., dict[str, Any] | None] = lambda **options: None
+    """**options → where it is decided over all tensors together, the options that have to be the same for all."""
+
+
+@dataclass(frozen=True)
+class Merger:
+    """All that is known of a merger. It is called as its function is: `MERGERS["ties"](task_vectors, keep=0.1)`."""
+
+    merge: Callable[..., dict[str, Tensor]]
+    """task vectors → merged task vector. Options are keywords with plain defaults. `matrices` is the predicate of the
+    tensors that are treated as matrices, of which the others take the mean; `side` and `precision`, where it has them,
+    tell it what the cores of low-rank updates were cut out of (`merging.lowrank`)."""
+    title: str
+    """How it is written in figures."""
+    colour: str | None = None
+    """In figures; by default the palette's next."""
+    by_entry: bool = False
+    """Treats each entry by itself, so that a large tensor can be merged by ranges of its rows, calling it on each."""
+    by_rows: ByRows | None = None
+    """How that is done instead where entries depend on whole tensors."""
+    factored: bool = False
+    """Knows only sums, norms and singular triplets, so that what it does to cores it does to low-rank updates."""
+    basis: Callable[[Updates, int | None, torch.dtype | None], Tensor] | None = None
+    """(updates, side, precision) → the left basis of its result, where all singular values of that are equal."""
+    alpha: float | None = None
+    """α of the paper's "+ SVC"; None is 1/K."""
+    published: bool = False
+    """In the paper's main table."""
+    copies: int = 5
+    """Of a matrix in float32: the memory that merging it takes, measured."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        return self.merge(*arguments, **options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options which are numbers or words, with their defaults."""
+        defaults = {name: each.default for name, each in inspect.signature(self.merge).parameters.items()}
+        return {name: default for name, default in defaults.items() if isinstance(default, int | float | str)}
+
+    @property
+    def matrices(self) -> Predicate | None:
+        """Which tensors are treated as matrices, None where all tensors are treated alike."""
+        parameter = inspect.signature(self.merge).parameters.get("matrices")
+        return parameter and parameter.default
+
+    def takes(self, name: str, tensor: Tensor) -> bool:
+        """Return whether a tensor is treated by the method's own rule; where not, it takes the mean."""
+        return self.matrices is None or bool(tensor.numel() and self.matrices(name, tensor))
+
+    def known(self, **options: Any) -> dict[str, Any]:
+        """Return those of the options that the merger has, such as `seed`."""
+        parameters = inspect.signature(self.merge).parameters
+        return {name: value for name, value in options.items() if name in parameters}
 
 
 def _merge_each(
@@ -95,110 +164,15 @@ def plain_sum(task_vectors: Sequence[TaskVector], *, matrices: Predicate = SUM_M
     return _merge_each(task_vectors, _sum, matrices)
 
 
-# Elections and masks -------------------------------------------------------------------------------------------------
-
-
-def ties(
-    task_vectors: Sequence[TaskVector],
-    keep: float = 0.2,
-    scope: str = "layer",
-    combine: str = "mean",
-    scale: float = 1.0,
-) -> dict[str, Tensor]:
-    """Trim each task's small entries, elect a sign per entry, and combine the entries that agree with it (TIES).
-
-    The official SVC script uses one threshold and one majority a tensor and the mean (the defaults); the published
-    TIES (Yadav et al., 2023) is scope="global", combine="sum", scale=0.3.
-
-    Args:
-        task_vectors: the K task vectors.
-        keep: share of the entries that survive trimming, in (0, 1].
-        scope: threshold and majority "layer" by layer, or "global", over all tensors together.
-        combine: "mean" over the entries that agree, or their "sum".
-        scale: factor of the result.
-
-    Raises:
-        ValueError: an option is out of range.
-    """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}")
-    check_choice("scope", scope, ("layer", "global"))
-    check_choice("combine", combine, ("mean", "sum"))
-    check_finite("scale", scale)
-    names = check(task_vectors)
-    merged = {}
-    for group in [names] if scope == "global" else [[name] for name in names]:
-        thresholds = [_ties_threshold([task[name] for name in group], keep) for task in task_vectors]
-        signs = (_ties_signs(_trimmed(task_vectors, name, thresholds)).sum() for name in group)
-        majority = sum(int(total) for total in signs)
-        for name in group:
-            combined = _ties_combine(_trimmed(task_vectors, name, thresholds), majority, combine)
-            merged[name] = (scale * combined).to(task_vectors[0][name].dtype)
-    return merged
-
-
-def _ties_threshold(tensors: list[Tensor], keep: float) -> Tensor:
-    """Return the k-th smallest magnitude of d entries, k = d − ⌊keep · d⌋: what is smaller is trimmed."""
-    magnitudes = torch.cat([working(tensor).abs().flatten() for tensor in tensors])
-    if not len(magnitudes):
-        return magnitudes.sum()
-    return magnitudes.kthvalue(max(1, len(magnitudes) - math.floor(keep * len(magnitudes)))).values
-
-
-def _trimmed(task_vectors: Sequence[TaskVector], name: str, thresholds: list[Tensor]) -> Tensor:
-    updates = (working(task[name]) for task in task_vectors)
-    pairs = zip(updates, thresholds, strict=True)
-    return torch.stack([update.where(update.abs() >= threshold.to(update), 0) for update, threshold in pairs])
-
-
-def _ties_signs(trimmed: Tensor) -> Tensor:
-    return trimmed.sum(0).sign()  # (K, …) → (…)
-
-
-def _ties_combine(trimmed: Tensor, majority: int, combine: str) -> Tensor:
-    """Combine the entries (K, …) of the elected sign; an undecided entry follows the majority, else it is negative."""
-    signs = _ties_signs(trimmed)
-    positive = (signs > 0) | ((signs == 0) & (majority > 0))
-    agrees = torch.where(positive, trimmed > 0, trimmed < 0)  # (K, …)
-    total = trimmed.where(agrees, 0).sum(0)
-    return total if combine == "sum" else total / agrees.sum(0).clamp_min(1)
-
-
-def dare(task_vectors: Sequence[TaskVector], drop: float = 0.8, seed: int = 0) -> dict[str, Tensor]:
-    """Drop entries at random, rescale the others by 1 / (1 − drop), and take the mean (Yu et al., 2024).
-
-    Each mask depends on nothing but (seed, task index, tensor name): not on the device, nor on which tensors were
-    merged before. Other implementations agree in distribution only.
-
-    Args:
-        task_vectors: the K task vectors; their order decides which masks they get.
-        drop: probability that an entry is dropped, in [0, 1).
-        seed: any integer.
-
-    Raises:
-        ValueError: drop is out of range.
-    """
-    if not 0 <= drop < 1:
-        raise ValueError(f"drop must be in [0, 1), got {drop}")
-    merged = {}
-    for name in check(task_vectors):
-        updates = [working(task[name]) for task in task_vectors]
-        kept = (update * _dare_mask(update, drop, seed, index, name) for index, update in enumerate(updates))
-        merged[name] = (sum(kept) / ((1 - drop) * len(updates))).to(task_vectors[0][name].dtype)
-    return merged
-
-
-def _dare_mask(tensor: Tensor, drop: float, seed: int, index: int, name: str) -> Tensor:
-    digest = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return (torch.rand(tensor.shape, generator=generator) >= drop).to(tensor)  # drawn on the CPU for every device
-
-
 # Spectral mergers ----------------------------------------------------------------------------------------------------
 
 
 def tsv_m(
-    task_vectors: Sequence[TaskVector], *, matrices: Predicate = TSV_MATRICES, side: int | None = None
+    task_vectors: Sequence[TaskVector],
+    *,
+    matrices: Predicate = TSV_MATRICES,
+    side: int | None = None,
+    precision: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Join the top r/K singular triplets of each task and whiten their two bases (TSV-M, Gargiulo et al., 2025).
 
@@ -210,23 +184,26 @@ def tsv_m(
         task_vectors: the K task vectors.
         matrices: which tensors; the others take the mean.
         side: r, where the task vectors hold the small cores of larger matrices (`merging.lowrank`).
+        precision: for the rank rule, the dtype that the task vectors were computed from, if not their own.
     """
-    return _merge_each(task_vectors, partial(_tsv_matrix, side=side), matrices)
+    return _merge_each(task_vectors, partial(_tsv_matrix, side=side, precision=precision), matrices)
 
 
-def _tsv_matrix(updates: Updates, side: int | None = None) -> Tensor:
-    count = (min(updates[0].shape) if side is None else side) // len(updates)
-    left, singular, right = _concatenate([_top(update, count) for update in updates])
+def _tsv_matrix(updates: Updates, side: int | None = None, precision: torch.dtype | None = None) -> Tensor:
+    like = updates[0]
+    precision = precision or like.dtype
+    count = (min(like.shape) if side is None else side) // len(updates)
+    left, singular, right = _concatenate([_top(update, count, precision) for update in updates])
     if not len(singular):
-        return torch.zeros_like(updates[0])
-    left = polar(left)
-    return product(left, singular[:, None] * polar(right), updates[0].dtype)
+        return torch.zeros_like(like)
+    left = polar(left, precision=precision)
+    return product(left, singular[:, None] * polar(right, precision=precision), like.dtype)
 
 
-def _top(update: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def _top(update: Tensor, count: int, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first `count` triplets, or as many as the numerical rank allows, in float64."""
-    left, singular, right = svd(update, count, torch.float64)
-    count = min(count, int(numerical_rank(singular)))
+    left, singular, right = svd(update, count, torch.float64, precision)
+    count = min(count, int(numerical_rank(singular, rank_tolerance(precision))))
     return left[:, :count], singular[:count], right[:count]
 
 
@@ -235,7 +212,12 @@ def _concatenate(triplets: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor,
     return torch.cat(lefts, 1), torch.cat(singulars), torch.cat(rights)
 
 
-def iso_c(task_vectors: Sequence[TaskVector], *, matrices: Predicate = ISO_MATRICES) -> dict[str, Tensor]:
+def iso_c(
+    task_vectors: Sequence[TaskVector],
+    *,
+    matrices: Predicate = ISO_MATRICES,
+    precision: torch.dtype | None = None,
+) -> dict[str, Tensor]:
     """Give the sum's directions one common singular value, their mean (Iso-C, Marczak et al., 2025).
 
         τ = mean(σ) · U Vᵀ,  U diag(σ) Vᵀ = Σ τ_i
@@ -245,18 +227,30 @@ def iso_c(task_vectors: Sequence[TaskVector], *, matrices: Predicate = ISO_MATRI
     Args:
         task_vectors: the K task vectors.
         matrices: which tensors; the others take the mean.
+        precision: as for `tsv_m`.
     """
-    return _merge_each(task_vectors, _iso_c_matrix, matrices)
+    return _merge_each(task_vectors, partial(_iso_c_matrix, precision=precision), matrices)
 
 
-def _iso_c_matrix(updates: Updates) -> Tensor:
-    left, singular, right = svd(_sum(updates))
-    rank = int(numerical_rank(singular))
+def _iso_c_matrix(updates: Updates, precision: torch.dtype | None = None) -> Tensor:
+    total = _sum(updates)
+    precision = precision or total.dtype
+    left, singular, right = svd(total, precision=precision)
+    rank = int(numerical_rank(singular, rank_tolerance(precision)))
     return (left[:, :rank] @ right[:rank]).mul_(singular[:rank].sum() / max(1, rank))
 
 
+def _iso_c_basis(updates: Updates, side: int | None = None, precision: torch.dtype | None = None) -> Tensor:
+    total = _sum(updates)
+    return svd(total, precision=precision or total.dtype)[0]
+
+
 def iso_cts(
-    task_vectors: Sequence[TaskVector], *, matrices: Predicate = ISO_MATRICES, side: int | None = None
+    task_vectors: Sequence[TaskVector],
+    *,
+    matrices: Predicate = ISO_MATRICES,
+    side: int | None = None,
+    precision: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Replace the weakest directions of the sum by each task's own, then flatten (Iso-CTS, Marczak et al., 2025).
 
@@ -265,39 +259,41 @@ def iso_cts(
 
         τ = mean(σ̂) · polar(Û) polar(V̂)ᵀ,  Û, σ̂, V̂ the r concatenated triplets
 
-    By the rank rule the mean runs only over the triplets above 1e-6 of the largest.
+    By the rank rule the mean runs only over the triplets above ε of the largest.
 
     Args:
         task_vectors: the K task vectors.
         matrices: which tensors; the others take the mean.
-        side: r, where the task vectors hold the small cores of larger matrices (`merging.lowrank`).
+        side, precision: as for `tsv_m`.
     """
-    return _merge_each(task_vectors, partial(_iso_cts_matrix, side=side), matrices)
+    return _merge_each(task_vectors, partial(_iso_cts_matrix, side=side, precision=precision), matrices)
 
 
-def _iso_cts_matrix(updates: Updates, side: int | None = None) -> Tensor:
-    left, singular, right = _iso_cts_triplets(updates, side)
+def _iso_cts_matrix(updates: Updates, side: int | None = None, precision: torch.dtype | None = None) -> Tensor:
+    like = updates[0]
+    precision = precision or like.dtype
+    left, singular, right = _iso_cts_triplets(updates, side, precision)
     if not len(singular):
-        return torch.zeros_like(updates[0])
-    left = polar(left)
-    return product(left, singular.mean() * polar(right), updates[0].dtype)
+        return torch.zeros_like(like)
+    left = polar(left, precision=precision)
+    return product(left, singular.mean() * polar(right, precision=precision), like.dtype)
 
 
-def _iso_cts_triplets(updates: Updates, side: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    common, own = _iso_cts_counts(min(updates[0].shape) if side is None else side, len(updates))
+def _iso_cts_triplets(updates: Updates, side: int | None, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    common, own = iso_cts_counts(min(updates[0].shape) if side is None else side, len(updates))
     total = torch.zeros_like(updates[0], dtype=torch.float64)  # for Û may be ill-conditioned
     for update in updates:
         _add(total, update)
         del update
-    triplets = [_top(total, common)]
+    triplets = [_top(total, common, precision)]
     shared = triplets[0][0]  # (m, c)
     del total
     for update in updates if own else []:
-        left, singular, right = svd(_outside(shared, update), own)
+        left, singular, right = svd(_outside(shared, update), own, precision=precision)
         triplets.append((left, singular[:own], right))
         del update
     left, singular, right = _concatenate(triplets)
-    kept = singular > RANK_TOLERANCE * (singular.amax() if len(singular) else 0)
+    kept = singular > rank_tolerance(precision) * (singular.amax() if len(singular) else 0)
     return (left, singular, right) if kept.all() else (left[:, kept], singular[kept], right[kept])
 
 
@@ -314,10 +310,20 @@ def _add(total: Tensor, update: Tensor) -> None:
         part += own
 
 
-def _iso_cts_counts(rank: int, tasks: int) -> tuple[int, int]:
+def iso_cts_counts(rank: int, tasks: int) -> tuple[int, int]:
     """Return c, the number of common directions, and q, that of each task's own."""
     own = round((rank - int(0.8 * rank)) / tasks)
     return rank - own * tasks, own
+
+
+def _iso_cts_basis(updates: Updates, side: int | None = None, precision: torch.dtype | None = None) -> Tensor:
+    dtype = updates[0].dtype
+    precision = precision or dtype
+    columns, singular, _ = _iso_cts_triplets(updates, side, precision)
+    rank = int(numerical_rank(singular_values(columns, precision), rank_tolerance(precision)))
+    full = rank == len(singular)
+    columns = polar(columns, precision=precision) if full else svd(columns, rank, precision=precision)[0]
+    return columns.to(dtype)
 
 
 def star(
@@ -363,6 +369,7 @@ def iso_basis(
     *,
     matrices: Predicate = ISO_MATRICES,
     side: int | None = None,
+    precision: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Return the left basis in which Iso-C or Iso-CTS built each matrix, for `calibrate(..., bases=…)`.
 
@@ -372,9 +379,9 @@ def iso_basis(
 
     Args:
         task_vectors: the K task vectors that were merged.
-        method: "iso_c" or "iso_cts".
+        method: a merger whose record has a `basis`: "iso_c" or "iso_cts".
         matrices: which tensors, as for the merger.
-        side: as for the merger.
+        side, precision: as for the merger.
 
     Returns:
         name → (m, r) with orthonormal columns (fewer columns for Iso-CTS without full rank), for 2-D tensors.
@@ -382,7 +389,7 @@ def iso_basis(
     Raises:
         ValueError: unknown method.
     """
-    check_choice("method", method, ("iso_c", "iso_cts"))
+    check_choice("method", method, [name for name in MERGERS if merger(name).basis])
     bases = {}
     for name in check(task_vectors):
         first = task_vectors[0][name]
@@ -390,31 +397,29 @@ def iso_basis(
         del first
         if taken:
             updates = OneTensor(task_vectors, name, partial(_as_matrix, name))
-            bases[name] = svd(_sum(updates))[0] if method == "iso_c" else _iso_cts_basis(updates, side)
+            bases[name] = MERGERS[method].basis(updates, side, precision)
     return bases
 
 
-def _iso_cts_basis(updates: Updates, side: int | None = None) -> Tensor:
-    columns, singular, _ = _iso_cts_triplets(updates, side)
-    rank = int(numerical_rank(singular_values(columns)))
-    columns = polar(columns) if rank == len(singular) else svd(columns, rank)[0]
-    return columns.to(updates[0].dtype)
+# The table -----------------------------------------------------------------------------------------------------------
 
-
-MERGERS: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "weight_average": weight_average,
-    "task_arithmetic": task_arithmetic,
-    "plain_sum": plain_sum,
-    "ties": ties,
-    "dare": dare,
-    "tsv_m": tsv_m,
-    "iso_c": iso_c,
-    "iso_cts": iso_cts,
-    "star": star,
+MERGERS: dict[str, Merger] = {
+    "weight_average": Merger(weight_average, "weight average", "#56B4E9", by_entry=True, factored=True),
+    "task_arithmetic": Merger(
+        task_arithmetic, "Task Arithmetic", "#0072B2", by_entry=True, factored=True, published=True
+    ),
+    "plain_sum": Merger(plain_sum, "sum", "#4D4D4D", by_entry=True, factored=True),
+    "ties": Merger(
+        ties, "TIES", "#D55E00", by_entry=True, by_rows=ByRows(ties_by_rows, elect, elected_together), published=True
+    ),
+    "dare": Merger(dare, "DARE", "#CC79A7", by_entry=True, by_rows=ByRows(dare_by_rows), published=True),
+    "tsv_m": Merger(tsv_m, "TSV-M", "#009E73", factored=True, alpha=1.0, published=True),
+    "iso_c": Merger(iso_c, "Iso-C", "#E69F00", factored=True, basis=_iso_c_basis, published=True),
+    "iso_cts": Merger(iso_cts, "Iso-CTS", "#8C6D31", factored=True, basis=_iso_cts_basis, published=True, copies=8),
+    "star": Merger(star, "STAR", "#7A5195", factored=True),
 }
 
-
-PUBLISHED = ("task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "iso_cts")  # the mergers of the paper's main table
+PUBLISHED = tuple(name for name in MERGERS if MERGERS[name].published)  # the mergers of the paper's main table
 
 
 def check_methods(names: Sequence[str]) -> None:
@@ -424,19 +429,21 @@ def check_methods(names: Sequence[str]) -> None:
 
 
 def merge(method: str, task_vectors: Sequence[TaskVector], seed: int = 0) -> dict[str, Tensor]:
-    """Return what a merger makes of the task vectors with its defaults; `seed` is for DARE, the one that draws masks.
+    """Return what a merger makes of the task vectors with its defaults; `seed` is for those that draw masks (DARE).
 
     Raises:
         ValueError: there is no such merger; the message names the nearest one.
     """
-    return merger(method)(task_vectors, **({"seed": seed} if method == "dare" else {}))
+    own = merger(method)
+    return own(task_vectors, **own.known(seed=seed))
 
 
-def merger(name: str) -> Callable[..., dict[str, Tensor]]:
-    """Return the merger of this name.
+def merger(name: str) -> Merger:
+    """Return the merger of this name; a plain function in the table is one of which nothing else is known.
 
     Raises:
         ValueError: there is none; the message names the nearest one.
     """
     check_choice("merger", name, MERGERS)
-    return MERGERS[name]
+    own = MERGERS[name]
+    return own if isinstance(own, Merger) else Merger(own, name)

@@ -24,7 +24,7 @@ class Layout:
         gate: the other first linear of a gated MLP (SwiGLU, GeGLU), which multiplies the activation; "" for none.
         norms: the norm that feeds the MLP and nothing else; the first of these paths that exists is taken.
         post_norms: the same where the norm's output also goes into the residual (BERT).
-        otherwise: classes of layers that have these paths, but whose norm stands elsewhere than before the MLP.
+        otherwise: names of classes that have these paths too, but whose norm does not stand before the MLP.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Block:
     name: str
     layer: nn.Module
     layout: Layout
-    stack: nn.Module  # the part of the model that runs this layer and its sisters one after another
+    stack: nn.Module  # the part of the model that runs all its layers one after another, such as a T5's encoder
 
     @property
     def entrance(self) -> nn.Module:
@@ -77,7 +77,7 @@ class Block:
 
     @property
     def activation(self) -> Any:
-        """The activation, as a rule a module."""
+        """The activation; in nearly all models a module."""
         return _attribute(self.layer, self.layout.activation)
 
     @property
@@ -106,7 +106,7 @@ def find_blocks(model: nn.Module, layouts: Sequence[Layout] = LAYOUTS) -> list[B
     """Return the MLP blocks of a model in module order.
 
     Args:
-        model: any module; only attribute paths are looked at.
+        model: any module; only the attribute paths of its layers matter.
         layouts: the kinds of layer that are looked for; the first that fits a layer counts.
 
     Raises:
@@ -141,7 +141,7 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 
 def _stack(model: nn.Module, path: str) -> nn.Module:
-    """Return the module around the layer at `path` that holds it in its outermost list of layers, else the model."""
+    """Return the module that holds the outermost list of layers which the layer at `path` is in, else the model."""
     holder = model
     for name in path.split(".") if path else ():
         inner = getattr(holder, name)
@@ -159,7 +159,15 @@ def find_norms(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def without_mlps(model: nn.Module, layouts: Sequence[Layout] = LAYOUTS) -> Iterator[None]:
-    """Within the block every MLP of the model returns zeros: what the model still knows, it knows without them."""
+    """Within the block every MLP of the model returns zeros: what the model still knows, it knows without them.
+
+    Args:
+        model: any model with MLP blocks that `find_blocks` knows.
+        layouts: the kinds of layer to look for.
+
+    Raises:
+        ValueError: there is no MLP block.
+    """
     handles = [block.value.register_forward_hook(_zeros) for block in find_blocks(model, layouts)]
     try:
         yield

@@ -135,7 +135,7 @@ def gradient_statistics(sums: Sums, thresholds: Iterable[str] = ()) -> dict[str,
 def remaining_multiply_adds(density: float, derivative_density: float) -> tuple[float, float]:
     """Return the shares of an MLP's multiply-adds that a computation which skips zeros has left, forward and backward.
 
-    All of the products below take d · d_ff multiply-adds a token when dense.
+    All of the products below take d · d_ff multiply-adds per token when dense.
 
         forward:   p = K x      dense: which entries are zero is only known afterwards
                    z = V a      density            →  (1 + density) / 2

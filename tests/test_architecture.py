@@ -71,6 +71,7 @@ CALLS_AT_IMPORT = {
     "Path", "TypeVar", "frozenset", "tuple", "dict", "set", "range", "sorted", "field", "partial", "MappingProxyType",
     "re.compile", "matplotlib.rc_context", "resolve", "logging.getLogger", "dataclass", "replace",
     "matrices_without",                                 # builds a predicate over tensor names
+    "merging_styles",                                   # a table of labels and colours
     "os.environ.get",                                   # where the cache is
 }  # fmt: skip
 

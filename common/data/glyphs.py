@@ -2,7 +2,7 @@
 
 559 characters in 16 text faces make 8,020 glyphs. A task is a group of characters, a class is a character and its name
 is the Unicode name, which a text encoder can read. Faces are split by design (an oblique is a sheared upright, so the
-two never stand on different sides): nine faces train, two validate, five test.
+two are always in the same split): nine faces train, two validate, five test.
 
 A `Style` says how glyphs are photographed. `MILD` is what the base model sees in pre-training; `SHIFTED` is the domain
 of all downstream tasks, in training and test alike: slanted and half-toned. Every expert learns that same domain and
@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 SOURCE_PIXELS, PIXELS = 64, 24
 
-# name → (ranges of code points, most classes), in the order that splits into suites of 8, 14 and 20 tasks
+# name → (ranges of code points, largest number of classes), in the order that splits into suites of 8, 14 and 20 tasks
 TASKS: dict[str, tuple[tuple[tuple[int, int], ...], int]] = {
     "digits": (((0x30, 0x39),), 10),
     "latin_upper": (((0x41, 0x5A),), 26),
@@ -62,7 +62,7 @@ FACES: dict[str, tuple[str, ...]] = {
 class Style:
     """How a glyph is photographed. Lengths are shares of the image side; `slant` and `halftone` are fixed.
 
-    rotation is in degrees; shear, scale and shift are half-widths of uniform laws; contrast is the most that is lost;
+    rotation is in degrees; shear, scale and shift are half-widths of uniform laws; contrast is its largest loss;
     inversion, blur and stroke (thicker or thinner) are probabilities; noise is the standard deviation of white noise
     and clutter the amplitude of smooth background noise; halftone is what every second pixel loses.
     """
@@ -101,7 +101,7 @@ class Glyphs:
 
 @cache
 def characters(task: str) -> tuple[str, ...]:
-    """Return the task's classes: visible characters that all twelve DejaVu faces hold, evenly thinned to its most."""
+    """Return the task's classes: visible characters that all twelve DejaVu faces hold, evenly thinned out."""
     if task not in TASKS:
         raise ValueError(f"unknown glyph task {task!r}; there are {', '.join(TASKS)}")
     ranges, most = TASKS[task]
@@ -154,7 +154,7 @@ def photograph(images: Tensor, style: Style, generator: Generator) -> Tensor:
 
 
 class _Uniform:
-    """Uniform draws, one a sample: `uniform(low, high)` is (B, 1, 1, 1). Drawn on the CPU: the same on every device."""
+    """Uniform draws, one per sample: `uniform(low, high)` is (B, 1, 1, 1). Drawn on the CPU: alike on all devices."""
 
     def __init__(self, batch: int, generator: Generator, device: torch.device):
         self.batch, self.generator, self.device = batch, generator, device

@@ -1,7 +1,7 @@
 """Python text that every machine has: sources, with their docstrings, of the standard library and installed packages.
 
-Files are shuffled and split by a hash of their module path, so that no file is on two sides and a further file moves
-no other. Texts differ between versions of Python and of the packages: `Corpus.digest` says which one it was.
+Files are shuffled and split by a hash of their module path, so that no file is in two splits and a new file moves no
+other. Texts differ between versions of Python and of the packages: `Corpus.digest` says which one it was.
 
 Token ids are laid out as T5's: padding 0, end of text 1, unknown 2, then the symbols (bytes, or the pieces of a
 byte-level BPE trained on the training files). Sentinels of span corruption are not among them: they come after.
@@ -27,7 +27,7 @@ from common.cache import artefact
 
 PAD, END, UNKNOWN = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # of these ids
-SPECIAL = len(SPECIAL_TOKENS)  # the first id of a symbol
+SPECIAL = 3  # so many; the first id of a symbol
 BYTES = 256
 
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "sklearn", "matplotlib")
@@ -41,7 +41,7 @@ BPE_TRAINING_BYTES = 2 * MEGABYTE
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of each split, (n,) int16, each file ending in END; how many ids there are; a hash of all tokens."""
+    """Tokens of each split, (n,) int16, every file ended by END; the number of ids; a hash of all tokens."""
 
     tokens: Mapping[str, Tensor]
     vocabulary: int
@@ -53,8 +53,8 @@ def corpus(megabytes: float = 8.0, vocabulary: int = 0) -> Corpus:
     """Read and tokenise the corpus, or find it in the cache: about 2 s (bytes) or 10 s (BPE) the first time.
 
     Args:
-        megabytes: most bytes of training text (10⁶ each); validation and test texts have up to a tenth of it each.
-        vocabulary: ids of a BPE vocabulary, special ones included; 0 takes bytes.
+        megabytes: at most so many bytes of training text (10⁶ each), and up to a tenth of it for validation and test.
+        vocabulary: number of ids of a BPE, special ones included; 0 takes bytes.
 
     Raises:
         ValueError: megabytes is not positive, or the vocabulary is too small for all bytes or too large for int16.
@@ -95,9 +95,14 @@ def source_files() -> Iterator[tuple[str, Path]]:
 
 
 def split_of(name: str) -> str:
-    """Return the split of a module path: it depends on nothing else."""
-    place, above = _place(name), 0.0
-    for split, share in SHARES.items():
+    """Return the split of a file, which depends on its module path alone."""
+    return split_at(_place(name), SHARES)
+
+
+def split_at(place: float, shares: Mapping[str, float]) -> str:
+    """Return the split that a place in [0, 1) belongs to, where the splits' shares lie one after the other."""
+    above = 0.0
+    for split, share in shares.items():
         above += share
         if place < above:
             return split
@@ -127,7 +132,7 @@ def _budget(split: str, megabytes: float) -> int:
 
 
 def _place(name: str) -> float:
-    """A number in [0, 1) from the END of the hash, whose beginning gives the order."""
+    """Return a number in [0, 1) from the end of the hash of a name: its beginning gives the order of the files."""
     return int(hashlib.sha256(name.encode()).hexdigest()[-8:], 16) / 2**32
 
 

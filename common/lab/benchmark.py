@@ -37,6 +37,33 @@ def interleaved_seconds(
             yield repeat, name, time.perf_counter() - start
 
 
+def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the wall seconds of one call."""
+    [(_, _, seconds)] = interleaved_seconds({"": function}, 1, device)
+    return seconds
+
+
+def warm_up(function: Callable[[], Any], device: torch.device) -> float:
+    """Call a function three times; return by how many seconds the first call, with compilation, took longer."""
+    seconds = [seconds_of(function, device) for _ in range(3)]
+    return seconds[0] - seconds[-1]
+
+
+@contextlib.contextmanager
+def cold_compiler() -> Iterator[None]:
+    """Let torch.compile start from nothing, so that its seconds do not depend on what was compiled before."""
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    torch.compiler.reset()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            if before is not None:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -4,12 +4,14 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+
+from common.lab.figures import Style, styled
 
 SCALE_NAMES = ("smoke", "laptop", "workstation", "paper")
 Row = Mapping[str, Any]
@@ -33,6 +35,7 @@ class Experiment:
         tables: table → {heading: further table for the README}, optional.
         remarks: table → what it shows, in a paragraph or two whose numbers come from the table, optional.
         deviations: where the experiment departs from the paper; numbered in the README.
+        styles: how the methods and conditions of its figures are written and coloured.
     """
 
     doc: str
@@ -45,6 +48,7 @@ class Experiment:
     tables: Callable[[pd.DataFrame], Mapping[str, pd.DataFrame]] | None = None
     remarks: Callable[[pd.DataFrame], str] | None = None
     deviations: Sequence[str] = ()
+    styles: Mapping[str, Style] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if tuple(self.scales) != SCALE_NAMES:
@@ -52,6 +56,11 @@ class Experiment:
         names = {setting.name for setting in dataclasses.fields(self.scales["smoke"])}
         if "seeds" not in names:
             raise ValueError(f"the settings need a field seeds, got {sorted(names)}")
+
+    def figures(self, data: pd.DataFrame) -> Mapping[str, Figure]:
+        """Return what `draw` makes of the table, in the experiment's styles."""
+        with styled(self.styles):
+            return self.draw(data)
 
     @property
     def script(self) -> Path:
@@ -81,7 +90,11 @@ def load_experiment(script: Path) -> Experiment:
         raise ValueError(f"{script}: another module is named {script.stem}; give the script another name")
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)  # so that --help finds its comments
-    spec.loader.exec_module(module)
-    if not hasattr(module, "EXPERIMENT"):
-        raise ValueError(f"{script.name} defines no EXPERIMENT")
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "EXPERIMENT"):
+            raise ValueError(f"{script.name} defines no EXPERIMENT")
+    except BaseException:  # as an import does
+        del sys.modules[script.stem]
+        raise
     return module.EXPERIMENT

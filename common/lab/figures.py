@@ -4,8 +4,12 @@ All functions take a tidy table and the names of its columns and return a matplo
 state). Seeds are drawn as points beside their mean wherever there are several.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -26,24 +30,6 @@ DASHED = (0, (4, 3))
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and three darker relatives.
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31", "#4D4D4D", "#004D40")
 
-COLOURS = {
-    "pretrained": "#B3B3B3", "expert": INK, "weight_average": "#56B4E9", "task_arithmetic": "#0072B2",
-    "plain_sum": "#4D4D4D", "ties": "#D55E00", "dare": "#CC79A7", "tsv_m": "#009E73", "iso_c": "#E69F00",
-    "iso_cts": "#8C6D31", "star": "#7A5195", "none": MUTED, "output": "#0072B2", "input": "#D55E00",
-    "unrelated": "#A6A6A6",
-    "vanilla": MUTED, "modified": "#0072B2", "vanilla, MLP norms undecayed": "#D55E00",
-    "vanilla, all norms undecayed": "#E69F00", "modified, all norms undecayed": "#56B4E9",
-    "restricted norm alone": "#009E73", "JSReLU alone": "#7A5195", "zeroth bias alone": "#CC79A7",
-    "squared ReLU": INK,
-}  # fmt: skip
-
-LABELS = {
-    "pretrained": "pretrained", "expert": "experts", "weight_average": "weight average",
-    "task_arithmetic": "Task Arithmetic", "plain_sum": "sum", "ties": "TIES", "dare": "DARE", "tsv_m": "TSV-M",
-    "iso_c": "Iso-C", "iso_cts": "Iso-CTS", "star": "STAR", "none": "base", "output": "+ SVC",
-    "input": "+ SVC, input space", "unrelated": "sum of unrelated updates",
-}  # fmt: skip
-
 STYLE = {
     "font.size": 9, "text.color": INK, "figure.dpi": 150, "lines.linewidth": 1.8,
     "axes.labelsize": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -55,20 +41,47 @@ STYLE = {
     "legend.frameon": False, "legend.fontsize": 8.5,
 }  # fmt: skip
 
-styled = matplotlib.rc_context(STYLE)  # a decorator for functions that draw, and a context manager
+plot_style = matplotlib.rc_context(STYLE)  # a decorator for functions that draw, and a context manager
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method or condition is written and coloured in figures."""
+
+    label: str
+    colour: str | None = None  # None: the palette's next
+
+
+_STYLES: ContextVar[Mapping[str, Style]] = ContextVar("styles", default=MappingProxyType({}))
+
+
+@contextmanager
+def styled(styles: Mapping[str, Style]) -> Iterator[None]:
+    """Let `label` and `colour`, and with them all kinds of plot, know the methods and conditions of these names."""
+    token = _STYLES.set(styles)
+    try:
+        yield
+    finally:
+        _STYLES.reset(token)
 
 
 def colour(name: Any, position: int = 0) -> str:
     """Return the colour of a method or condition; names without one take the palette's next by position."""
-    return COLOURS.get(str(name), CYCLE[position % len(CYCLE)])
+    return _own_colour(name) or CYCLE[position % len(CYCLE)]
+
+
+def _own_colour(name: Any) -> str | None:
+    style = _STYLES.get().get(str(name))
+    return style and style.colour
 
 
 def label(name: Any, names: Mapping[Any, str] | None = None) -> str:
-    """Return how a method or condition is written in a figure; `names` go before LABELS."""
-    return (names or {}).get(name, LABELS.get(str(name), str(name)))
+    """Return how a method or condition is written in a figure; `names` go before what `styled` says."""
+    style = _STYLES.get().get(str(name))
+    return (names or {}).get(name, style.label if style else str(name))
 
 
-@styled
+@plot_style
 def new_figure(
     columns: int = 1, rows: int = 1, width: float = 4.2, height: float = 3.0, **shared: Any
 ) -> tuple[Figure, np.ndarray]:
@@ -102,7 +115,7 @@ def _panels(data: pd.DataFrame, panel: str | None, names: Mapping[Any, str] | No
     return [(label(name, names), part) for name, part in data.groupby(panel, sort=False)]
 
 
-@styled
+@plot_style
 def paired(
     data: pd.DataFrame,
     *,
@@ -124,7 +137,7 @@ def paired(
         item, condition, value, panel: column names; one panel of axes for each value of `panel`.
         start: the condition to compare with.
         xlabel: what `value` is, with its unit.
-        names: how items, conditions and panels are written, where not as in LABELS.
+        names: how items, conditions and panels are written, where not as `styled` says.
         references: vertical lines, {text: value}.
     """
     panels = _panels(data, panel, names)
@@ -168,11 +181,11 @@ def _paired_row(ax: Axes, height: float, rows: Mapping[Any, pd.Series], start: A
 
 def _circle(key: Any, start: Any, conditions: list[Any]) -> dict[str, Any]:
     others = [condition for condition in conditions if condition != start]
-    tone = COLOURS.get(str(key), MUTED) if key == start else colour(key, others.index(key))
+    tone = (_own_colour(key) or MUTED) if key == start else colour(key, others.index(key))
     return {"marker": "o", "ls": "", "ms": 7, "mew": 1.6, "color": tone, "mfc": "white" if key == start else tone}
 
 
-@styled
+@plot_style
 def forest(
     data: pd.DataFrame,
     *,
@@ -189,7 +202,7 @@ def forest(
         data: a row an interval, with columns mean, low and high; items from top to bottom in order of appearance.
         item, condition, panel: column names; the conditions of an item lie below each other, each in its colour.
         xlabel: what the intervals are of, with its unit.
-        names: how items, conditions and panels are written, where not as in LABELS.
+        names: how items, conditions and panels are written, where not as `styled` says.
         level: the vertical line to compare with (0: no difference).
     """
     panels = _panels(data, panel, names)
@@ -213,7 +226,7 @@ def forest(
     return figure
 
 
-@styled
+@plot_style
 def lines(
     data: pd.DataFrame,
     *,
@@ -235,7 +248,7 @@ def lines(
         x, y, by, panel: column names; one panel of axes for each value of `panel`.
         xlabel, ylabel: quantities with their units.
         xscale, yscale: linear or log.
-        names: how values of `by` and `panel` are written, where not as in LABELS.
+        names: how values of `by` and `panel` are written, where not as `styled` says.
         level: a horizontal line to compare with (1: counted once).
     """
     panels, groups = _panels(data, panel, names), list(data[by].unique())
@@ -272,7 +285,7 @@ def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, tone: str, log: bool = F
         ax.plot(rows[x], rows[y], "o", ms=2.6, color=tone, alpha=0.7, mew=0)
 
 
-@styled
+@plot_style
 def frontier(
     data: pd.DataFrame,
     *,
@@ -290,7 +303,7 @@ def frontier(
         data: a row a run.
         x, y, by, panel: column names; one panel for each value of `panel`, axes of its own.
         xlabel, ylabel: what x and y are, with their units.
-        names: how values of `by` and `panel` are written, where not as in LABELS.
+        names: how values of `by` and `panel` are written, where not as `styled` says.
     """
     panels, groups = _panels(data, panel, names), list(data[by].unique())
     figure, axes = new_figure(len(panels), width=3.6 if len(panels) > 1 else 4.6, height=3.3)
@@ -310,7 +323,7 @@ def frontier(
     return figure
 
 
-@styled
+@plot_style
 def layer_heatmap(
     data: pd.DataFrame,
     *,
@@ -335,7 +348,7 @@ def layer_heatmap(
         xlabel: what the columns are.
         text: what the colours are.
         limits: smallest and largest coloured value; by default those of the table.
-        names: how values of `panel` are written, where not as in LABELS.
+        names: how values of `panel` are written, where not as `styled` says.
     """
     panels = _panels(data, panel, names)
     layers, groups = list(data[layer].unique()), sorted(data[direction].unique())
@@ -365,7 +378,7 @@ def layer_heatmap(
     return figure
 
 
-@styled
+@plot_style
 def matrix(
     data: pd.DataFrame,
     *,
@@ -391,7 +404,7 @@ def matrix(
         cells: how the means are written into their cells ("+z.0f"); "" leaves them out.
         xlabel, ylabel: what columns and rows are.
         text: what the colours are, with its unit.
-        names: how rows, columns and panels are written, where not as in LABELS.
+        names: how rows, columns and panels are written, where not as `styled` says.
     """
     panels = _panels(data, panel, names)
     rows, columns = list(data[row].unique()), list(data[column].unique())

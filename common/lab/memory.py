@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -47,3 +48,10 @@ def _peak_cuda(function: Callable[[], Any], device: torch.device) -> float:
     function()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def state_mib(optimizer: torch.optim.Optimizer) -> float:
+    """Return the MiB of all parameters of an optimizer and of what it keeps for them, such as Adam's moments."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *moments)) / 2**20

@@ -143,7 +143,7 @@ def _cell(value: Any) -> Any:
 
 def _write(folder: Path, experiment: Experiment, csv: str, provenance: Mapping[str, Any]) -> None:
     data = read_csv(io.StringIO(csv))  # as a reader of data.csv will see it
-    drawn = experiment.draw(data)
+    drawn = experiment.figures(data)
     facts = {
         **provenance,
         "data_sha256": _sha256(csv.encode()),
@@ -206,7 +206,7 @@ def _folder_problems(folder: Path, experiments_dir: Path) -> Iterator[str]:
         experiment = load_experiment(experiments_dir / f"{folder.parent.name}.py")
         yield from (f"{where}/provenance.json: {line}" for line in _stale(provenance, experiment, folder))
         data = load(folder)
-        drawn = experiment.draw(data)
+        drawn = experiment.figures(data)
         if provenance["verdict"] != report.verdict(experiment, data, provenance):
             yield f"{where}/provenance.json: its verdict does not follow from data.csv"
         text = report.readme(experiment, data, provenance, drawn)

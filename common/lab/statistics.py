@@ -21,7 +21,14 @@ class Interval:
         """1 where the whole interval is above 0, −1 where it is below, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Low and high as a figure can draw them: the mean itself where the interval of one seed is unbounded."""
+        return (self.low, self.high) if math.isfinite(self.high) else (self.mean, self.mean)
+
     def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"{self.mean:+.1f} (one seed)"
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
 
 
@@ -64,30 +71,42 @@ def with_bounds(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def spread(values: pd.Series, digits: int = 1) -> str:
-    """Return "mean ± standard deviation" of one number a seed; the mean alone where there is one."""
+    """Return "mean ± standard deviation" of one number per seed; the mean alone where there is one seed."""
     values = values.dropna()
     deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
     return f"{values.mean():.{digits}f}{deviation}"
 
 
+def significant(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of means with its numbers to three significant digits, and its index as columns."""
+    return table.map("{:.3g}".format).reset_index()
+
+
 def relative_change(first: pd.Series, second: pd.Series) -> Interval:
     """Return by how many % the second of two positive quantities differs from the first, paired by seed.
 
-    The interval is Student's on the logarithms of the ratios: it holds for further seeds, data and settings being the
-    same. With one seed it is unbounded.
-
     Args:
-        first, second: positive values indexed by seed; the seeds of both count.
+        first, second: positive values indexed by seed; only seeds that have both count.
 
     Raises:
         ValueError: no seed has both.
     """
-    ratios = np.log((second / first).dropna())
+    ratios = (second / first).dropna()
     if ratios.empty:
         raise ValueError(f"no seed has both: {list(first.index)} and {list(second.index)}")
-    mean, reach = ratios.mean(), math.inf
-    if len(ratios) > 1:
-        reach = stats.t.ppf(0.975, len(ratios) - 1) * ratios.std() / math.sqrt(len(ratios))
+    return change_from_one(ratios)
+
+
+def change_from_one(ratios: pd.Series) -> Interval:
+    """Return by how many % the geometric mean of positive ratios, one per seed, differs from 1.
+
+    The interval is Student's on the logarithms of the ratios: it holds for further seeds, data and settings being the
+    same. With one seed it is unbounded.
+    """
+    logs = np.log(ratios)
+    mean, reach = logs.mean(), math.inf
+    if len(logs) > 1:
+        reach = stats.t.ppf(0.975, len(logs) - 1) * logs.std() / math.sqrt(len(logs))
     return Interval(_percent(mean), _percent(mean - reach), _percent(mean + reach))
 
 

@@ -1,4 +1,4 @@
-"""T5 from scratch: transformers' own class, in any size or in that of a repository, whose tokenizer is here too."""
+"""T5 from scratch: transformers' own class in any size, or in the size of a Hub repository with its tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from common.data.text import END, PAD
 from common.models.hub import configuration, load_tokenizer
 
 SENTINELS = 100  # of T5's tokenizers
+IGNORED = -100  # the label that transformers' loss leaves out
 
 
 def t5(vocabulary: int, width: int, depth: int, heads: int, d_ff: int, dropout: float = 0.0) -> nn.Module:
@@ -23,7 +24,7 @@ def t5(vocabulary: int, width: int, depth: int, heads: int, d_ff: int, dropout: 
         depth: layers of the encoder, and of the decoder.
         heads: of each attention; each has width / heads channels.
         d_ff: hidden units of an MLP.
-        dropout: everywhere where T5 has it.
+        dropout: its rate, wherever T5 has it.
 
     Raises:
         ValueError: width is no multiple of heads.
@@ -59,7 +60,7 @@ def t5_tokenizer(model_id: str) -> Any:
         HubError: the repository cannot be had.
         ValueError: it has no tokenizer, or one whose special tokens are not where T5 has them.
     """
-    # nothing is cut here
+    # texts of any length: they are cut into rows elsewhere
     tokenizer = load_tokenizer("T5Tokenizer", _folder(model_id), model_id, model_max_length=10**9)
     found = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<extra_id_0>"))
     if found != (PAD, END, len(tokenizer) - 1):

@@ -1,7 +1,8 @@
 """What becomes of each tensor of the base when the experts are adapters of peft.
 
-LoRA        each adapted weight is a step of kind "low rank": merged in factored form where the method has one, else
-            (TIES, DARE) on b @ a by ranges of rows. A weight that an adapter leaves alone is a zero update of it.
+LoRA        each adapted weight is a step of kind "low rank": merged in factored form where the method has one, else,
+            if it treats single entries (TIES, DARE), on b @ a by ranges of rows. A method that does neither is refused.
+            A weight that an adapter leaves alone is a zero update of it.
 IA³         steps of kind "vector": the vectors l are merged as updates l − 1, whatever the size of what they multiply,
             the weight and, where they act on the output, its bias. SVC gives them its rule for vectors.
 The rest    biases and modules that an adapter holds whole are steps like those of full models, zero updates of the
@@ -16,9 +17,8 @@ from merging.adapters import rename_to_base
 from merging.checkpoints import Entry
 from merging.command.changes import RANGE
 from merging.command.storage import Piece, Plan, Step, pieces, storage
+from merging.mergers import merger
 from merging.peft_files import Adapter, Factors
-
-ISO = ("iso_c", "iso_cts")
 
 
 def adapter_steps(plan: Plan) -> list[Step]:
@@ -29,6 +29,12 @@ def adapter_steps(plan: Plan) -> list[Step]:
     """
     if len(kinds := sorted({adapter.kind for adapter in plan.experts})) > 1:
         raise ValueError(f"--experts: adapters of one kind can be merged, got {' and '.join(kinds)}")
+    own = merger(plan.recipe.method)
+    if "lora" in kinds and not own.factored and not own.by_entry:
+        raise ValueError(
+            f"--method {plan.recipe.method}: needs whole matrices, and has no form for the factors of LoRA adapters: "
+            "merge the folded models instead"
+        )
     adapters = [_named_as_base(plan, adapter, given) for adapter, given in _given(plan, plan.experts)]
     for adapter, given in _given(plan, adapters):
         for name in sorted(adapter.values.keys() - plan.base.entries.keys()):
@@ -117,7 +123,7 @@ def _check_factors(plan: Plan, entry: Entry, experts: Sequence[Factors | None], 
                 f"{expert.up.where}: an update of shape {list(expert.shape)}, and {list(entry.shape)} in "
                 f"{plan.base.given}{hint}"
             )
-    if options["svc"] and options["space"] == "input" and plan.recipe.method in ISO:
+    if options["svc"] and options["space"] == "input" and merger(plan.recipe.method).basis:
         raise ValueError(
             f"--space input: SVC of adapters after {plan.recipe.method} is defined in the output space only"
         )

@@ -9,11 +9,10 @@ from merging.command.changes import RANGE
 from merging.command.outputs import AdapterOutput, ModelOutput
 from merging.command.recipe import dtype_name
 from merging.command.storage import Piece, Plan, Step
-from merging.command.stream import BY_ENTRY, Streamer, svc_options, takes, treatment
-from merging.mergers import MERGERS
+from merging.command.stream import Streamer, svc_of, takes, treatment
+from merging.mergers import merger, weight_average
 
 PROGRAM = 600 * 2**20  # bytes: the interpreter with PyTorch
-COPIES = (5, 8)  # of a matrix in float32, measured; the second for Iso-CTS
 SAMPLE = 256  # side of the matrix that is timed
 DISK = 300e6  # bytes a second that are assumed for reading and writing
 
@@ -21,8 +20,9 @@ DISK = 300e6  # bytes a second that are assumed for reading and writing
 def expected_memory(plan: Plan, jobs: int = 1) -> int:
     """Return the peak of the resident memory to expect, in bytes, for the largest tensors of all jobs.
 
-    A matrix m × n that is calibrated, or merged as a matrix, takes COPIES of it in float32, however many experts there
-    are (they are read one by one), and its eigenproblem 32 r² bytes, r = min(m, n). The rest works on ranges of rows.
+    A matrix m × n that is calibrated, or merged as a matrix, takes a few copies of it in float32 (`Merger.copies`),
+    however many experts there are (they are read one by one), and its eigenproblem 32 r² bytes, r = min(m, n). The rest
+    works on ranges of rows.
     """
     streamer = Streamer(plan, torch.device("cpu"))
     peaks = [_peak(streamer, step, piece) for step in plan.steps for piece in step.pieces]
@@ -30,15 +30,13 @@ def expected_memory(plan: Plan, jobs: int = 1) -> int:
 
 
 def _peak(streamer: Streamer, step: Step, piece: Piece) -> int:
-    method, tasks = streamer.plan.recipe.method, len(step.experts)
     if streamer.is_factored(step, piece):
         rank = sum(expert.up.shape[1] for expert in step.experts if expert)
         return 8 * 4 * rank * sum(piece.shape) + 4 * RANGE * 4  # factors and bases in float64, a few of each
     if streamer.is_whole(step, piece) and piece.count > RANGE:
         side = min(piece.seen[0], piece.count // piece.seen[0])
-        return 4 * COPIES[method == "iso_cts"] * piece.count + 32 * side**2
-    masks = piece.count * (4 + tasks) if method == "dare" else 0
-    return 4 * RANGE * (tasks + 4) + masks
+        return 4 * streamer.merger.copies * piece.count + 32 * side**2
+    return 4 * RANGE * (len(step.experts) + 4)
 
 
 def expected_seconds(plan: Plan, device: torch.device) -> float:
@@ -53,22 +51,24 @@ def expected_seconds(plan: Plan, device: torch.device) -> float:
         for piece in step.pieces if step.pieces and step.base.count else ():
             spectral = streamer.is_spectral(step, piece) and not streamer.is_factored(step, piece)
             if spectral not in samples:
-                samples[spectral] = _time_of_sample(plan, step, spectral, device)
+                samples[spectral] = _time_of_sample(streamer, step, spectral)
             work = piece.count * (min(piece.seen[0], piece.count // piece.seen[0]) if spectral else SAMPLE)
             seconds += samples[spectral] * work / SAMPLE**3
     return seconds
 
 
-def _time_of_sample(plan: Plan, step: Step, spectral: bool, device: torch.device) -> float:
-    method = plan.recipe.method if spectral or plan.recipe.method in BY_ENTRY else "weight_average"
+def _time_of_sample(streamer: Streamer, step: Step, spectral: bool) -> float:
+    merge, options = streamer.merger, step.of_merger(streamer.plan.recipe.method)
+    if not spectral and not merge.by_entry:  # all that it does not take is averaged
+        merge, options = weight_average, {}
     generator = torch.Generator().manual_seed(0)
-    updates = [{"": torch.randn(SAMPLE, SAMPLE, generator=generator).to(device)} for _ in step.experts]
+    updates = [{"": torch.randn(SAMPLE, SAMPLE, generator=generator).to(streamer.device)} for _ in step.experts]
     seconds = []
     for _ in range(2):  # the first call warms up
         start = time.perf_counter()
-        merged = MERGERS[method](updates, **step.of_merger(method))
+        merged = merge(updates, **options)
         if spectral and step.options["svc"]:
-            merged = calibrate(merged, updates, **svc_options(step))
+            merged = calibrate(merged, updates, svc_of(step))
         float(merged[""].sum())  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     return min(seconds)
@@ -96,7 +96,7 @@ def _what(plan: Plan, step: Step) -> str:
     if not step.experts:
         return "the base's value"
     piece, method = step.pieces[0], plan.recipe.method
-    parts = [method if takes(method, piece) else f"mean ({method} leaves it)"]
+    parts = [method if takes(merger(method), piece) else f"mean ({method} leaves it)"]
     if step.options["svc"]:
         parts.append({"calibrated": "SVC", "vector rule": "SVC, vector rule"}.get(treatment(step, piece), "no SVC"))
     if step.options["final_scale"] != 1:

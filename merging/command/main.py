@@ -46,7 +46,7 @@ from merging.command.recipe import Recipe, identity, read_recipe
 from merging.command.shards import Output, Shard, Write, begin, remove_leftovers, write_text
 from merging.command.storage import Plan
 from merging.command.stream import Streamer
-from merging.command.thresholds import Election, global_election
+from merging.command.thresholds import decided_together
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter, open_adapter
 
@@ -155,7 +155,7 @@ def _carry_out(
     with begin(out, made_from, shards, rank) as output:
         left = [shard for shard in own if not output.is_finished(shard)]
         if left or rank == 0:
-            streamer = Streamer(kind.plan, device, _election(kind.plan, output, device, jobs, rank))
+            streamer = Streamer(kind.plan, device, _decided(kind.plan, output, device, jobs, rank))
         with _progress(own, left, rank) as bar:
             for shard in left:
                 output.write(shard, partial(_merged, kind, shard, streamer, jobs, bar))
@@ -192,17 +192,15 @@ def _hand_back_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
 
 
-def _election(plan: Plan, output: Output, device: torch.device, jobs: int, rank: int) -> Election | None:
-    """Return the election of global TIES, which rank 0 holds once, also for later attempts; None for other methods."""
-    path = output.work / "election.json"
+def _decided(plan: Plan, output: Output, device: torch.device, jobs: int, rank: int) -> Any | None:
+    """Return what the method decides over all tensors together, which rank 0 does once, also for later attempts."""
+    path = output.work / "decided.json"
     every = lambda function, items: _in_threads(function, list(items), jobs)  # noqa: E731
     if rank == 0 and not path.exists():
-        found = global_election(plan, device, every)
-        write_text(path, json.dumps(found and dataclasses.asdict(found)))
+        write_text(path, json.dumps(decided_together(plan, device, every)))
     while not path.exists():
         time.sleep(0.1)
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return values and Election(tuple(values["thresholds"]), values["majority"])
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _in_threads(function: Callable, items: Iterable, jobs: int) -> Iterator:

@@ -8,19 +8,19 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
-import inspect
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
+import tyro
 import yaml
 
-from merging.calibration import published_alpha
+from merging.calibration import SVC, published_alpha
 from merging.checkpoints import Checkpoint
 from merging.mergers import MERGERS, merger
 from merging.peft_files import Adapter
@@ -33,11 +33,8 @@ OUTPUT_DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-SVC_OPTIONS = ("alpha", "space", "rule", "target", "split_qkv", "vectors")
-TENSOR_OPTIONS = {                          # what --set may set beside the options of the merger, and its type
-    "final_scale": float, "svc": bool, "alpha": float, "space": str, "rule": str, "target": int, "split_qkv": bool,
-    "vectors": bool, "kernels": bool, "merge": bool, "layout": str,
-}  # fmt: skip
+SVC_FLAGS = {name: "kernels" if name == "flatten" else name for name in SVC.__dataclass_fields__}  # field → flag
+TENSOR_OPTIONS = {"final_scale": float, "svc": bool, "merge": bool, "layout": str}  # beside the merger's and SVC's
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,7 @@ class Recipe:
     """The pretrained model: folder, file of weights, or Hub id."""
     experts: tuple[str, ...] = ()
     """The models fine-tuned from it, likewise."""
-    method: str = ""
-    """weight_average, task_arithmetic, plain_sum, ties, dare, tsv_m, iso_c, iso_cts or star."""
+    method: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(MERGERS)}.")] = ""
     scale: float | None = None
     """The merger's own factor (task_arithmetic, ties), BEFORE calibration, where it is only another alpha."""
     seed: int | None = None
@@ -113,7 +109,7 @@ class Recipe:
 
     def of(self, name: str, tasks: int) -> dict[str, Any]:
         """Return the options of one tensor, those of the recipe changed by every pattern that its name matches."""
-        options = {key: getattr(self, key) for key in (*SVC_OPTIONS, "svc", "kernels", "final_scale")}
+        options = {key: getattr(self, key) for key in (*SVC_FLAGS.values(), "svc", "final_scale")}
         if options["alpha"] is None:
             options["alpha"] = published_alpha(self.method, tasks)
         options |= {"merge": True, "layout": None}
@@ -145,9 +141,7 @@ class Recipe:
 
 def merger_options(method: str) -> dict[str, Any]:
     """Return the options of a merger which are numbers or words, with their defaults."""
-    parameters = inspect.signature(merger(method)).parameters
-    plain = (int, float, str)
-    return {name: parameter.default for name, parameter in parameters.items() if isinstance(parameter.default, plain)}
+    return merger(method).options
 
 
 def _assignment(text: str, method: str) -> tuple[str, str, Any]:
@@ -156,7 +150,9 @@ def _assignment(text: str, method: str) -> tuple[str, str, Any]:
     if not found:
         raise ValueError(f"--set {text!r}: expected 'PATTERN:OPTION=VALUE', such as '*.mlp.*:scale=0.5'")
     pattern, key, value = found[1], found[2], found[3]
-    kinds = {name: type(default) for name, default in merger_options(method).items()} | TENSOR_OPTIONS
+    hints = get_type_hints(SVC).items()
+    of_svc = {SVC_FLAGS[name]: next(iter(get_args(hint)), hint) for name, hint in hints}  # float | None → float
+    kinds = {name: type(default) for name, default in merger_options(method).items()} | of_svc | TENSOR_OPTIONS
     check_choice(f"option in --set {text!r}:", key, kinds)
     given = yaml.safe_load(value)
     if kinds[key] is float and not isinstance(given, bool | float):

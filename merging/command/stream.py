@@ -8,29 +8,26 @@ reads the task vectors of one tensor one after the other, and has a few more ten
 LoRA updates are merged in factored form, where a method has one.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from merging import calibration, mergers
-from merging.calibration import FUSED_QKV, calibrate, diagnose
+from merging.calibration import SVC, Diagnosis, calibrate, diagnose, own_bases
 from merging.command import changes
 from merging.command.changes import differences, oriented, row_ranges, task_vectors, width
-from merging.command.recipe import SVC_OPTIONS, merger_options
+from merging.command.recipe import SVC_FLAGS
 from merging.command.storage import Piece, Plan, Step
-from merging.command.thresholds import Election, elect, trimmed
+from merging.command.thresholds import ranges
 from merging.diagnosis import totals
-from merging.lowrank import FACTORED, LowRank, diagnose_low_rank, merge_low_rank, zero_like
-from merging.mergers import MERGERS, iso_basis
+from merging.lowrank import LowRank, diagnose_low_rank, merge_low_rank, zero_like
+from merging.mergers import Merger, merger, weight_average
 from merging.task_vectors import TaskVector, apply
 
-BY_ENTRY = ("weight_average", "task_arithmetic", "plain_sum", "ties", "dare")  # methods that need no matrix
-Rule = Callable[[list[Tensor], slice], Tensor]
+Rule = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,17 @@ class Streamer:
     Args:
         plan: what becomes of each tensor.
         device: where the arithmetic is done.
-        election: of global TIES, from `elect` over all tensors; None for other methods.
+        decided: what the method decides over all tensors together (`merging.command.thresholds`), or None.
     """
 
     plan: Plan
     device: torch.device
-    election: Election | None = None
+    decided: Any = None
+
+    @property
+    def merger(self) -> Merger:
+        """The recipe's."""
+        return merger(self.plan.recipe.method)
 
     def tensor(self, step: Step, rows: list[dict[str, Any]] | None = None) -> Iterator[Tensor]:
         """Yield one output tensor as consecutive ranges of its flattened entries, on the CPU, in the output's dtype.
@@ -83,7 +85,7 @@ class Streamer:
         read = [expert and expert.read(self.device) for expert in step.experts]
         nothing = zero_like(next(update for update in read if update))
         options = step.of_merger(self.plan.recipe.method)
-        svc = {key: step.options[key] for key in ("alpha", "space", "rule", "target")}
+        svc = replace(svc_of(step), split_qkv=False, vectors=False, flatten=False)  # there are matrices only
         (piece,), method, read = step.pieces, self.plan.recipe.method, [update or nothing for update in read]
         if rows is not None and treatment(step, piece) == "calibrated":
             rows.append(_numbers(piece, diagnose_low_rank(read, method, svc, name=step.name, **options)))
@@ -108,7 +110,7 @@ class Streamer:
             rule = lambda part: merged[part] if piece.shape else merged  # noqa: E731
         else:
             by_rows = self._rule(step, piece)
-            rule = lambda part: by_rows(differences(step, piece, part, self.device), part)  # noqa: E731
+            rule = lambda part: by_rows(differences(step, piece, part, self.device))  # noqa: E731
         for part in row_ranges(piece):
             yield piece.start + part.start * width(piece), rule(part)
 
@@ -117,13 +119,13 @@ class Streamer:
         tasks = task_vectors(step, piece, self.device)
         rule = self._rule(step, piece)
         if rule is None:
-            merged = MERGERS[self.plan.recipe.method](tasks, **step.of_merger(self.plan.recipe.method))[piece.name]
+            merged = self.merger(tasks, **step.of_merger(self.plan.recipe.method))[piece.name]
         elif piece.count <= changes.RANGE:
-            merged = oriented(piece, rule([oriented(piece, task[piece.name]) for task in tasks], slice(None)))
+            merged = oriented(piece, rule([oriented(piece, task[piece.name]) for task in tasks]))
         else:
             merged = torch.empty(piece.shape, device=self.device)
             for part in row_ranges(piece):
-                merged[part] = rule(differences(step, piece, part, self.device), part)
+                merged[part] = rule(differences(step, piece, part, self.device))
             merged = oriented(piece, merged)
         if treatment(step, piece) != "merged value":
             merged = self._calibrated(step, piece, merged, tasks, rows)
@@ -132,15 +134,13 @@ class Streamer:
     def _calibrated(
         self, step: Step, piece: Piece, merged: Tensor, tasks: list[TaskVector], rows: list[dict] | None
     ) -> Tensor:
-        options = svc_options(step)
+        svc = svc_of(step)
         if rows is not None:
-            rows.append(_numbers(piece, diagnose({piece.name: merged}, tasks, **options)))
+            rows.append(_numbers(piece, diagnose({piece.name: merged}, tasks, svc)))
         if not step.options["svc"]:
             return merged
-        method = self.plan.recipe.method
-        if method in ("iso_c", "iso_cts") and options["space"] == "output" and not options["split_qkv"]:
-            options["bases"] = iso_basis(tasks, method) or None  # its result has no basis: all σ are equal
-        return calibrate({piece.name: merged}, tasks, **options)[piece.name]
+        bases = own_bases(self.plan.recipe.method, tasks, svc)
+        return calibrate({piece.name: merged}, tasks, svc, bases=bases)[piece.name]
 
     # Which way -------------------------------------------------------------------------------------------------------
 
@@ -150,8 +150,8 @@ class Streamer:
 
     def is_factored(self, step: Step, piece: Piece) -> bool:
         """Return whether a piece is merged in factored form; parts of a fused weight have no factors of their own."""
-        split = step.options["svc"] and step.options["split_qkv"] and piece.name.endswith(FUSED_QKV)
-        return step.kind == "low rank" and self.plan.recipe.method in FACTORED and not split
+        split = step.options["svc"] and svc_of(step).splits(piece.name)
+        return step.kind == "low rank" and self.merger.factored and not split
 
     def is_spectral(self, step: Step, piece: Piece) -> bool:
         """Return whether a piece is merged or calibrated as a matrix, not entry by entry."""
@@ -160,72 +160,39 @@ class Streamer:
 
     def by_entry(self, piece: Piece) -> bool:
         """Return whether the merger treats each entry of a piece by itself, apart from thresholds and masks."""
-        method = self.plan.recipe.method
-        return method in BY_ENTRY or not takes(method, piece)
+        return self.merger.by_entry or not takes(self.merger, piece)
 
     def _rule(self, step: Step, piece: Piece) -> Rule | None:
         """Return how ranges of rows are merged, or None where the method needs the whole piece."""
-        method = self.plan.recipe.method
         if not self.by_entry(piece):
             return None
-        if method == "ties" and (self.election or piece.count > changes.RANGE):
-            return self._ties_rule(step, piece)
-        if method == "dare" and piece.count > changes.RANGE:
-            return _dare_rule(step, piece)
-        return _library_rule(method if takes(method, piece) else "weight_average", step, piece)
+        own, options = self.merger, step.of_merger(self.plan.recipe.method)
+        if not takes(own, piece):
+            return lambda updates: weight_average([{piece.name: update} for update in updates])[piece.name]
+        if own.by_rows is None or (self.decided is None and piece.count <= changes.RANGE):  # a single range
+            return lambda updates: own([{piece.name: update} for update in updates], **options)[piece.name]
+        options, decided = own.options | options, self.decided
+        if decided is None and own.by_rows.decide:
+            decided = own.by_rows.decide([ranges(step, piece, self.device)], **options)
+        return own.by_rows.start(piece.name, len(step.experts), decided, **options)
 
-    def _ties_rule(self, step: Step, piece: Piece) -> Rule:
-        options = merger_options("ties") | step.of_merger("ties")
-        found = self.election or elect([(step, piece)], options["keep"], self.device)
 
-        def rule(changes: list[Tensor], part: slice) -> Tensor:
-            combined = mergers._ties_combine(trimmed(changes, found.thresholds), found.majority, options["combine"])
-            return options["scale"] * combined
-
-        return rule
+def svc_of(step: Step) -> SVC:
+    """Return the options of SVC for one tensor."""
+    return SVC(**{name: step.options[flag] for name, flag in SVC_FLAGS.items()})
 
 
 def treatment(step: Step, piece: Piece) -> str:
     """Return what SVC does, or would do, to a piece: "calibrated", "vector rule" or "merged value"."""
-    options = calibration._Options(**(calibrate.__kwdefaults__ | svc_options(step)))
-    return calibration._treatment(piece.name, torch.empty(piece.seen, device="meta"), options)
+    return svc_of(step).treatment(piece.name, torch.empty(piece.seen, device="meta"))
 
 
-def svc_options(step: Step) -> dict[str, Any]:
-    """Return the options of `calibrate` for one tensor."""
-    return {key: step.options[key] for key in SVC_OPTIONS} | {"flatten": step.options["kernels"]}
+def takes(own: Merger, piece: Piece) -> bool:
+    """Return whether a merger treats a piece by its own rule; where not, it takes the mean."""
+    return own.takes(piece.name, torch.empty(piece.seen, device="meta"))
 
 
-def takes(method: str, piece: Piece) -> bool:
-    """Return whether a method treats a piece as a matrix (or treats everything); where not, it takes the mean."""
-    parameter = inspect.signature(MERGERS[method]).parameters.get("matrices")
-    if parameter is None:
-        return True
-    return bool(piece.count) and parameter.default(piece.name, torch.empty(piece.seen, device="meta"))
-
-
-def _library_rule(method: str, step: Step, piece: Piece) -> Rule:
-    def rule(changes: list[Tensor], part: slice) -> Tensor:
-        return MERGERS[method]([{piece.name: update} for update in changes], **step.of_merger(method))[piece.name]
-
-    return rule
-
-
-def _dare_rule(step: Step, piece: Piece) -> Rule:
-    """DARE on ranges of rows: the masks of all rows are drawn at once, as `dare` draws them, and kept as booleans."""
-    options = merger_options("dare") | step.of_merger("dare")
-    MERGERS["dare"]([{}], **options)  # checks them
-    like, drop = torch.empty(piece.shape, dtype=torch.bool), options["drop"]
-    masks = [mergers._dare_mask(like, drop, options["seed"], index, piece.name) for index in range(len(step.experts))]
-
-    def rule(changes: list[Tensor], part: slice) -> Tensor:
-        kept = (update * mask[part].to(update) for update, mask in zip(changes, masks, strict=True))
-        return sum(kept) / ((1 - drop) * len(changes))
-
-    return rule
-
-
-def _numbers(piece: Piece, diagnoses: dict[str, calibration.Diagnosis]) -> dict[str, Any]:
+def _numbers(piece: Piece, diagnoses: dict[str, Diagnosis]) -> dict[str, Any]:
     gamma = torch.cat([seen.gamma for seen in diagnoses.values()])
     return {
         "tensor": piece.name,

@@ -16,19 +16,32 @@ from matplotlib.figure import Figure
 
 from common.cache import cached_rows
 from common.lab import figures
+from common.lab.figures import INK, MUTED, Style
 from common.lab.report import comparison_row
 from common.lab.statistics import paired_interval, spread, with_bounds
 from merging import mergers, tuning
 from merging.adapters import Adapter, fold_adapter, merge_adapters
 from merging.calibration import SVC_MATRICES, calibrate, published_alpha
-from merging.lowrank import ON_ENTRIES
-from merging.mergers import MERGERS, weight_average
+from merging.mergers import MERGERS, merger, weight_average
 from merging.suites.suite import Rows, Suite
 from merging.task_vectors import TaskVector, apply, combine, task_vector
 
 Forms = Mapping[float | None, TaskVector]  # α → calibrated update; None → the merged update itself
 
 REFERENCES = ("pretrained", "expert")
+CONDITIONS = {  # beside the mergers, in figures
+    "pretrained": Style("pretrained", "#B3B3B3"),
+    "expert": Style("experts", INK),
+    "none": Style("base", MUTED),
+    "output": Style("+ SVC", "#0072B2"),
+    "input": Style("+ SVC, input space", "#D55E00"),
+    "unrelated": Style("sum of unrelated updates", "#A6A6A6"),
+}
+
+
+def merging_styles() -> dict[str, Style]:
+    """Return how mergers, references and conditions are written and coloured in the figures of experiments."""
+    return CONDITIONS | {name: Style(merger(name).title, merger(name).colour) for name in MERGERS}
 
 
 def dense_forms(
@@ -60,14 +73,15 @@ def adapter_forms(
     Args:
         adapters: the K adapters whose updates of the base are `updates`.
         base: state of what they change.
-        method, seed, alphas: as for `dense_forms`. TIES and DARE on LoRA, which have no factored form, are left to it.
+        method, seed, alphas: as for `dense_forms`, to which mergers without a factored form (TIES, DARE) are left on
+            LoRA.
     """
-    if adapters[0].kind == "lora" and method in ON_ENTRIES:
+    own = merger(method)
+    if adapters[0].kind == "lora" and not own.factored:
         return dense_forms(method, updates, seed, alphas)
-    options = {"seed": seed} if method == "dare" else {}
 
     def update(svc: dict[str, float] | None) -> TaskVector:
-        merged = merge_adapters(adapters, method, svc, base=base, **options)
+        merged = merge_adapters(adapters, method, svc, base=base, **own.known(seed=seed))
         return task_vector(fold_adapter(merged, base), base)
 
     return {None: update(None)} | {alpha: update({"alpha": alpha}) for alpha in alphas}

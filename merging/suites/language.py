@@ -1,4 +1,4 @@
-"""Merging suites of language models: classification with an encoder or GPT-2 under a head a task, or by a T5 in text.
+"""Merging suites of language models: an encoder or GPT-2 with one head per task, or a T5 that writes its answers.
 
 Experiments name a backbone and see only `Suite`. MiniLM and the T5 of this project are there without a download, on
 tasks from the texts of installed packages; the others come from the hub, with GLUE and the like.

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.calibration import SVC_MATRICES
+from common.spectral import working
+from merging.calibration import SVC, SVC_MATRICES
 from merging.lowrank import LowRank, merge_and_calibrate, merge_low_rank, oriented
+from merging.mergers import merger
 from merging.task_vectors import Predicate, TaskVector
 
 
@@ -127,14 +129,14 @@ def ties_by_entry(base: Tensor, experts: Sequence[Tensor], scale: float, keep: f
 
 
 def factored_errors(
-    updates: Sequence[Mapping[str, LowRank]], method: str, svc: Mapping[str, Any] | None = None
+    updates: Sequence[Mapping[str, LowRank]], method: str, svc: SVC | Mapping[str, Any] | None = None
 ) -> dict[str, tuple[float, float]]:
     """Return how far two ways of merging adapters are from the merge of their matrices in float64, for each weight.
 
     Args:
         updates: of K adapters, name → update; all have the same names.
         method: a merger that has a factored form.
-        svc: options of `calibrate`, or None for no calibration.
+        svc: the options of SVC, or None for no calibration.
 
     Returns:
         name → ‖M − M_64‖ / ‖M_64‖ of the factored form and of the matrices in float32.
@@ -143,7 +145,8 @@ def factored_errors(
     for name in updates[0]:
         own = [oriented(adapter[name]) for adapter in updates]
         exact = [replace(update, b=update.b.double(), a=update.a.double()) for update in own]
-        true = merge_and_calibrate([{name: update.dense()} for update in exact], method, svc)[name]
+        rule = merger(method).known(precision=working(own[0].b).dtype)  # in float64, but computed from these
+        true = merge_and_calibrate([{name: update.dense()} for update in exact], method, svc, **rule)[name]
         dense = merge_and_calibrate([{name: update.dense()} for update in own], method, svc)[name]
         factored = oriented(merge_low_rank([adapter[name] for adapter in updates], method, svc, name=name)).dense()
         size = true.norm().clamp_min(torch.finfo(torch.float64).tiny)

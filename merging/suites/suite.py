@@ -22,7 +22,7 @@ Rows = Iterator[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Suite:
-    """What merging needs: the task names, a network a task that predicts labels, states of their encoder, and data.
+    """What merging needs: task names, one network per task that predicts labels, states of their encoder, and data.
 
     A network maps a batch of inputs to predicted labels (B,): classes or, for a regression, numbers. Its part
     `encoder`, the same module in all of them, is what is merged; the rest of it, its head, belongs to the task and
@@ -72,8 +72,8 @@ class Suite:
 
         Args:
             labelled: labels (columns) and state of each model.
-            pairs: for each model {suffix: index of another model}; gained{suffix} and lost{suffix} then count the
-                samples that it alone, or the other alone, gets right (what a paired comparison needs).
+            pairs: for each model {suffix: index of another model}. The columns gained{suffix} and lost{suffix} then
+                count the samples that only this model, or only the other one, gets right, for a paired comparison.
         """
         answers = self.answers([state for _, state in labelled])
         for task, (predicted, labels) in zip(self.tasks, answers, strict=True):

@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, Sampler
 
 from common import training
 from common.cache import Artefact, artefact
+from common.models.t5 import IGNORED
 from merging.suites.data.text_tasks import Examples, TextTask
 from merging.suites.models import adapted, language
 
 EVALUATION_BATCH = 64
 POOL = 8  # batches that are sorted by length together
 PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # inverse penalties of the logistic regression
-IGNORED = -100  # what transformers' loss leaves out
 
 Tuned = Literal["full", "lora", "ia3"]
 
@@ -34,7 +34,7 @@ class TextRecipe:
     """How experts are trained, and how many texts score them (0: all)."""
 
     steps: int = 40
-    t5_steps: int = 150  # of a T5, in place of them
+    t5_steps: int = 150  # in place of `steps` where the base is a T5
     batch_size: int = 32
     rank: int = 8  # of LoRA
     base_steps: int = 300  # of the T5 that is trained here

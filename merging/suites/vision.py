@@ -159,7 +159,7 @@ SMOKE = GlyphRecipe(pretraining_steps=8, expert_steps=4)  # enough to run every 
 def pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None = None) -> Artefact:
     """Return the tiny CLIP pre-trained on all 559 classes in the mild style: an artefact with model.safetensors.
 
-    One base a width is shared by all seeds, as the paper shares one CLIP.
+    All seeds share one base per width, as the paper shares one CLIP.
     """
     return artefact(*_base(recipe, device, description))
 
@@ -287,7 +287,7 @@ def _fine_tune_one(device: torch.device, item: tuple[GlyphRecipe, int, str]) -> 
 # CLIP ----------------------------------------------------------------------------------------------------------------
 
 CLIP = {"ViT-B/32": "openai/clip-vit-base-patch32"}  # the other two backbones follow the same pattern
-VALIDATION_IMAGES = 512  # a task, of the held-out part of its training split
+VALIDATION_IMAGES = 512  # per task, of the held-out part of its training split
 
 
 @lru_cache(maxsize=1)  # several parts of an experiment ask for the same one, and it takes minutes to load

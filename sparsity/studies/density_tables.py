@@ -1,7 +1,7 @@
-"""From the table of trained runs to the numbers one compares: densities, accuracy, E and the factors of the identity.
+"""From trained runs to the numbers that one compares: densities, accuracy, E and the factors of the identity.
 
 Rows of the table are (setting, variant, seed) × (split, step, layer) × metric. Layers weigh equally in a mean, as in
-the authors' figures.
+the authors' figures. E = Σ learning rate × weight decay over all steps: how strongly weight decay has acted.
 """
 
 import math
@@ -18,8 +18,7 @@ from common.lab import figures
 from common.lab.run import Context
 from common.lab.statistics import Interval, relative_change, spread
 from sparsity.flatness import remaining_multiply_adds
-from sparsity.studies import measurement
-from sparsity.studies.measurement import Rows, curve, measure_all
+from sparsity.studies.measurement import Rows, curve, curve_rows, measure_all, measure_snapshot
 from sparsity.studies.runs import CONTROLS, RUN, Plan, Run
 
 TEST_METRICS = (
@@ -45,7 +44,7 @@ def measure(plan: Plan, context: Context) -> Iterator[dict[str, Any]]:
 
 
 def _test_and_curve(run: Run, trained: Artefact, device: torch.device) -> tuple[Rows, Rows]:
-    return measurement.measure(run, trained, device), curve(trained)
+    return measure_snapshot(run, trained, device), curve(trained)
 
 
 def run_rows(labels: Mapping[str, Any], measured: Sequence[Mapping], logged: Sequence[Mapping]) -> Iterator[dict]:
@@ -53,21 +52,17 @@ def run_rows(labels: Mapping[str, Any], measured: Sequence[Mapping], logged: Seq
 
     Args:
         labels: setting, variant, seed and what else tells runs apart.
-        measured: what `sparsity.studies.measurement.measure` returns.
+        measured: what `sparsity.studies.measurement.measure_snapshot` returns.
         logged: what `sparsity.studies.measurement.curve` returns.
     """
     for row in measured:
         if row["layer"] == "all" or row["metric"] in TEST_METRICS:
             yield {**labels, "split": "test", **row}
-    entries = pd.DataFrame(logged)
-    means = entries.drop(columns="layer").groupby("step").mean()  # a column of layers or of the whole: no matter
-    for step, values in means.iterrows():
-        for metric in CURVE_METRICS:
-            yield {**labels, "split": "train", "step": step, "layer": "all", "metric": metric, "value": values[metric]}
+    yield from ({**labels, **row} for row in curve_rows(logged, CURVE_METRICS, "train"))
 
 
 def finals(data: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a run: test numbers (means over layers), training means, final norms and E.
+    """Return one row per run: test numbers (means over layers), training means, final norms and E.
 
     Training density is the mean over the logged steps of the whole run, without the very first one.
     """
@@ -89,15 +84,15 @@ def finals(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def change(table: pd.DataFrame, setting: str, metric: str, variant: str, reference: str) -> Interval | None:
-    """Return by how many % a variant's metric differs from the reference's, paired by seed; None: one is missing."""
+    """Return by how many % a variant's metric differs from the reference's, paired by seed; None if one is missing."""
     rows = table[table.setting == setting].pivot(index="seed", columns="variant", values=metric)
     if variant not in rows or reference not in rows or (rows[variant] / rows[reference]).dropna().empty:
         return None
     return relative_change(rows[reference], rows[variant])
 
 
-def show(table: pd.DataFrame, columns: Mapping[str, tuple[str, int]]) -> pd.DataFrame:
-    """Return a table of means ± standard deviations over seeds, a row a setting and variant.
+def means_by_variant(table: pd.DataFrame, columns: Mapping[str, tuple[str, int]]) -> pd.DataFrame:
+    """Return a table of means ± standard deviations over seeds, a row per setting and variant.
 
     Args:
         table: what `finals` returns.
@@ -118,18 +113,17 @@ CONTROL = "vanilla, MLP norms undecayed"
 
 
 def draw(data: pd.DataFrame, score: str = "accuracy, %", metric: str = "score") -> dict[str, Figure]:
-    """Return the figures: what density costs, density by layer, along training and against E, relative changes.
+    """Return the figures: score against density, density by layer, along training and against E, relative changes.
 
     Args:
         data: the experiment's table.
-        score: what the cost of density is, with its unit.
-        metric: where it is in the table: "score" or "loss".
+        score: what stands on the other axis of the first figure, with its unit.
+        metric: its name in the table: "score" or "loss".
     """
     table = finals(data)
     table = table.assign(percent=100 * table.density)
     layers = data[(data.split == "test") & (data.metric == "density") & data.variant.isin(CONTROLS)]
-    names = {name: place for place, name in enumerate(layers.layer.unique(), 1)}
-    layers = layers.assign(number=layers.layer.map(names), percent=100 * layers.value)
+    layers = layers.assign(number=pd.factorize(layers.layer)[0] + 1, percent=100 * layers.value)
     curves = data[(data.split == "train") & data.variant.isin(CONTROLS)]
     keys = [*RUN, "step"]
     curves = curves.pivot(index=keys, columns="metric", values="value").reset_index()
@@ -161,15 +155,15 @@ def draw(data: pd.DataFrame, score: str = "accuracy, %", metric: str = "score") 
 
 
 def _changes(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the changes against vanilla as rows of intervals; those of one seed are points."""
+    """Return the changes against vanilla: a row per setting, variant and metric of PAPER, with interval and text."""
     rows = []
     for (setting, variant), _ in table.groupby(RUN[:2], sort=False):
         for metric in PAPER:
             found = change(table, setting, metric, variant, "vanilla") if variant != "vanilla" else None
             if found:
-                ends = (found.low, found.high) if math.isfinite(found.high) else (found.mean, found.mean)
-                row = {"setting": setting, "variant": variant, "metric": metric, "mean": found.mean}
-                rows.append({**row, "low": ends[0], "high": ends[1]})
+                low, high = found.ends
+                row = {"setting": setting, "variant": variant, "metric": metric, "text": str(found)}
+                rows.append({**row, "mean": found.mean, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -228,18 +222,13 @@ def tables(data: pd.DataFrame, score: str) -> dict[str, pd.DataFrame]:
         "pre_activation_std": ("sd of p", 3),
     }
     seen = _changes(table)
-    texts = seen.apply(lambda row: _interval_text(Interval(row["mean"], row.low, row.high)), axis=1)
-    changes = seen.assign(text=texts).pivot(index=RUN[:2], columns="metric", values="text").rename(columns=NAMES)
+    changes = seen.pivot(index=RUN[:2], columns="metric", values="text").rename(columns=NAMES)
     order = list(dict.fromkeys(zip(seen.setting, seen.variant, strict=True)))
     return {
-        "Densities and what they cost (means over layers ± sd over seeds)": show(table, main),
-        "Factors of the identity on test data, per sample (means over layers)": show(table, factors),
+        "Densities and what they cost (means over layers ± sd over seeds)": means_by_variant(table, main),
+        "Factors of the identity on test data, per sample (means over layers)": means_by_variant(table, factors),
         "Change against vanilla, % [95 % interval over seeds]": changes.loc[order, list(NAMES.values())].reset_index(),
     }
-
-
-def _interval_text(interval: Interval) -> str:
-    return f"{interval.mean:+.1f} (one seed)" if interval.low == interval.high else str(interval)
 
 
 def verdict(data: pd.DataFrame) -> str:
@@ -267,7 +256,7 @@ def verdict(data: pd.DataFrame) -> str:
 
 
 def remarks(data: pd.DataFrame) -> str:
-    """Return what the effect is, in a paragraph a setting, from the numbers of the table."""
+    """Return what the effect is, in one paragraph per setting, with the numbers of the table."""
     table, texts = finals(data), []
     for setting, part in table.groupby("setting", sort=False):
         means = part.groupby("variant").mean(numeric_only=True)

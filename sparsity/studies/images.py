@@ -37,8 +37,9 @@ EVALUATION_BATCH = 512
 class ImageTask:
     """Which images are classified, and by which ViT.
 
-    glyph_tasks (none: all 20, 559 classes) and copies (fixed photographs of each training glyph) are the glyphs'. What
-    follows pooling is the other data sets': how training images are augmented, see sparsity.studies.data.pictures.
+    glyph_tasks (none: all 20, 559 classes) and copies (fixed photographs of each training glyph) are for glyphs only.
+    The fields after label_smoothing are for the other data sets: how training images are augmented, see
+    sparsity.studies.data.pictures.
     """
 
     data: Literal["digits", "glyphs", "fashion_mnist", "cifar10", "imagenet"] = "glyphs"
@@ -54,7 +55,7 @@ class ImageTask:
     label_smoothing: float = 0.0
     mixup: float = 0.0  # parameter of the Beta law; 0 is off. With cutmix too, each batch takes one of the two
     cutmix: float = 0.0
-    randaugment: int = 0  # magnitude, of 30; 0 is off
+    randaugment: int = 0  # magnitude, from 1 to 30; 0 is off
     repeats: int = 1  # differently augmented copies of an image in its batch
     normalised: bool = True  # False leaves the pixels of the hub's images in [0, 1]
 

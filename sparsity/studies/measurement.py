@@ -1,10 +1,11 @@
 """Measuring trained networks: load a snapshot, run it under the probe on one split of its task; cached per snapshot."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -26,8 +27,8 @@ def measure_all(plan: Plan, context: Context, measure_one: Measure) -> Iterator[
     Args:
         plan: labels and description of each run; see `sparsity.studies.runs`.
         context: of the experiment: device and processes.
-        measure_one: maps (run, trained network, device) to what is wanted, such as `measure`. It is a function of a
-            module, which other processes can import, or a partial of one.
+        measure_one: maps (run, trained network, device) to what is wanted, such as `measure_snapshot`; a function that
+            other processes can import, or a partial of one.
     """
     labels, runs = zip(*plan, strict=True)
     with context.stage("train and measure"):
@@ -44,15 +45,37 @@ def curve(trained: Artefact) -> Rows:
     return json.loads((trained.path / "curve.json").read_text())
 
 
+def curve_rows(logged: Rows, metrics: Sequence[str], split: str) -> Iterator[dict[str, Any]]:
+    """Yield the table's rows of a training curve: means over layers of single logged batches.
+
+    Args:
+        logged: what `curve` returns, or the entries of some steps.
+        metrics: of MLP blocks or of the whole network, in this order for each step.
+        split: what the rows are to be called.
+    """
+    means = pd.DataFrame(logged).drop(columns="layer").groupby("step").mean()  # a metric is that of layers or of "all"
+    for step, values in means.iterrows():
+        for metric in metrics:
+            yield {"split": split, "step": step, "layer": "all", "metric": metric, "value": values[metric]}
+
+
 def load(run: Run, trained: Artefact, device: torch.device, step: int | None = None) -> nn.Module:
-    """Return the network of a snapshot (by default the last) in evaluation mode."""
+    """Return the network of a snapshot in evaluation mode, on `device`.
+
+    Args:
+        run, trained: the description of a run and what `train` returned for it.
+        device: where the network runs.
+        step: of the snapshot; None for the last.
+    """
     step = run.recipe.steps if step is None else step
     model = build(make_task(run.task, device), run.variant)
     model.load_state_dict(load_file(trained.path / f"step-{step}.safetensors"))
     return model.to(device).eval()
 
 
-def measure(run: Run, trained: Artefact, device: torch.device, split: str = "test", step: int | None = None) -> Rows:
+def measure_snapshot(
+    run: Run, trained: Artefact, device: torch.device, split: str = "test", step: int | None = None
+) -> Rows:
     """Return what a snapshot does on one split: rows (layer, metric, value), from the cache where they are known.
 
     Layer "all" has the loss, the task's metric ("score"), and both with the MLPs switched off. Each MLP block has the

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from common.lab.figures import INK, MUTED, Style
 from common.training import Recipe
 from sparsity.studies.images import ImageTask
-from sparsity.studies.span_corruption import TextTask
+from sparsity.studies.span_corruption import SpanCorruption
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,17 @@ VARIANTS: dict[str, Variant] = {
     "zeroth bias alone": Variant(zeroth_bias=True),
     "squared ReLU": Variant("squared_relu"),
 }
+STYLES = {  # in figures
+    "vanilla": Style("vanilla", MUTED),
+    "modified": Style("modified", "#0072B2"),
+    "vanilla, MLP norms undecayed": Style("vanilla, MLP norms undecayed", "#D55E00"),
+    "vanilla, all norms undecayed": Style("vanilla, all norms undecayed", "#E69F00"),
+    "modified, all norms undecayed": Style("modified, all norms undecayed", "#56B4E9"),
+    "restricted norm alone": Style("restricted norm alone", "#009E73"),
+    "JSReLU alone": Style("JSReLU alone", "#7A5195"),
+    "zeroth bias alone": Style("zeroth bias alone", "#CC79A7"),
+    "squared ReLU": Style("squared ReLU", INK),
+}
 CONTROLS = tuple(VARIANTS)[:5]  # what every density table needs, with several seeds
 
 
@@ -65,7 +77,7 @@ class Run:
         snapshots: how many times weights are kept, from step 0 to the last, the denser the earlier.
     """
 
-    task: ImageTask | TextTask
+    task: ImageTask | SpanCorruption
     recipe: Recipe
     variant: Variant = VARIANTS["vanilla"]
     seed: int = 0
@@ -92,7 +104,7 @@ def check_variants(names: Iterable[str]) -> None:
 
 def plan_setting(
     setting: str,
-    task: ImageTask | TextTask,
+    task: ImageTask | SpanCorruption,
     recipe: Recipe,
     seeds: Mapping[str, Sequence[int]],
     variants: Mapping[str, Variant] = VARIANTS,
@@ -113,7 +125,7 @@ def plan_setting(
 
 
 def plan_density_tables(
-    settings: Sequence[tuple[str, ImageTask | TextTask, Recipe]],
+    settings: Sequence[tuple[str, ImageTask | SpanCorruption, Recipe]],
     seeds: Sequence[int],
     single_seeds: Sequence[int],
     l1: Sequence[float],

@@ -13,7 +13,7 @@ import torch
 
 from common.cache import Artefact
 from sparsity.flatness import ratio
-from sparsity.studies.measurement import Rows, measure
+from sparsity.studies.measurement import Rows, measure_snapshot
 from sparsity.studies.runs import RUN, Run
 
 SAVED = "saved weights"
@@ -21,8 +21,8 @@ ERRORS = ("key", "key, authors' C_0", "value", "value, authors' C_2")  # of whic
 
 
 def measure_snapshots(split: str, run: Run, trained: Artefact, device: torch.device) -> dict[int, Rows]:
-    """Return step → rows of `sparsity.studies.measurement.measure`, of all snapshots of a run on a split."""
-    return {step: measure(run, trained, device, split, step) for step in run.snapshot_steps}
+    """Return step → rows of `sparsity.studies.measurement.measure_snapshot`, of all snapshots of a run on a split."""
+    return {step: measure_snapshot(run, trained, device, split, step) for step in run.snapshot_steps}
 
 
 def identity_errors(values: Mapping[str, float]) -> dict[str, float]:

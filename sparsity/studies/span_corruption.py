@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.cache import cache_key
 from common.data import text
 from common.models import t5 as models
+from common.models.t5 import IGNORED
 from common.training import Recipe, ShuffledBatches
 from sparsity.studies.data import c4, corruption
 from sparsity.studies.task import Batch, Task, as_it_is
@@ -23,11 +24,10 @@ from sparsity.studies.task import Batch, Task, as_it_is
 OVERLAP = 8  # training windows begin every raw length / 8 tokens
 EVALUATION_BATCH = 128
 EVALUATION_SEED = 10_000
-IGNORED = -100  # what transformers' loss leaves out
 
 
 @dataclass(frozen=True)
-class TextTask:
+class SpanCorruption:
     """Which text, in which tokens, for which T5."""
 
     data: str = "python"  # "python" or "c4"
@@ -44,13 +44,13 @@ class TextTask:
     model: str = ""  # repository whose configuration and tokenizer are taken, for "c4"; sizes above then have no effect
 
 
-def text_task(settings: TextTask, device: torch.device) -> Task:
+def span_corruption_task(settings: SpanCorruption, device: torch.device) -> Task:
     """Return the task of these settings; its evaluation batches are on `device`.
 
     Batches are {"input_ids": (B, T), "attention_mask": (B, T) 0/1, "labels": (B, S) with −100 at padding}. The loss is
-    the mean cross-entropy over target tokens in nats (sentinels and END included): T5's own, and the mean over samples
-    too, as all rows have equally many. The score is each sample's mean cross-entropy a token, and the share of its
-    target tokens that are the likeliest given those before, in %.
+    T5's own: the mean cross-entropy over target tokens in nats, sentinels and END included. It is the mean over samples
+    as well, since all rows have equally many target tokens. The score is each sample's mean cross-entropy per token,
+    and the share of its target tokens that are the likeliest given those before them, in %.
 
     Raises:
         ValueError: unknown data, or sizes that do not fit.
@@ -62,7 +62,7 @@ def text_task(settings: TextTask, device: torch.device) -> Task:
     raise ValueError(f"unknown data {settings.data!r}; there are python and c4")
 
 
-def _python_task(settings: TextTask, device: torch.device) -> Task:
+def _python_task(settings: SpanCorruption, device: torch.device) -> Task:
     corpus = text.corpus(settings.megabytes, settings.vocabulary)
     shape = corruption.shape_for(settings.length)
     sentinels = corpus.vocabulary + shape.spans  # sentinels are the last ids, as in T5
@@ -103,7 +103,7 @@ def _python_loader(tokens: Tensor, shape: corruption.Shape, sentinels: int, reci
     return DataLoader(windows, batch_sampler=ShuffledBatches(len(windows), recipe, seed), collate_fn=as_it_is)
 
 
-def _c4_task(settings: TextTask, device: torch.device) -> Task:
+def _c4_task(settings: SpanCorruption, device: torch.device) -> Task:
     if not settings.model:
         raise ValueError("data='c4' needs model=, the repository of a T5, such as google-t5/t5-base")
     tokenizer, shape = models.t5_tokenizer(settings.model), corruption.shape_for(settings.length)
@@ -127,7 +127,7 @@ def _c4_task(settings: TextTask, device: torch.device) -> Task:
 
 
 class DocumentRows(Dataset):
-    """Corrupted rows of documents: those of a batch are concatenated and cut, so that n make at most n rows.
+    """Corrupted rows: the n documents of a batch are concatenated and cut into at most n rows.
 
     The authors pad to n rows and learn to predict the padding. Here rows that would hold padding are left out.
     """
@@ -139,7 +139,7 @@ class DocumentRows(Dataset):
         return len(self.documents)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return the rows of these documents; row i is corrupted by the number of the i-th."""
+        """Return the rows of these documents; the corruption of row i depends on the number of the i-th of them."""
         lines = self.tokenizer(self.documents.texts(indices), return_attention_mask=False)["input_ids"]
         tokens = torch.tensor([token for line in lines for token in line])
         count, raw = min(len(indices), len(tokens) // self.shape.raw), self.shape.raw
@@ -180,7 +180,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def score(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each sample's mean cross-entropy a target token (nats) and its share of tokens predicted right (%)."""
+    """Return each sample's mean cross-entropy per target token (nats) and its share of tokens predicted right (%)."""
     labels = batch["labels"]
     logits = model(**batch, use_cache=False).logits.float()  # (B, S, V)
     real = labels != IGNORED

@@ -23,19 +23,25 @@ from sparsity.plugins import parameter_groups, sparsify
 from sparsity.probes import probe
 from sparsity.studies.images import ImageTask, image_task
 from sparsity.studies.runs import Run, Variant
-from sparsity.studies.span_corruption import TextTask, text_task
+from sparsity.studies.span_corruption import SpanCorruption, span_corruption_task
 from sparsity.studies.task import Task
 
 Rows = list[dict[str, Any]]
 
 
-def make_task(settings: ImageTask | TextTask, device: torch.device) -> Task:
-    """Return the task that the settings describe."""
-    return image_task(settings, device) if isinstance(settings, ImageTask) else text_task(settings, device)
+def make_task(settings: ImageTask | SpanCorruption, device: torch.device) -> Task:
+    """Return the task that the settings describe; its evaluation batches come on `device`."""
+    return image_task(settings, device) if isinstance(settings, ImageTask) else span_corruption_task(settings, device)
 
 
 def build(task: Task, variant: Variant, seed: int = 0) -> nn.Module:
-    """Return the untrained network of a variant; the same seed gives all variants the same initial weights."""
+    """Return the untrained network of a variant, on the CPU.
+
+    Args:
+        task: whose network it is.
+        variant: what is plugged in.
+        seed: of the initial weights, which are the same in all variants.
+    """
     torch.manual_seed(seed)
     return sparsify(
         task.model(),

@@ -1,6 +1,6 @@
-"""What a network's weights say without any data: norms by kind of parameter, and traces of KKᵀ.
+"""Statistics of a network's weights, without any data: norms by kind of parameter, and traces of KKᵀ.
 
-Source: the quantities that the authors of arXiv 2605.25612 log along training beside gradients and densities.
+Source: the authors of arXiv 2605.25612 log these along training, beside gradients and densities.
 """
 
 import math
@@ -17,9 +17,9 @@ KINDS = ("keys", "values", "MLP norms", "other norms", "attention", "zeroth bias
 def kinds_of_parameters(model: nn.Module, layouts: Sequence[Layout] = LAYOUTS) -> dict[str, str]:
     """Return name → kind, one of KINDS, of every parameter.
 
-    Keys (gates of gated MLPs among them) and values are the matrices of MLP blocks; norms are weights alone; attention
-    is every matrix with "attn" or "attention" in its name; biases are what is called bias, and "embeddings and head" is
-    all that remains: embeddings, positions, patches, poolers, output matrices.
+    "keys" (gates of gated MLPs among them) and "values" are the matrices of MLP blocks. Norms count with their weights
+    only; "attention" is every matrix with "attn" or "attention" in its name; "biases" are all parameters whose names
+    end in "bias". "embeddings and head" is what remains: embeddings, positions, patches, poolers, output matrices.
 
     Args:
         model: any model with MLP blocks that `find_blocks` knows.
@@ -49,7 +49,10 @@ def _kind(name: str, dimensions: int) -> str:
 
 
 def parameter_norms(model: nn.Module, layouts: Sequence[Layout] = LAYOUTS) -> dict[str, float]:
-    """Return kind → Euclidean norm of all parameters of this kind together, in the order of KINDS; see above.
+    """Return kind → Euclidean norm of all parameters of this kind together, in the order of KINDS.
+
+    Args:
+        model, layouts: as for `kinds_of_parameters`, which says what the kinds are.
 
     Raises:
         ValueError: no MLP block.
@@ -61,7 +64,10 @@ def parameter_norms(model: nn.Module, layouts: Sequence[Layout] = LAYOUTS) -> di
 
 
 def key_traces(model: nn.Module, layouts: Sequence[Layout] = LAYOUTS) -> dict[str, float]:
-    """Return MLP block → tr(KKᵀ) = ‖K‖_F², in module order.
+    """Return name of the MLP block → tr(KKᵀ) = ‖K‖_F², in module order.
+
+    Args:
+        model, layouts: as for `kinds_of_parameters`.
 
     Raises:
         ValueError: no MLP block.

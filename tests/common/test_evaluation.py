@@ -88,5 +88,6 @@ def test_relative_change_is_students_interval_of_log_ratios():
 def test_relative_change_of_one_seed_is_a_number_without_bounds():
     found = relative_change(pd.Series({4: 0.2}), pd.Series({4: 0.1}))
     assert found.mean == pytest.approx(-50) and (found.low, found.high) == (-100, math.inf) and found.sign == 0
+    assert str(found) == "-50.0 (one seed)" and found.ends == (found.mean, found.mean)
     with pytest.raises(ValueError, match="no seed has both"):
         relative_change(pd.Series({0: 1.0}), pd.Series({1: 1.0}))

@@ -1,4 +1,4 @@
-"""The fake Hub, made once a session, and the switch of this process to a cache."""
+"""The fake Hub, made once per session, and the switch of this process to a cache."""
 
 import shutil
 

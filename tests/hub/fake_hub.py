@@ -21,10 +21,10 @@ widths, vocabulary and numbers of images are small. Where each thing was read (p
                                     tensor names with `vision_model.` (transformers 4; card of that expert)
     SUN397 columns, names, shards   card and file list of tanganke/sun397 (data/test-00011-of-00018.parquet); three
                                     shards here
-    Cars                            card and file list of tanganke/stanford_cars (two shards a split, 7 more splits)
+    Cars                            card and file list of tanganke/stanford_cars (two shards per split, 7 more splits)
     RESISC45                        file list of tanganke/resisc45 (data/train-00000-of-00001.parquet, 7 more splits);
                                     its card was not seen: columns and names as in its sister repositories
-    EuroSAT, GTSRB                  viewers and file lists of tanganke/eurosat and tanganke/gtsrb (one file a split)
+    EuroSAT, GTSRB                  viewers and file lists of tanganke/eurosat and tanganke/gtsrb (one file per split)
     SVHN                            file list of ufldl-stanford/svhn (cropped_digits/{train,test,extra}-*) and its
                                     dataset_infos.json (names "0" to "9" of full_numbers); two configs on the card
                                     (viewer); the columns of cropped_digits were not seen

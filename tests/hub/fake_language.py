@@ -2,7 +2,7 @@
 
 fake                      true thing and its source
 ------------------------  ---------------------------------------------------------------------------------------
-GLUE                      card of nyu-mll/glue: one repository, a folder a config, columns, class names, splits (no
+GLUE                      card of nyu-mll/glue: one repository, one folder per config, columns, class names, splits (no
                           labels in test: -1), a list of dataset_info; two shards of QNLI's train here, one there
 ag_news                   cards of copies of fancyzhx/ag_news (text, label; data/train-*, data/test-*)
 rotten_tomatoes           file list of cornell-movie-review-data/rotten_tomatoes: {train,validation,test}.parquet

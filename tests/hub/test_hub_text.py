@@ -15,11 +15,11 @@ from common.data.text import END
 from common.models.t5 import t5_like, t5_tokenizer
 from common.training import Recipe, fit
 from sparsity.studies.data import c4
-from sparsity.studies.span_corruption import TextTask, text_task
+from sparsity.studies.span_corruption import SpanCorruption, span_corruption_task
 
 CPU = torch.device("cpu")
 SHARD, COUNT = 12, 30  # documents of a shard, documents of the task: two shards and a half
-SETTINGS = TextTask("c4", length=32, documents=COUNT, evaluation_rows=10, model=MODEL)
+SETTINGS = SpanCorruption("c4", length=32, documents=COUNT, evaluation_rows=10, model=MODEL)
 RECIPE = Recipe(steps=2, batch_size=6, learning_rate=1e-2, schedule="inverse_sqrt")
 
 
@@ -37,7 +37,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_two_steps_of_training_and_a_score(hub):
-    task = text_task(SETTINGS, CPU)
+    task = span_corruption_task(SETTINGS, CPU)
     torch.manual_seed(0)
     model = task.model()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -65,7 +65,7 @@ def test_the_model_is_the_repositorys_configuration_from_scratch(hub):
 
 def test_rows_are_the_batchs_documents_joined_and_cut(hub):
     tokenizer = t5_tokenizer(MODEL)
-    (batch, _) = text_task(SETTINGS, CPU).loader(RECIPE, 3)
+    (batch, _) = span_corruption_task(SETTINGS, CPU).loader(RECIPE, 3)
     documents = c4.Documents("train", COUNT)
     numbers = next(iter(c4.ShardedBatches(documents, RECIPE, 3)))
     tokens = [token for text in documents.texts(numbers) for token in tokenizer(text)["input_ids"]]
@@ -103,9 +103,9 @@ def test_documents_come_shard_by_shard_each_once_an_epoch(hub):
 
 def test_loader_processes_change_nothing(hub, monkeypatch):
     monkeypatch.setattr(c4, "WORKERS", 2)
-    beside_a_gpu = text_task(SETTINGS, torch.device("cuda")).loader(RECIPE, 0)
+    beside_a_gpu = span_corruption_task(SETTINGS, torch.device("cuda")).loader(RECIPE, 0)
     assert beside_a_gpu.num_workers == 2
-    for ours, theirs in zip(text_task(SETTINGS, CPU).loader(RECIPE, 0), beside_a_gpu, strict=True):
+    for ours, theirs in zip(span_corruption_task(SETTINGS, CPU).loader(RECIPE, 0), beside_a_gpu, strict=True):
         assert torch.equal(ours["input_ids"], theirs["input_ids"]) and torch.equal(ours["labels"], theirs["labels"])
 
 
@@ -142,12 +142,12 @@ def test_bad_repositories_and_settings_are_named(hub):
     with pytest.raises(ValueError, match="a batch holds 6 documents, but there are only 5"):
         c4.ShardedBatches(c4.Documents("train", 5), RECIPE, 0)
     with pytest.raises(ValueError, match="needs model="):
-        text_task(TextTask("c4"), CPU)
+        span_corruption_task(SpanCorruption("c4"), CPU)
     with pytest.raises(ValueError, match="length=4096 has 227 spans, more than the 100 sentinels"):
-        text_task(TextTask("c4", length=4096, model=MODEL), CPU)
+        span_corruption_task(SpanCorruption("c4", length=4096, model=MODEL), CPU)
     with pytest.raises(ValueError, match=r"1 documents have .* tokens, fewer than a row of 568"):
         few = Recipe(steps=1, batch_size=1, learning_rate=1.0)
-        next(iter(text_task(TextTask("c4", length=512, documents=1, model=MODEL), CPU).loader(few, 0)))
+        next(iter(span_corruption_task(SpanCorruption("c4", length=512, documents=1, model=MODEL), CPU).loader(few, 0)))
 
 
 def test_a_model_that_is_no_t5_or_not_there_is_named(hub):

@@ -7,6 +7,13 @@ import pytest
 
 from common.lab import figures
 from merging import MERGERS
+from merging.suites.comparison import merging_styles
+
+
+@pytest.fixture(autouse=True)
+def styles():
+    with figures.styled(merging_styles()):
+        yield
 
 
 def table(seeds: int) -> pd.DataFrame:
@@ -121,5 +128,9 @@ def test_the_style_stays_in_the_figure():
 
 
 def test_every_merger_has_a_colour_and_a_label_of_its_own():
-    assert MERGERS.keys() <= figures.COLOURS.keys() and MERGERS.keys() <= figures.LABELS.keys()
-    assert len({figures.COLOURS[name] for name in MERGERS}) == len(MERGERS)
+    assert len({figures.colour(name, -1) for name in MERGERS}) == len(MERGERS)
+    assert len({figures.label(name) for name in MERGERS} - {*MERGERS}) == len(MERGERS)
+    with figures.styled({"new": figures.Style("New")}):
+        assert figures.label("ties") == "ties" and figures.colour("ties", 1) == figures.CYCLE[1]
+        assert figures.label("new") == "New" and figures.colour("new", 2) == figures.CYCLE[2]
+    assert figures.label("ties") == "TIES"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.lab.memory import peak_allocated_mib
+from common.lab.memory import peak_allocated_mib, state_mib
 
 CPU = torch.device("cpu")
 MIB = 2**18  # float32 numbers
@@ -38,3 +38,4 @@ def test_backward_passes_and_optimizers_count():
 
     assert peak_allocated_mib(step, CPU) == pytest.approx(3, abs=0.05)  # gradient and two moments, which then stay
     assert peak_allocated_mib(step, CPU) == pytest.approx(1, abs=0.05)  # the gradient
+    assert state_mib(optimizer) == pytest.approx(3, abs=0.01)  # weight and two moments

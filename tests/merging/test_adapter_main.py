@@ -1,8 +1,6 @@
 """The command on adapters that peft wrote: folded, or written as an adapter that peft reads again; exact, resumable."""
 
-import contextlib
 import json
-import os
 import re
 import signal
 
@@ -10,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from models_on_disk import content, in_fork, killed, weights
 from safetensors.torch import load_file, save_file
 
 from merging import MERGERS, apply, calibrate, iso_basis, task_vector
@@ -69,26 +68,19 @@ def made_by_peft(folder, name, config, count=3):
     return base, str(folder / "base"), tuple(others), folded
 
 
-def weights(folder):
-    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-
-
 def expected_model(base, folded, method, svc=False, final_scale=1.0, transposed=()):
-    """The dense path on what peft folded: task vectors of whole models, in float64, matrices as (out, in)."""
+    """The dense path on what peft folded in float32: task vectors of whole models in float64, matrices as (out, in)."""
 
     def oriented(state):
         return {n: t.double().T if n in transposed else t.double() for n, t in state.items() if t.is_floating_point()}
 
     start, tasks = oriented(base), [task_vector(oriented(state), oriented(base)) for state in folded]
-    merged = MERGERS[method](tasks)
+    own, came_in = MERGERS[method], {"precision": torch.float32}
+    merged = own(tasks, **own.known(**came_in))
     if svc:
-        bases = iso_basis(tasks, method) if method.startswith("iso") else None
+        bases = iso_basis(tasks, method, **came_in) if own.basis else None
         bases = bases and {n: b for n, b in bases.items() if "embedding" not in n}
-        merged = calibrate(merged, tasks, alpha=1.0 if method == "tsv_m" else None, bases=bases)
+        merged = calibrate(merged, tasks, alpha=own.alpha, bases=bases)
     ends = apply(start, merged, final_scale)
     return {name: end.T if name in transposed else end for name, end in ends.items()}
 
@@ -244,32 +236,18 @@ def test_a_low_rank_loses_energy_and_says_how_much(tmp_path):
 # Interruptions and refusals -------------------------------------------------------------------------------------------
 
 
-def killed_at(count, work):
-    """Run work() in a forked process that is killed at its count-th write; returns how it ended."""
-    pid = os.fork()
-    if pid == 0:
-        original, calls = os.pwrite, iter(range(count))
-
-        def last(*arguments):
-            if next(calls, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments)
-
-        os.pwrite, status = last, 99
-        with contextlib.suppress(BaseException):
-            torch.set_num_threads(1)
-            status = work() or 0
-        os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 @pytest.mark.parametrize("options", [{}, {"output": "adapter", "rank": 3}], ids=str)
 def test_a_killed_merge_of_adapters_continues_and_ends_bit_identical(tmp_path, options):
     _, where, others, _ = made_by_peft(tmp_path, "bert", lora)
     recipe = Recipe(where, others, "tsv_m", svc=True, report=True, **options)
     merge(recipe, tmp_path / "whole")
     for count in (0, 1, 2, 0, 3):
-        assert killed_at(count, lambda: merge(recipe, tmp_path / "out")) == -signal.SIGKILL
+
+        def work(count=count):
+            with killed("pwrite", count):
+                merge(recipe, tmp_path / "out")
+
+        assert in_fork(work) == -signal.SIGKILL
         assert not (tmp_path / "out").exists()
     merge(recipe, tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "whole") and not list(tmp_path.glob(".out*"))

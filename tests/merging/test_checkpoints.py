@@ -1,30 +1,15 @@
-"""Files of weights: what is read is what was written, damage is named, and a written checkpoint is a true one."""
+"""Files of weights: what is read is what was written, and damage is named."""
 
-import itertools
 import json
 import os
 import pickle
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from models_on_disk import state_of_all_dtypes
+from safetensors.torch import save_file
 
 from merging.checkpoints import open_checkpoint
-from merging.command.shards import TensorSpec, arrange, begin
-
-
-def tensors(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    return {
-        "a.weight": normal(5, 3), "a.bias": normal(5).bfloat16(), "b.weight": normal(4, 2, 3).half(),
-        "double": normal(2, 2).double(), "scale": normal(), "steps": torch.tensor([1, 2, 3]), "none": normal(0, 4),
-        "mask": torch.tensor([True, False, True]),
-    }  # fmt: skip
 
 
 def same(checkpoint, expected):
@@ -56,7 +41,7 @@ def raw(path, header, data=b""):
 
 
 def test_every_form_of_a_checkpoint_is_read_to_the_bit(tmp_path):
-    state = tensors()
+    state = state_of_all_dtypes()
     save_file(state, tmp_path / "bare.safetensors")
     same(open_checkpoint(tmp_path / "bare.safetensors"), state)
     same(open_checkpoint(sharded(tmp_path / "sharded", state)), state)
@@ -93,7 +78,7 @@ def test_ranges_are_read_in_another_dtype(tmp_path):
 
 
 def test_safetensors_go_before_pickles_and_an_index_before_single_files(tmp_path):
-    state, other = tensors(0), tensors(1)
+    state, other = state_of_all_dtypes(0), state_of_all_dtypes(1)
     sharded(tmp_path, state)
     save_file(other, tmp_path / "model.safetensors")
     torch.save(other, tmp_path / "pytorch_model.bin")
@@ -127,7 +112,7 @@ def test_damaged_safetensors_are_named(tmp_path, header, data, message):
 
 
 def test_truncated_files_and_pointers_of_git_lfs_are_named(tmp_path):
-    save_file(tensors(), tmp_path / "x.safetensors")
+    save_file(state_of_all_dtypes(), tmp_path / "x.safetensors")
     whole = (tmp_path / "x.safetensors").read_bytes()
     for length in (0, 5, 30, len(whole) - 1):
         (tmp_path / "x.safetensors").write_bytes(whole[:length])
@@ -144,7 +129,7 @@ def test_incomplete_folders_are_named(tmp_path):
         open_checkpoint(tmp_path)
     with pytest.raises(ValueError, match=r"nowhere/x\.safetensors: there is no such file"):
         open_checkpoint(tmp_path / "nowhere" / "x.safetensors")
-    folder = sharded(tmp_path / "model", tensors())
+    folder = sharded(tmp_path / "model", state_of_all_dtypes())
     index = folder / "model.safetensors.index.json"
     promised = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": promised["weight_map"] | {"more": "model-00001-of-00002.safetensors"}}))
@@ -193,143 +178,10 @@ def test_odd_state_dicts_are_named(tmp_path):
 
 
 def test_adapters_and_quantised_models_are_refused(tmp_path):
-    save_file(tensors(), tmp_path / "model.safetensors")
+    save_file(state_of_all_dtypes(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
     with pytest.raises(ValueError, match=r"config\.json: the weights are quantised \(bitsandbytes\)"):
         open_checkpoint(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="peft adapter"):
         open_checkpoint(tmp_path)
-
-
-# Writing --------------------------------------------------------------------------------------------------------------
-
-
-def shards_of(state, size=10**9):
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
-    return arrange([(spec.name, [spec]) for spec in specs], size)
-
-
-def made_of(state, shard, pieces=3):
-    def make(write):
-        for name in reversed(shard.steps):
-            write(name, state[name].reshape(-1).split(pieces))
-        return [f"note of {name}" for name in shard.steps]
-
-    return make
-
-
-@pytest.mark.parametrize("size, count", [(10**9, 1), (60, 4), (1, 8)])
-def test_written_shards_are_read_by_the_safetensors_library(tmp_path, size, count):
-    state = tensors()
-    shards = shards_of(state, size)
-    with begin(tmp_path / "out", "id", shards) as output:
-        for shard in reversed(shards):
-            assert not output.is_finished(shard)
-            output.write(shard, made_of(state, shard))
-            assert output.is_finished(shard) and not (tmp_path / "out").exists()
-        assert [note for own in output.notes() for note in own] == [f"note of {name}" for name in state]
-        output.finish()
-    with begin(tmp_path / "out", "id", shards, rank=1) as late:  # a process that starts when all is done
-        assert all(map(late.is_finished, shards))
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) == count and [path.name for path in tmp_path.iterdir()] == ["out"]
-    loaded = {name: tensor for path in files for name, tensor in load_file(path).items()}
-    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
-    same(open_checkpoint(tmp_path / "out"), state)
-    for path in files:
-        with safe_open(path, "pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
-    assert [path.stat().st_size for path in files] == [shard.size for shard in shards]
-
-
-def test_every_tensor_is_aligned_and_none_overlaps():
-    state = tensors()
-    (shard,) = shards_of(state)
-    assert len(shard.header) % 8 == 0
-    taken = sorted((start, start + state[name].nbytes) for name, start in shard.offsets.items())
-    assert taken[0][0] == 0 and len(taken) == len(state)
-    assert all(end == start for (_, end), (start, _) in itertools.pairwise(taken))
-    for name, tensor in state.items():
-        assert (len(shard.header) + shard.offsets[name]) % tensor.dtype.itemsize == 0
-
-
-def test_what_a_step_makes_stays_in_one_shard():
-    down, up = (TensorSpec(name, torch.float32, (4,)) for name in ("down", "up"))
-    shards = arrange([("first", [down]), ("lost", []), ("second", [up, down]), ("third", [up])], 17)
-    assert [shard.steps for shard in shards] == [("first", "lost"), ("second",), ("third",)]
-    assert [shard.tensors for shard in shards] == [(down,), (up, down), (up,)]
-    assert [shard.file for shard in shards] == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
-
-
-def test_finished_shards_stay_and_a_torn_one_is_written_again(tmp_path):
-    state = tensors()
-    first, second, *others = shards = shards_of(state, 60)
-    with pytest.raises(KeyboardInterrupt), begin(tmp_path / "out", "id", shards) as output:
-        output.write(first, made_of(state, first))
-        output.write(second, lambda write: [write(name, [state[name]]) for name in second.steps[:1]] + [interrupt()])
-    inode = (output.folder / first.file).stat().st_ino
-    with (output.work / second.file).open("ab") as stream:
-        stream.write(bytes(1000))  # what was left is longer than the shard
-    with begin(tmp_path / "out", "id", shards) as output:
-        assert [output.is_finished(shard) for shard in shards] == [True, *[False] * len(shards[1:])]
-        for shard in (second, *others):
-            output.write(shard, made_of(state, shard))
-        assert output.notes()[0] == [f"note of {name}" for name in first.steps]
-        output.finish()
-    same(open_checkpoint(tmp_path / "out"), state)
-    assert (tmp_path / "out" / first.file).stat().st_ino == inode
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def test_one_merge_at_a_time_and_no_other(tmp_path):
-    out, shards = tmp_path / "out", shards_of(tensors())
-    with begin(out, "id", shards) as output:
-        with pytest.raises(ValueError, match="out: another process is writing this merge"), begin(out, "id", shards):
-            pass
-        with (
-            begin(out, "id", shards, rank=1) as other,
-            pytest.raises(ValueError, match="out: another process is writing this merge"),
-        ):
-            output.write(shards[0], lambda write: other.write(shards[0], made_of(tensors(), shards[0])))
-    for rank in (0, 1):
-        with (
-            pytest.raises(ValueError, match=r"\.out\.partial: an unfinished merge of another recipe"),
-            begin(out, "other", shards, rank),
-        ):
-            pass
-
-
-def test_a_full_disk_is_named_before_and_during_writing(tmp_path, monkeypatch):
-    state, out = tensors(), tmp_path / "out"
-    too_large = arrange([("huge", [TensorSpec("huge", torch.float32, (2**48,))])], 10**9)
-    with pytest.raises(OSError, match=r"out: needs \d+\.\d\d GB, and .* GB are free"), begin(out, "id", too_large):
-        pass
-    assert not (tmp_path / ".out.partial").exists()
-    (shard,) = shards = shards_of(state)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    said = r"model\.safetensors: 'mask': No space left on device; free some space"
-    with monkeypatch.context() as patched, pytest.raises(OSError, match=said), begin(out, "id", shards) as output:
-        patched.setattr(os, "pwrite", full)
-        output.write(shard, made_of(state, shard))
-    with begin(out, "id", shards) as output:
-        output.write(shard, made_of(state, shard))
-        output.finish()
-    same(open_checkpoint(out), state)
-
-
-def test_a_tensor_of_the_wrong_length_or_none_is_a_fault(tmp_path):
-    (shard,) = shards = shards_of({"w": torch.ones(4)})
-    with begin(tmp_path / "out", "id", shards) as output:
-        with pytest.raises(RuntimeError, match="'w': 12 bytes written of 16"):
-            output.write(shard, lambda write: write("w", [torch.ones(3)]))
-        with pytest.raises(RuntimeError, match="'w' was not written"):
-            output.write(shard, lambda write: None)
-        assert not output.is_finished(shard)

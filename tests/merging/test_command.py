@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from models_on_disk import content, weights
+from safetensors.torch import save_file
 
 from merging import MERGERS, apply, calibrate, iso_basis, task_vector
 from merging.command.main import main, merge
@@ -45,14 +46,6 @@ def models(tmp_path):
 def flags_of(folders, method, *more):
     base, *experts = map(str, folders)
     return ["--base", base, "--experts", *experts, "--method", method, *more]
-
-
-def weights(folder):
-    return {name: t for path in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(path).items()}
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 class Harmful:
@@ -139,8 +132,8 @@ def in_float64(base, experts, method, svc):
     tasks = [task_vector(end, start) for end in ends]
     merged = MERGERS[method](tasks)
     if svc:
-        bases = iso_basis(tasks, method) if method.startswith("iso") else None
-        merged = calibrate(merged, tasks, alpha=1.0 if method == "tsv_m" else None, bases=bases)
+        bases = iso_basis(tasks, method) if MERGERS[method].basis else None
+        merged = calibrate(merged, tasks, alpha=MERGERS[method].alpha, bases=bases)
     return apply(start, merged)
 
 
@@ -153,7 +146,7 @@ def test_the_error_of_float32_arithmetic_against_a_float64_merge(models, tmp_pat
     """
     folders, (base, *experts) = models
     merge(Recipe(str(folders[0]), tuple(map(str, folders[1:])), method, svc=svc, dtype="float64"), tmp_path / "out")
-    spectral = svc or method in ("tsv_m", "iso_c", "iso_cts", "star")
+    spectral = svc or not MERGERS[method].by_entry
     limit = 1e-4 if svc and method == "tsv_m" else 2e-6 if spectral else 1e-7
     for name, expected in in_float64(base, experts, method, svc).items():
         error = float((weights(tmp_path / "out")[name] - expected).norm() / expected.norm())

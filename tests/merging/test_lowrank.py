@@ -6,8 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from merging import MERGERS, calibrate, iso_basis, merger
 from merging.lowrank import (
-    FACTORED,
-    ON_ENTRIES,
     LowRank,
     extract,
     fold,
@@ -17,6 +15,7 @@ from merging.lowrank import (
     truncate,
 )
 
+FACTORED = [name for name, own in MERGERS.items() if own.factored]
 SHAPES = [(17, 23), (40, 13), (31, 31)]
 
 
@@ -42,7 +41,7 @@ def dense_path(updates, method, svc=None, **options):
     merged = merger(method)(tasks, **options)
     if svc is None:
         return merged["weight"]
-    bases = iso_basis(tasks, method) if method.startswith("iso") else None
+    bases = iso_basis(tasks, method) if merger(method).basis else None
     return calibrate(merged, tasks, bases=bases, **svc)["weight"]
 
 
@@ -71,7 +70,7 @@ def test_every_merger_equals_its_dense_form(method, ranks):
 def test_svc_equals_its_dense_form(method, svc):
     for seed, (shape, ranks) in enumerate(zip(SHAPES, [(3, 3), (1, 4, 2), (2, 3, 1, 1, 2, 4, 3, 2)], strict=True)):
         updates = random_updates(ranks, shape, seed)
-        if method.startswith("iso") and "space" in svc:
+        if merger(method).basis and "space" in svc:
             with pytest.raises(ValueError, match="output space only"):
                 merge_low_rank(updates, method, svc)
             continue
@@ -191,11 +190,12 @@ def test_fold_adds_the_update_in_the_dtype_of_the_weight():
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
-def test_all_mergers_are_either_factored_or_refused_with_a_way_out():
-    assert {*FACTORED, *ON_ENTRIES} == MERGERS.keys()
-    for method in ON_ENTRIES:
-        with pytest.raises(ValueError, match=f"{method} looks at single entries.*folded weights"):
-            merge_low_rank(random_updates((1, 2)), method)
+@pytest.mark.parametrize("method", [name for name in MERGERS if name not in FACTORED])
+def test_all_mergers_are_either_factored_or_refused_with_a_way_out(method):
+    assert {"ties", "dare"} & set(FACTORED) == set()
+    reason = "looks at single entries" if MERGERS[method].by_entry else "has no factored form"
+    with pytest.raises(ValueError, match=f"{method} {reason}.*folded weights"):
+        merge_low_rank(random_updates((1, 2)), method)
 
 
 @pytest.mark.parametrize(

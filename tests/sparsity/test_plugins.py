@@ -315,7 +315,7 @@ def test_copies_are_looked_after_like_the_model(tiny, placement, duplicate):
     assert torch.equal(tiny.output(), output)
 
 
-def test_plugged_models_are_not_kept_alive(build):
+def test_sparsified_models_are_not_kept_alive(build):
     tiny = build("gpt2")
     tiny.train(torch.optim.SGD(sparsify(tiny.model).parameters(), lr=0.1))
     gone = weakref.ref(tiny.model.transformer.h[0].mlp)
@@ -489,14 +489,14 @@ def test_compiled_whole(build, name, placement):
 def test_bf16_autocast(tiny, build, placement):
     plain, model = build(tiny.name), sparsify(tiny.model, placement=placement)
     kinds = {}
-    for name, one in (("plain", plain.model), ("plugged", model)):
+    for name, one in (("plain", plain.model), ("sparsified", model)):
         for block in find_blocks(one):
             block.value.register_forward_hook(
                 lambda module, args, z, name=name: kinds.setdefault(name, []).append(z.dtype)
             )
         with torch.autocast("cpu", torch.bfloat16):
             kinds.setdefault(name, []).append(tiny.output(one).dtype)
-    assert kinds["plain"] == kinds["plugged"] and torch.bfloat16 in kinds["plain"]
+    assert kinds["plain"] == kinds["sparsified"] and torch.bfloat16 in kinds["plain"]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for _ in range(2):
         optimizer.zero_grad()
@@ -752,7 +752,7 @@ def test_options_out_of_range_are_named(build, options, message):
     (OwnLayer(norm=GemmaNorm()), {"tokens": 3}, r"1.up: GemmaNorm, the norm .*, does not scale by its weight"),
     (OwnLayer(act=torch.relu), {"tokens": 3, "mixing_steps": 2}, "1.up: a builtin_function_or_method is no module"),
 ])  # fmt: skip
-def test_blocks_that_cannot_be_plugged_are_named_and_left_alone(layer, options, message):
+def test_blocks_that_cannot_take_plug_ins_are_named_and_left_alone(layer, options, message):
     model = nn.Sequential(nn.Identity(), layer)
     before = repr(model), list(model.state_dict())
     with pytest.raises(ValueError, match=message):

@@ -15,10 +15,10 @@ from common.data import text
 from common.models.t5 import t5
 from common.training import Recipe, fit
 from sparsity.studies.data.corruption import Shape, corrupt, shape_for
-from sparsity.studies.span_corruption import TextTask, Windows, text_task
+from sparsity.studies.span_corruption import SpanCorruption, Windows, span_corruption_task
 
 CPU = torch.device("cpu")
-TINY = TextTask(length=24, width=16, depth=1, heads=2, d_ff=32, megabytes=0.05, evaluation_rows=150)
+TINY = SpanCorruption(length=24, width=16, depth=1, heads=2, d_ff=32, megabytes=0.05, evaluation_rows=150)
 RECIPE = Recipe(steps=30, batch_size=8, learning_rate=1e-2)
 
 
@@ -27,7 +27,7 @@ def task(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "CACHE", tmp_path_factory.mktemp("cache"))
         text.corpus.cache_clear()
-        yield text_task(TINY, CPU)
+        yield span_corruption_task(TINY, CPU)
     text.corpus.cache_clear()
 
 
@@ -227,13 +227,13 @@ def test_the_model_is_a_small_t5():
 
 
 def test_the_key_follows_settings_and_text(task, monkeypatch):
-    assert text_task(TINY, CPU).key == task.key
-    assert text_task(TextTask(**{**vars(TINY), "depth": 2}), CPU).key != task.key
+    assert span_corruption_task(TINY, CPU).key == task.key
+    assert span_corruption_task(SpanCorruption(**{**vars(TINY), "depth": 2}), CPU).key != task.key
     corpus = text.corpus(TINY.megabytes)
     monkeypatch.setattr(text, "corpus", lambda *_: text.Corpus(corpus.tokens, corpus.vocabulary, "another"))
-    assert text_task(TINY, CPU).key != task.key
+    assert span_corruption_task(TINY, CPU).key != task.key
 
 
 def test_unknown_data_is_named():
     with pytest.raises(ValueError, match="unknown data 'pyhton'; there are python and c4"):
-        text_task(TextTask("pyhton"), CPU)
+        span_corruption_task(SpanCorruption("pyhton"), CPU)

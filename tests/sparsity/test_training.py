@@ -9,9 +9,9 @@ import torch
 from common import cache, training
 from common.training import Recipe
 from sparsity.studies.images import ImageTask
-from sparsity.studies.measurement import curve, load, measure
+from sparsity.studies.measurement import curve, load, measure_snapshot
 from sparsity.studies.runs import VARIANTS, Run, Variant
-from sparsity.studies.span_corruption import TextTask
+from sparsity.studies.span_corruption import SpanCorruption
 from sparsity.studies.training import Recorder, build, make_task, train
 
 CPU = torch.device("cpu")
@@ -53,7 +53,8 @@ def test_all_variants_start_from_the_same_weights():
         assert all(other[key].equal(tensor) for key, tensor in start.items())
 
 
-TEXT = TextTask(width=16, depth=1, heads=2, d_ff=32, megabytes=0.3, evaluation_rows=16)  # a T5: its weights are tied
+# a T5: its weights are tied
+TEXT = SpanCorruption(width=16, depth=1, heads=2, d_ff=32, megabytes=0.3, evaluation_rows=16)
 
 
 @pytest.mark.parametrize("task", [DIGITS, TEXT], ids=["vit", "t5"])
@@ -88,7 +89,7 @@ def test_a_snapshot_is_measured_as_a_naive_count_says():
     run = digits_run("modified")
     trained = train(run, CPU)
     model, task = load(run, trained, CPU), make_task(DIGITS, CPU)
-    found = pd.DataFrame(measure(run, trained, CPU))
+    found = pd.DataFrame(measure_snapshot(run, trained, CPU))
     values = found[found.layer == "all"].set_index("metric").value
     active, right, losses = [], [], []
 
@@ -114,7 +115,7 @@ def test_the_l1_penalty_lowers_activations():
     strong = Run(DIGITS, Recipe(60, 16, 3e-3, weight_decay=0.0), Variant(l1=30.0), log_every=60, snapshots=2)
     norms = []
     for run in (strong, replace(strong, variant=Variant())):
-        rows = pd.DataFrame(measure(run, train(run, CPU), CPU))
+        rows = pd.DataFrame(measure_snapshot(run, train(run, CPU), CPU))
         norms.append(rows[rows.metric == "activation_norm"].value.mean())
     assert norms[0] < 0.5 * norms[1]
 
@@ -132,7 +133,7 @@ def test_exemptions_keep_the_norms_where_they_are():
 
 def test_text_runs_leave_padding_out():
     run = Run(TEXT, Recipe(4, 4, 3e-3), VARIANTS["modified"], exempt=("biases",), log_every=2, snapshots=2)
-    rows = pd.DataFrame(measure(run, train(run, CPU), CPU))
+    rows = pd.DataFrame(measure_snapshot(run, train(run, CPU), CPU))
     layers = [name for name in rows.layer.unique() if name != "all"]
     assert [name.split(".")[0] for name in layers] == ["encoder", "decoder"]
     real = sum(batch["labels"].ne(-100).sum().item() for batch in make_task(TEXT, CPU).batches("test"))

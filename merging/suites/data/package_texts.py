@@ -1,7 +1,7 @@
 """Eight classification tasks on texts that every machine has: docstrings and code of the standard library and packages.
 
 Each task reads something else from a source file, see `READERS`: three read sentences, five read expressions. Texts are
-short, so that an encoder learns from them within seconds on a CPU. No file is on two sides, no text is on two sides or
+short, so that an encoder learns from them within seconds on a CPU. No file is in two splits, no text in two splits or
 in two classes, and all classes are equally large. Texts differ between versions of Python and of the packages:
 `TextTask.key` says which ones they were.
 """
@@ -21,16 +21,16 @@ from common.cache import artefact
 from common.data import text
 from merging.suites.data.text_tasks import Examples, TextTask
 
-FILES = 400  # most of one package: torch alone has thousands
+FILES = 400  # at most so many of one package: torch alone has thousands
 FILE_BYTES = 150_000  # longer files are generated, or tables
 # "base" is what a model may be trained on before it is fine-tuned on "train"
 SHARES = {"test": 0.2, "validation": 0.1, "base": 0.2, "train": 0.5}  # of the files
-SIZES = {"test": 800, "validation": 400, "base": 2000, "train": 3000}  # most texts of a task, all classes together
+SIZES = {"test": 800, "validation": 400, "base": 2000, "train": 3000}  # at most so many texts per task
 SHORTEST = 12  # characters of a text
 LONGEST = 64  # characters: of a longer sentence the beginning is taken
-LONGEST_CODE = 48  # has more tokens a character; longer code is left out: cutting changes what it is
+LONGEST_CODE = 48  # code has more tokens per character; longer code is left out: cutting changes what it is
 
-Labelled = Iterator[tuple[str, str]]  # texts with the names of their classes; other names are no class of the task
+Labelled = Iterator[tuple[str, str]]  # texts and names of classes; texts with another name are left out
 
 MARKUP = re.compile(r":\w+:|[`*|~]")
 SECTION = re.compile(r"^(\w[\w ]*)\n-{3,}\n", re.MULTILINE)  # of a docstring in numpy's style
@@ -205,7 +205,7 @@ def _tables() -> dict[str, dict[str, list]]:
 def _read_tasks() -> dict[str, dict[str, list]]:
     found = {name: {} for name in READERS}  # text in lower case → splits with (text, class)
     for source in _sources():
-        split = _split_of(source.name)
+        split = text.split_at(_number(source.name + "/split") / 2**32, SHARES)
         for name, (read, classes) in READERS.items():
             for words, label in read(source):
                 if label in classes and len(words) >= SHORTEST:
@@ -246,15 +246,6 @@ def _sources() -> Iterator[Source]:
         yield Source(name, content.splitlines(), list(ast.walk(tree)))
 
 
-def _split_of(name: str) -> str:
-    place, above = _number(name + "/split") / 2**32, 0.0
-    for split, share in SHARES.items():
-        above += share
-        if place < above:
-            return split
-    return split
-
-
 def _number(words: str) -> int:
-    """A hash in [0, 2³²)."""
+    """Return a number in [0, 2³²), a hash of the words."""
     return int(hashlib.sha256(words.encode()).hexdigest()[:8], 16)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts, each a tuple of one field or two (a pair of sentences), and what is to be said of each."""
+    """Texts, each a tuple of one field or of two (a pair of sentences), and the target of each."""
 
     texts: list[tuple[str, ...]]
     targets: list[float]  # index of the class; a number where there are no classes

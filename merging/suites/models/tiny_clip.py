@@ -26,7 +26,7 @@ def tiny_clip(width: int) -> nn.Module:
 
 
 def tokens(names: Sequence[str]) -> Tensor:
-    """Return token ids (N, 12) of Unicode names, a word a token; end-of-text is the largest id (CLIP pools there)."""
+    """Return token ids (N, 12) of Unicode names, one per word; end-of-text is the largest id, where CLIP pools."""
     vocabulary = _vocabulary()
     ids = torch.zeros(len(names), CONTEXT, dtype=torch.long)
     start, end = len(vocabulary) + 1, len(vocabulary) + 2

@@ -24,7 +24,7 @@ NOISE, MEAN_SPAN = 0.15, 3.0
 
 @dataclass(frozen=True)
 class Shape:
-    """How many tokens a row has: raw, of them noise, in how many spans; and with sentinels and END input and target."""
+    """Tokens per row: `raw`, of which `noise` in `spans` spans; `input` and `target` count sentinels and END too."""
 
     raw: int
     noise: int
@@ -67,7 +67,7 @@ def corrupt(rows: Tensor, indices: Sequence[int], shape: Shape, sentinels: int, 
 
     Args:
         rows: (B, raw) token ids.
-        indices: B numbers, one a row.
+        indices: B numbers, one per row.
         shape: of the rows.
         sentinels: the id after the first sentinel's; span k is marked by id `sentinels` − 1 − k.
         seed: another one gives other spans.

@@ -5,14 +5,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-PIXELS, CLASSES = 8, 10
+CLASSES = 10
 SIZES = {"train": 1197, "validation": 200, "test": 400}
 SPLIT_SEED = 0
 
 
 @cache
 def digits(split: str) -> tuple[Tensor, Tensor]:
-    """Return a split's images (N, 1, 8, 8) in [−1, 1] and labels (N,); every digit has its share of each split.
+    """Return a split's images (N, 1, 8, 8) in [−1, 1] and labels (N,); each digit has the same share of every split.
 
     Raises:
         ValueError: the split is unknown.

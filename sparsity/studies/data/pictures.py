@@ -17,12 +17,12 @@ What no source showed is listed in each set's `unverified`. ImageNet is gated, a
 and the table that `datasets` makes of them.
 
 The recipe for ImageNet is torchvision's, which the authors of arXiv 2605.25612 run: images resized to 256 on the
-shorter side, random resized crop of 224, flip, RandAugment, then mixup or cutmix a batch, repeated augmentation. Every
-draw comes from a seed that the batch names, so it does not depend on the number of workers or on an interruption. On
-several devices each mixes its own share of a batch.
+shorter side, random resized crop of 224, flip, RandAugment, then mixup or cutmix of each batch, repeated augmentation.
+Every draw comes from a seed that the batch names, so it does not depend on the number of workers or on an interruption.
+On several devices each mixes its own share of a batch.
 
-Beside the authors' runs: a hundredth of ImageNet's training images is held out; images are resized on the way, not once
-on disk; and the copies of an image are spread over their batch before mixing.
+Differences from the authors' runs: a hundredth of ImageNet's training images is held out; images are resized whenever
+they are read, not once on disk; and the copies of an image are spread over their batch before mixing.
 """
 
 import contextlib
@@ -49,9 +49,9 @@ HELD_OUT_SEED = 0
 class PictureSet:
     """One data set: where its images are, how they are cropped at training, what is not confirmed.
 
-    `mean` and `std` (a channel each) normalise pixels of [0, 1]; `held_out` is the share of the training split that
-    validates. Training crops: "none"; "shifted", by up to an eighth of the side, and flipped; "resized", a random part
-    of the image at random size, and flipped.
+    `mean` and `std` (one value per channel) normalise pixels of [0, 1]; `held_out` is the share of the training split
+    that validates. Training crops: "none"; "shifted", by up to an eighth of the side, and flipped; "resized", a random
+    part of the image at random size, and flipped.
     """
 
     repo: str
@@ -137,8 +137,8 @@ def _all_rows(pictures: PictureSet, split: str) -> Any:
 class Augmentation:
     """How training images vary beyond the crop of their data set.
 
-    mixup and cutmix are the parameters of their Beta laws, 0 is off (with both, each batch takes one of the two, as
-    likely); randaugment is the magnitude, of 30, 0 is off; repeats is how often a drawn image enters its batch.
+    mixup and cutmix are the parameters of their Beta laws, 0 is off (with both, each batch takes one of the two at
+    random); randaugment is the magnitude, from 1 to 30, 0 is off; repeats is how often a drawn image enters its batch.
     """
 
     mixup: float = 0.0
@@ -220,9 +220,9 @@ def _transform(mode: str, steps: Callable[[Any], Tensor], image: Any) -> Tensor:
 class RepeatedBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (index, seed of its augmentation), for as many steps as the recipe has.
 
-    Every epoch is a new order of all `length` samples, without a break between epochs; each sample stands `repeats`
-    times in a row of that order, with different seeds. A batch is then shuffled, so that what mixup and cutmix pair,
-    neighbours, are seldom copies of one image.
+    Every epoch is a new order of all `length` samples, without a break between epochs; in that order each sample stands
+    `repeats` times in a row, with different seeds. A batch is then shuffled, so that neighbours, which mixup and cutmix
+    pair, are seldom copies of one image.
     """
 
     drop_last = True

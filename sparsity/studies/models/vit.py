@@ -31,10 +31,10 @@ def vit(
         channels: of the images.
         width: of the residual stream, d.
         depth: number of layers.
-        heads: attention heads a layer.
+        heads: attention heads per layer.
         mlp_ratio: d_ff / d.
         classes: outputs.
-        pooling: "token" adds a class token, whose final state is classified; "avg" has none, the mean token is.
+        pooling: "token" adds a class token, whose final state is classified; "avg" classifies the mean of all tokens.
 
     Returns:
         A model that maps images (B, channels, pixels, pixels) to logits (B, classes).

@@ -1,0 +1,229 @@
+"""TIES and DARE: mergers of single entries that depend on whole tensors, through thresholds and majorities, and masks.
+
+Each stands here twice: on whole tensors, and by ranges of rows, for tensors that are not in memory as a whole. The two
+agree bit for bit.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.spectral import working
+from merging.task_vectors import TaskVector, check, check_choice, check_finite
+
+Ranges = Callable[[], Iterable[Sequence[Tensor]]]  # reads one tensor: the K updates of each range of its rows
+
+# TIES ----------------------------------------------------------------------------------------------------------------
+
+
+def ties(
+    task_vectors: Sequence[TaskVector],
+    keep: float = 0.2,
+    scope: str = "layer",
+    combine: str = "mean",
+    scale: float = 1.0,
+) -> dict[str, Tensor]:
+    """Trim each task's small entries, elect a sign per entry, and combine the entries that agree with it (TIES).
+
+    The official SVC script uses one threshold and one majority per tensor and the mean (the defaults); the published
+    TIES (Yadav et al., 2023) is scope="global", combine="sum", scale=0.3.
+
+    Args:
+        task_vectors: the K task vectors.
+        keep: share of the entries that survive trimming, in (0, 1].
+        scope: threshold and majority "layer" by layer, or "global", over all tensors together.
+        combine: "mean" over the entries that agree, or their "sum".
+        scale: factor of the result.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    _check_ties(keep, scope, combine, scale)
+    names = check(task_vectors)
+    merged = {}
+    for group in [names] if scope == "global" else [[name] for name in names]:
+        thresholds = [_threshold([task[name] for name in group], keep) for task in task_vectors]
+        signs = (_signs(_trimmed(_updates(task_vectors, name), thresholds)).sum() for name in group)
+        majority = sum(int(total) for total in signs)
+        for name in group:
+            combined = _combined(_trimmed(_updates(task_vectors, name), thresholds), majority, combine)
+            merged[name] = (scale * combined).to(task_vectors[0][name].dtype)
+    return merged
+
+
+def _check_ties(keep: float, scope: str, combine: str, scale: float) -> None:
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {keep}")
+    check_choice("scope", scope, ("layer", "global"))
+    check_choice("combine", combine, ("mean", "sum"))
+    check_finite("scale", scale)
+
+
+def _updates(task_vectors: Sequence[TaskVector], name: str) -> Iterable[Tensor]:
+    return (working(task[name]) for task in task_vectors)
+
+
+def _threshold(tensors: list[Tensor], keep: float) -> Tensor:
+    """Return the k-th smallest magnitude of d entries, k = d − ⌊keep · d⌋: what is smaller is trimmed."""
+    magnitudes = torch.cat([working(tensor).abs().flatten() for tensor in tensors])
+    if not len(magnitudes):
+        return magnitudes.sum()
+    return magnitudes.kthvalue(_rank(len(magnitudes), keep)).values
+
+
+def _rank(entries: int, keep: float) -> int:
+    return max(1, entries - math.floor(keep * entries))
+
+
+def _trimmed(updates: Iterable[Tensor], thresholds: Iterable[Tensor | float]) -> Tensor:
+    """Return the updates (K, …) with zeros for all entries below their task's threshold."""
+    pairs = ((update, torch.as_tensor(limit).to(update)) for update, limit in zip(updates, thresholds, strict=True))
+    return torch.stack([update.where(update.abs() >= limit, 0) for update, limit in pairs])
+
+
+def _signs(trimmed: Tensor) -> Tensor:
+    return trimmed.sum(0).sign()  # (K, …) → (…)
+
+
+def _combined(trimmed: Tensor, majority: int, combine: str) -> Tensor:
+    """Combine the entries (K, …) of the elected sign; an undecided entry follows the majority, else it is negative."""
+    signs = _signs(trimmed)
+    positive = (signs > 0) | ((signs == 0) & (majority > 0))
+    agrees = torch.where(positive, trimmed > 0, trimmed < 0)  # (K, …)
+    total = trimmed.where(agrees, 0).sum(0)
+    return total if combine == "sum" else total / agrees.sum(0).clamp_min(1)
+
+
+# TIES by rows: thresholds and majority by counting, in three passes, half a megabyte per task.
+
+
+def elect(
+    tensors: Sequence[Ranges], every: Callable[[Callable, Iterable], Iterable] = map, *, keep: float, **_: Any
+) -> dict[str, Any]:
+    """Return the thresholds and the majority of TIES over some tensors together, exactly, reading them three times.
+
+    The threshold of a task is the k-th smallest of its d magnitudes, k = d − ⌊keep · d⌋. Non-negative floats are
+    ordered like the integers with the same bits: a first pass counts the upper 16 bits, a second one the lower 16 bits
+    of those magnitudes that share the upper half of the threshold. The majority needs the thresholds: a third pass.
+
+    Args:
+        tensors: what reads the float32 updates of one tensor, range by range, each time that it is called.
+        every: map, or one over several threads.
+        keep: share of the entries that survive trimming.
+
+    Returns:
+        "thresholds", one per task, and "majority", the sum of all signs: the same that `ties` computes when it holds
+        all these tensors in memory.
+    """
+    upper = _counts(tensors, every, lambda bits, task: bits >> 16)
+    highs, ranks = zip(*(_position(counts, _rank(int(counts.sum()), keep)) for counts in upper), strict=True)
+
+    def lower_half(bits: Tensor, task: int) -> Tensor:
+        return bits[bits >> 16 == highs[task]] & 0xFFFF
+
+    lower = _counts(tensors, every, lower_half)
+    lows = [_position(counts, own)[0] for counts, own in zip(lower, ranks, strict=True)]
+    thresholds = [
+        struct.unpack("<f", struct.pack("<i", high << 16 | low))[0] for high, low in zip(highs, lows, strict=True)
+    ]
+
+    def signs(ranges: Ranges) -> int:
+        return sum(int(_signs(_trimmed(updates, thresholds)).sum(dtype=torch.float64)) for updates in ranges())
+
+    return {"thresholds": thresholds, "majority": sum(every(signs, tensors))}
+
+
+def _counts(tensors: Sequence[Ranges], every: Callable, half: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Return how often each value of `half(bits, task)` occurs among the magnitudes of each task, (K, 65536)."""
+
+    def count(ranges: Ranges) -> Tensor | int:
+        counts = 0
+        for updates in ranges():
+            bits = (update.abs().flatten().view(torch.int32) for update in updates)
+            found = [torch.bincount(half(each, task), minlength=2**16) for task, each in enumerate(bits)]
+            counts = counts + torch.stack(found)
+        return counts
+
+    return sum(every(count, tensors)).cpu()
+
+
+def _position(counts: Tensor, rank: int) -> tuple[int, int]:
+    """Return the value at which the running count reaches `rank`, and the rank within that value."""
+    running = counts.cumsum(0)
+    value = int(torch.searchsorted(running, rank))
+    return value, rank - int(running[value - 1] if value else 0)
+
+
+def elected_together(*, scope: str, keep: float, **_: Any) -> dict[str, Any] | None:
+    """Return the options that one election over all tensors needs to be the same everywhere, or None without one."""
+    return {"scope": scope, "keep": keep} if scope == "global" else None
+
+
+def ties_by_rows(
+    name: str, tasks: int, election: Mapping[str, Any], *, keep: float, scope: str, combine: str, scale: float
+) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Return what merges a range of rows by TIES, once its election is known."""
+    _check_ties(keep, scope, combine, scale)
+    thresholds, majority = election["thresholds"], election["majority"]
+    return lambda updates: scale * _combined(_trimmed(updates, thresholds), majority, combine)
+
+
+# DARE ----------------------------------------------------------------------------------------------------------------
+
+
+def dare(task_vectors: Sequence[TaskVector], drop: float = 0.8, seed: int = 0) -> dict[str, Tensor]:
+    """Drop entries at random, rescale the others by 1 / (1 − drop), and take the mean (Yu et al., 2024).
+
+    Each mask depends on nothing but (seed, task index, tensor name): not on the device, nor on which tensors were
+    merged before. Other implementations agree in distribution only.
+
+    Args:
+        task_vectors: the K task vectors; their order decides which masks they get.
+        drop: probability that an entry is dropped, in [0, 1).
+        seed: any integer.
+
+    Raises:
+        ValueError: drop is out of range.
+    """
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop must be in [0, 1), got {drop}")
+    merged = {}
+    for name in check(task_vectors):
+        merge = dare_by_rows(name, len(task_vectors), drop=drop, seed=seed)
+        merged[name] = merge([working(task[name]) for task in task_vectors]).to(task_vectors[0][name].dtype)
+    return merged
+
+
+def dare_by_rows(
+    name: str, tasks: int, decided: None = None, *, drop: float, seed: int
+) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Return what merges the ranges of rows of one tensor by DARE, each once and in order, as its masks are drawn.
+
+    Raises:
+        ValueError: drop is out of range.
+    """
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop must be in [0, 1), got {drop}")
+    generators = [_generator(seed, task, name) for task in range(tasks)]
+
+    def merge(updates: Sequence[Tensor]) -> Tensor:
+        pairs = zip(updates, generators, strict=True)
+        kept = (update * _mask(update, drop, generator) for update, generator in pairs)
+        return sum(kept) / ((1 - drop) * tasks)
+
+    return merge
+
+
+def _generator(seed: int, task: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{task}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _mask(update: Tensor, drop: float, generator: torch.Generator) -> Tensor:
+    """Return which entries are kept, drawn on the CPU for every device."""
+    return (torch.rand(update.shape, generator=generator) >= drop).to(update)
