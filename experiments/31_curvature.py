@@ -391,7 +391,7 @@ EXPERIMENT = Experiment(
     verdict,
     tables=tables,
     deviations=DEVIATIONS,
-    styles=STYLES | merging_styles(),
+    styles=STYLES | comparison.merging_styles(),
 )
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def basis_rows(suite: Suite, method: str, seed: int) -> Rows:
         "float64 SVD": reference.left_singular_vectors(merged, torch.float64),
         "float32 SVD": reference.left_singular_vectors(merged, torch.float32),
     }
-    if method in ("iso_c", "iso_cts"):
+    if mergers.merger(method).basis:
         bases["merger's own"] = iso_basis(updates, method, matrices=SVC_MATRICES)
     found |= {name: calibrate(merged, updates, alpha=default, bases=basis) for name, basis in bases.items()}
     labelled = [(_labels("basis", method, "output", default, variant=name), update) for name, update in found.items()]
