@@ -171,7 +171,7 @@ def test_the_shared_tests_cover_it(tmp_path):
     here = Path(__file__).resolve().parent
     plugin = "from merging import MERGERS\nfrom test_a_new_merger import RECORD\nMERGERS['median'] = RECORD\n"
     (tmp_path / "with_median.py").write_text(plugin)
-    shared = [str(here / f"test_{name}.py") for name in ("mergers", "lowrank", "stream", "variants")]
+    shared = [str(here / f"test_{name}.py") for name in ("mergers", "lowrank", "stream", "comparison")]
     options = ["-q", "-p", "no:cacheprovider", "-p", "with_median", "-k", "median and not range_by_range"]
     path = os.pathsep.join([str(tmp_path), str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", *options, *shared]
