@@ -42,7 +42,6 @@ from common.training import Recipe
 from merging import MERGERS, apply, calibrate, mergers, tuning
 from merging.calibration import SVC_MATRICES, published_alpha
 from merging.suites import comparison, vision
-from merging.suites.comparison import merging_styles
 from merging.suites.suite import measure_suites
 from sparsity.studies.curvature import measure_curvature
 from sparsity.studies.images import ImageTask

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from merging import calibration, mergers
-from merging.calibration import SVC_MATRICES, calibrate, published_alpha
-from merging.mergers import iso_basis
+from merging.calibration import SVC, SVC_MATRICES, calibrate, own_bases, published_alpha
 from merging.suites import reference
 from merging.suites.comparison import scored
 from merging.suites.suite import Rows, Suite
@@ -127,8 +126,8 @@ def basis_rows(suite: Suite, method: str, seed: int) -> Rows:
         "float64 SVD": reference.left_singular_vectors(merged, torch.float64),
         "float32 SVD": reference.left_singular_vectors(merged, torch.float32),
     }
-    if mergers.merger(method).basis:
-        bases["merger's own"] = iso_basis(updates, method, matrices=SVC_MATRICES)
+    if own := own_bases(method, updates, SVC()):
+        bases["merger's own"] = own
     found |= {name: calibrate(merged, updates, alpha=default, bases=basis) for name, basis in bases.items()}
     labelled = [(_labels("basis", method, "output", default, variant=name), update) for name, update in found.items()]
     yield from mean_rows(suite, labelled)
