@@ -19,6 +19,7 @@ import pandas as pd
 
 from common.data import glyphs
 from common.lab import figures
+from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from merging.suites import comparison, vision
 from merging.suites.suite import Suite
@@ -123,18 +124,10 @@ def draw(data):
 
 def compare(data, published):
     ours = chosen_values(data)
+    same = "no: glyphs for CLIP's data sets"
     return pd.DataFrame(
-        [
-            dict(
-                quantity=f"{method} accuracy, mean of tasks, %",
-                paper=PAPER[method],
-                ours=ours[method],
-                sd=float("nan"),
-                n=1,
-                same_setting="no: glyphs for CLIP's data sets",
-            )
-            for method in PAPER
-        ]
+        comparison_row(f"{method} accuracy, mean of tasks, %", [ours[method]], same, number)
+        for method, number in PAPER.items()
     )
 
 

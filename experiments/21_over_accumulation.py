@@ -19,8 +19,7 @@ Run      python experiments/21_over_accumulation.py --scale laptop
 """
 
 import itertools
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pandas as pd
@@ -28,10 +27,12 @@ import pandas as pd
 from common import spectral
 from common.cache import cached_rows
 from common.lab import figures
+from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from common.lab.statistics import spread
-from merging import MERGERS, calibrate, calibration, diagnose, diagnosis, mergers, task_vector
+from merging import MERGERS, calibrate, calibration, diagnose, diagnosis, mergers
 from merging.suites import comparison, unrelated, vision
+from merging.suites.suite import measure_suites
 
 SUM, CHANCE = "plain_sum", "unrelated"  # the latter: the plain sum of unrelated updates
 RELATION = "Spearman of overlap and inflation"  # over the matrices
@@ -61,30 +62,21 @@ SCALES = {
 
 
 def measure(settings, context):
-    counts = sorted({*settings.suites, *settings.growth}, reverse=True)
-    with context.stage("train"):
-        vision.prepare(settings.backbones, counts[0], settings.seeds, settings.recipe, context)
-    units = [(name, tasks, seed) for name in settings.backbones for tasks in counts for seed in settings.seeds]
-    with context.stage("merge and diagnose"):
-        for rows in context.map(partial(measure_unit, settings, context.device), units, "merge and diagnose"):
-            yield from rows
+    counts = (*settings.suites, *settings.growth)
+    yield from measure_suites(vision, replace(settings, suites=counts), context, measure_suite, [(settings.suites,)])
 
 
-def measure_unit(settings, device, unit):
-    """All rows of one suite, seed and backbone: totals, and on the first backbone the depth that figures need."""
-    backbone, tasks, seed = unit
-    suite = vision.suite(backbone, tasks, seed, settings.recipe, device)
-    is_detailed = backbone == settings.backbones[0] and tasks in settings.suites
-    depth = is_detailed + (is_detailed and tasks == min(settings.suites))  # 2: every merger and layer by direction
+def measure_suite(settings, suite, backbone, seed, detailed):
+    """All rows of one suite and seed: totals, and on the first backbone the depth that figures need."""
+    is_detailed = backbone == settings.backbones[0] and len(suite.tasks) in detailed
+    depth = is_detailed + (is_detailed and len(suite.tasks) == min(detailed))  # 2: every merger, layer by direction
     methods = list(dict.fromkeys((*LINEAR, *(settings.methods if is_detailed else ()), CHANCE)))
     inputs = {"suite": suite.key, "methods": methods, "seed": seed, "depth": depth}
-    build = partial(unit_rows, suite, methods, seed, depth)
-    rows = cached_rows("over_accumulation", inputs, build)
-    return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]
+    return cached_rows("over_accumulation", inputs, partial(unit_rows, suite, methods, seed, depth))
 
 
 def unit_rows(suite, methods, seed, depth):
-    updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
+    updates = suite.task_vectors()
     for method in methods:
         own = unrelated.unrelated(updates, seed) if method == CHANCE else updates
         merged = mergers.merge(SUM if method == CHANCE else method, own, seed)
@@ -171,10 +163,6 @@ QUANTITIES = {  # of `compare`: (method, svc, metric)
     "interference of the sum + SVC": (SUM, "output", "interference"),
 }
 TENTH = "tenth of directions (1: largest σ)"
-
-
-def by_size(names):
-    return sorted(set(names), key=lambda name: (len(name), name))
 
 
 def suites_of(data):
@@ -265,11 +253,10 @@ def draw_private(data):
 
 def compare(data, published):
     lines = []
-    for backbone, suite in itertools.product(by_size(data.backbone), suites_of(data)):
+    for backbone, suite in itertools.product(comparison.by_size(data.backbone), suites_of(data)):
         for quantity, wanted in QUANTITIES.items():
             found = values(data, *wanted).sort_index()[backbone, suite]
-            line = dict(quantity=f"{suite} tasks, {backbone}: {quantity}", paper=math.nan, ours=found.mean())
-            lines.append(line | dict(sd=found.std(), n=len(found), same_setting=vision.setting(backbone)))
+            lines.append(comparison_row(f"{suite} tasks, {backbone}: {quantity}", found, vision.setting(backbone)))
     return pd.DataFrame(lines)
 
 

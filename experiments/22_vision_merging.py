@@ -15,14 +15,12 @@ Run      python experiments/22_vision_merging.py --scale laptop
 """
 
 from dataclasses import dataclass
-from functools import partial
 
-from common.lab import figures
-from common.lab.report import published_accuracy
 from common.lab.run import Experiment, run
 from merging import MERGERS, mergers
 from merging.suites import comparison, vision
-from merging.suites.comparison import BASE, BASE_TUNED, SVC, SVC_1, SVC_TUNED
+from merging.suites.comparison import SVC_GAIN, TUNED_GAIN
+from merging.suites.suite import measure_suites
 
 OFF_SCALE = "plain_sum"  # without SVC so far below the others that it would flatten a figure
 
@@ -49,57 +47,35 @@ SCALES = {
 
 
 def measure(settings, context):
-    yield from vision.measure_suites(settings, context, partial(measure_suite, settings.methods))
+    yield from measure_suites(vision, settings, context, measure_suite)
 
 
-def measure_suite(methods, suite, seed):
-    return comparison.suite_rows(suite, methods, seed)
+def measure_suite(settings, suite, backbone, seed):
+    return comparison.suite_rows(suite, settings.methods, seed)
 
 
 # From here on only the table is seen --------------------------------------------------------------------------------
 
 
-def smallest_backbone(table):
-    return table[table.backbone == comparison.by_size(table.backbone)[0]].assign(
-        panel=lambda rows: rows.suite.map("{} tasks".format)
-    )
-
-
 def draw(data):
-    means = smallest_backbone(comparison.seed_means(data[data.method.isin(MERGERS)]))
-    means = comparison.in_order(means, ["suite", "method"])
-    shown = means[means.row.isin([BASE, SVC, SVC_1]) & (means.method != OFF_SCALE)]
-    tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
-    gains = smallest_backbone(comparison.long_gains(data))
-    gains = gains[(gains.method != OFF_SCALE) | (gains.condition != "SVC − base")]
-    options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
-    difference = "difference in mean accuracy, points"
-    return {
-        "accuracy_by_merger": figures.paired(shown, start=BASE, **options),
-        "accuracy_at_tuned_scales": figures.paired(tuned, start=BASE_TUNED, **options),
-        "paired_gains": figures.forest(gains, item="method", panel="panel", xlabel=difference),
-    }
+    smallest = data[data.backbone == comparison.by_size(data.backbone)[0]]
+    return comparison.draw(smallest, panel="{suite} tasks", off_scale=OFF_SCALE)
 
 
 def compare(data, published):
-    def paper(backbone, suite, method, svc):
-        stands_for = vision.STANDS_FOR.get(backbone, backbone)
-        return published_accuracy(published, f"{suite} vision tasks", stands_for, method, svc)
-
-    return comparison.compared(data, paper, vision.setting)
+    return comparison.compared(comparison.variant_means(data), published, vision.published_number, vision.setting)
 
 
 def verdict(data):
-    wide = comparison.intervals(data)
-    wide = wide[wide.method.isin(mergers.PUBLISHED)]
-    if not vision.is_evidence(data, vision.STANDS_FOR) or set(wide.method) != set(mergers.PUBLISHED):
+    gains = comparison.gains(data[data.method.isin(mergers.PUBLISHED)])
+    if not vision.is_evidence(data, vision.STANDS_FOR) or set(gains.method) != set(mergers.PUBLISHED):
         return "not run at this scale"
-    above = wide["SVC − base"].map(lambda interval: interval.sign == 1)
-    linear = above[wide.method.isin(mergers.PUBLISHED[:3])]
-    first = "reproduced" if above.all() else "direction reproduced" if linear.all() else "not reproduced"
-    signs = wide["tuned SVC − tuned base"].map(lambda interval: interval.sign)
+    own = gains[gains.condition == SVC_GAIN]
+    above, linear = own.sign == 1, own.method.isin(mergers.PUBLISHED[:3])
+    first = "reproduced" if above.all() else "direction reproduced" if above[linear].all() else "not reproduced"
+    signs = gains.sign[gains.condition == TUNED_GAIN]
     return (
-        f"{first}: +SVC is above base in {above.sum()} of {len(wide)} cells. SVC {comparison.beats(signs)}: both at "
+        f"{first}: +SVC is above base in {above.sum()} of {len(own)} cells. SVC {comparison.beats(signs)}: both at "
         f"tuned scales, it is {comparison.counted(signs)}."
     )
 

@@ -15,21 +15,16 @@ Cost     smoke 10 s; laptop 1 min, workstation 2 min (2 cores, once experiment 2
 Run      python experiments/23_calibration_space.py --scale laptop
 """
 
-import math
 from dataclasses import dataclass
-from functools import partial
 
 import pandas as pd
 
-from common.cache import cached_rows
 from common.lab import figures
-from common.lab.report import published_accuracy
 from common.lab.run import Experiment, run
-from common.lab.statistics import paired_interval, spread, with_bounds
-from merging import MERGERS, apply, calibrate, calibration, mergers, task_vector
-from merging.suites import comparison, vision
-
-SPACES = ("none", "output", "input")
+from merging import MERGERS, mergers
+from merging.suites import ablations, comparison, vision
+from merging.suites.comparison import CELL
+from merging.suites.suite import measure_suites
 
 
 @dataclass(frozen=True)
@@ -54,119 +49,80 @@ SCALES = {
 
 
 def measure(settings, context):
-    yield from vision.measure_suites(settings, context, partial(measure_suite, settings.methods))
+    yield from measure_suites(vision, settings, context, measure_suite)
 
 
-def measure_suite(methods, suite, seed):
-    """All rows of one suite and seed; cached merger by merger, so that a killed run goes on where it was."""
-    updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
-    yield from cached_rows("reference_models", {"suite": suite.key}, suite.own_rows)
-    for method in methods:
-        inputs = {"suite": suite.key, "method": method, "seed": seed}
-        build = partial(merger_rows, suite, updates, method, seed)
-        yield from cached_rows("calibration_space", inputs, build)
-
-
-def merger_rows(suite, updates, method, seed):
-    """One merger without SVC and in both spaces, scored together: each against the base, and output against input."""
-    merged = mergers.merge(method, updates, seed)
-    alpha = calibration.published_alpha(method, len(updates))
-    found = {"none": merged} | {s: calibrate(merged, updates, alpha=alpha, space=s) for s in ("output", "input")}
-    common = dict(method=method, scale_rule="fixed", scale=1.0)
-    labelled = [
-        (dict(common, svc=space, alpha=None if space == "none" else alpha), apply(suite.pretrained, update))
-        for space, update in found.items()
-    ]
-    yield from suite.rows(labelled, pairs=[{}, {"": 0, "_over_input": 2}, {"": 0}])
+def measure_suite(settings, suite, backbone, seed):
+    return comparison.suite_rows(suite, settings.methods, seed, ablations.space_rows)
 
 
 # From here on only the table is seen --------------------------------------------------------------------------------
 
-DIFFERENCES = {  # name: rows of this `svc`, and their counts
-    "output − input": ("output", "_over_input"),
-    "input − base": ("input", ""),
-    "output − base": ("output", ""),
+SPACES = ("none", "output", "input")
+GAP = "output − input"
+DIFFERENCES = {GAP: ("output", "_over_input"), "input − base": ("input", ""), "output − base": ("output", "")}
+COMPARED = {  # row: what follows the merger's name, and the published `svc`
+    "none": ("", "none"),
+    "output": (" + SVC, output space", "output"),
+    "input": (" + SVC, input space", "input"),
+    GAP: (f": {GAP}", GAP),
 }
-IN_SPACE = {"output": " + SVC, output space", "input": " + SVC, input space", "none": ""}
 
 
-def methods_of(data):
-    return [method for method in MERGERS if method in set(data.method)]
-
-
-def in_order(data):
-    """The mergers' rows: small suites first, mergers as in the library's table, base before output before input."""
-    places = {name: place for place, name in enumerate([*MERGERS, *SPACES])}
+def named(data):
+    """The rows of mergers in order, with the space in the column `row`: base before output before input."""
     merged = data[data.method.isin(MERGERS)]
-    return merged.sort_values(
-        ["suite", "method", "svc"], key=lambda c: c if c.name == "suite" else c.map(places), kind="stable"
-    )
+    return comparison.in_order(merged.assign(row=merged.svc), [*CELL, "row"], row=SPACES)
 
 
-def intervals(data):
-    """Each difference of each merger, one row an interval, in points."""
-    found = []
-    for (backbone, suite, method), rows in in_order(data).groupby(["backbone", "suite", "method"], sort=False):
-        for name, (space, suffix) in DIFFERENCES.items():
-            interval = paired_interval(rows[rows.svc == space], f"gained{suffix}", f"lost{suffix}")
-            found.append(dict(backbone=backbone, suite=suite, method=method, difference=name, interval=interval))
-    return pd.DataFrame(found)
-
-
-def seed_means(data):
-    """Mean accuracy over the tasks, one row for each backbone, suite, method, space and seed."""
-    return in_order(data).groupby(["backbone", "suite", "method", "svc", "seed"], sort=False).value.mean().reset_index()
+def differences(data):
+    return comparison.differences(named(data), DIFFERENCES)
 
 
 def draw(data):
     data = data[data.backbone == data.backbone.iloc[0]]
+    rows, gaps = named(data), differences(data)
     panels = {suite: f"{suite} tasks" for suite in data.suite.unique()}
-    gaps = intervals(data).query("difference == 'output − input'").reset_index(drop=True)
-    gaps = with_bounds(gaps, "interval")
-    output = in_order(data[(data.svc == "output") & (data.suite == data.suite.max())])
+    output = rows[(rows.row == "output") & (rows.suite == data.suite.max())]
     points = 100 * (output.gained_over_input - output.lost_over_input) / output.images
     common = dict(panel="suite", names=panels | {"none": "base", "output": "output space", "input": "input space"})
-    forest = dict(item="method", condition="difference", xlabel="output − input, mean accuracy, points")
+    paired = dict(condition="row", xlabel="mean accuracy of the tasks, %")
+    forest = dict(item="method", condition="condition", xlabel="output − input, mean accuracy, points")
     matrix = dict(row="task", column="method", text="output − input, points", cells="+z.0f")
     return {
-        "accuracy_by_space": figures.paired(seed_means(data), xlabel="mean accuracy of the tasks, %", **common),
-        "output_minus_input": figures.forest(gaps, **forest, **common),
+        "accuracy_by_space": figures.paired(comparison.seed_means(rows), **paired, **common),
+        "output_minus_input": figures.forest(gaps[gaps.condition == GAP], **forest, **common),
         "output_minus_input_by_task": figures.matrix(output.assign(value=points), **matrix, **common),
     }
 
 
-def own_number(*wanted):
-    """The paper's own number; what others measured on the hub's checkpoints has no counterpart with SVC."""
-    value, source = published_accuracy(*wanted)
-    return math.nan if source else value
-
-
 def compare(data, published):
     """The published table on the smallest suite, and (output − input) on every suite."""
-    means, lines = seed_means(data[data.method.isin(mergers.PUBLISHED)]), []
-    for (backbone, suite, method), rows in means.groupby(["backbone", "suite", "method"], sort=False):
-        ours = rows.pivot(index="seed", columns="svc", values="value")
-        stands_for, setting = vision.STANDS_FOR.get(backbone, backbone), vision.setting(backbone)
-        paper = {svc: own_number(published, f"{suite} vision tasks", stands_for, method, svc) for svc in SPACES}
-        shown = {f"{method}{IN_SPACE[svc]}": (ours[svc], paper[svc]) for svc in SPACES}
-        shown = shown if suite == means.suite.min() else {}
-        shown[f"{method}: output − input"] = (ours.output - ours.input, paper["output"] - paper["input"])
-        for name, (values, number) in shown.items():
-            numbers = dict(paper=number, ours=values.mean(), sd=values.std(), n=len(values), same_setting=setting)
-            lines.append(dict(quantity=f"{suite} tasks, {backbone}: {name}", **numbers))
-    return pd.DataFrame(lines)
+    means = comparison.seed_means(named(data[data.method.isin(mergers.PUBLISHED)]))
+    by_space = means.pivot(index=[*CELL, "seed"], columns="row", values="value")
+    gaps = (by_space.output - by_space.input).rename("value").reset_index().assign(row=GAP)
+    shown = pd.concat([means[means.suite == means.suite.min()], gaps])
+    shown = comparison.in_order(shown, [*CELL, "row"], row=tuple(COMPARED))
+    return comparison.compared(shown, published, own_number, vision.setting, COMPARED)
+
+
+def own_number(published, backbone, suite, method, svc):
+    """The paper's own number; what others measured on the hub's checkpoints has no counterpart with SVC."""
+    if svc == GAP:
+        output, _ = own_number(published, backbone, suite, method, "output")
+        return output - own_number(published, backbone, suite, method, "input")[0], ""
+    return vision.published_number(published, backbone, suite, method, svc, peers=False)
 
 
 def tables(data):
-    keys = ["backbone", "suite", "method"]
-    means = seed_means(data).groupby([*keys, "svc"], sort=False).value.apply(spread)
-    gaps = intervals(data).set_index([*keys, "difference"]).interval.map(str).unstack(sort=False)
+    rows = named(data)
+    means = comparison.spread_table(comparison.seed_means(rows))
     shown = {
-        "Mean accuracy of the tasks, %": means.unstack(sort=False).rename(columns={"none": "base"}).reset_index(),
-        "Paired differences in points, 95 % interval": gaps.reset_index(),
+        "Mean accuracy of the tasks, %": means.rename(columns={"none": "base"}),
+        "Paired differences in points, 95 % interval": comparison.wide(differences(data)),
     }
-    for (backbone, suite), rows in in_order(data).groupby(["backbone", "suite"], sort=False):
-        by_task = rows.groupby(["method", "svc", "task"], sort=False).value.mean().unstack(sort=False).round(1)
+    for (backbone, suite), part in rows.groupby(["backbone", "suite"], sort=False):
+        by_task = part.groupby(["method", "svc", "task"], sort=False).value.mean().unstack(sort=False).round(1)
         shown[f"Task by task, {suite} tasks, {backbone}, %"] = by_task.reset_index()
     return shown
 
@@ -174,16 +130,15 @@ def tables(data):
 def verdict(data):
     if not vision.is_evidence(data, ["glyph-96"]) or not set(mergers.PUBLISHED) <= set(data.method):
         return "not run at this scale"
-    found = intervals(data[data.method.isin(mergers.PUBLISHED)])
-    gaps, inputs = (found[found.difference == name] for name in ("output − input", "input − base"))
-    above, linear = gaps.interval.map(lambda x: x.sign == 1), gaps[gaps.method.isin(mergers.PUBLISHED[:3])]
-    direction = all(interval.mean > 0 for interval in linear.interval)
+    found = differences(data[data.method.isin(mergers.PUBLISHED)])
+    gaps, inputs = (found[found.condition == name] for name in (GAP, "input − base"))
+    direction = (gaps["mean"][gaps.method.isin(mergers.PUBLISHED[:3])] > 0).all()
+    above = gaps.sign == 1
     result = "reproduced" if above.all() else "direction reproduced" if direction else "not reproduced"
-    signs = inputs.interval.map(lambda x: x.sign)
     return (
         f"{result}: output is above input space in {above.sum()} of {len(gaps)} cells, on average by "
-        f"{gaps.interval.map(lambda x: x.mean).mean():.1f} points. Input space is above the base merger in "
-        f"{(signs == 1).sum()} and below it in {(signs == -1).sum()} of {len(inputs)}."
+        f"{gaps['mean'].mean():.1f} points. Input space is above the base merger in "
+        f"{(inputs.sign == 1).sum()} and below it in {(inputs.sign == -1).sum()} of {len(inputs)}."
     )
 
 

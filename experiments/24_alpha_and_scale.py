@@ -18,28 +18,20 @@ Cost     smoke 40 s; laptop 5 min, workstation about 40 min (2 cores); paper: ab
 Run      python experiments/24_alpha_and_scale.py --scale laptop
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 
 import pandas as pd
-import torch
 
-from common.cache import cached_rows
 from common.lab import figures
-from common.lab.report import published_accuracy
 from common.lab.run import Experiment, run
-from common.lab.statistics import paired_interval, spread, with_bounds
-from merging import MERGERS, apply, calibrate, calibration, iso_basis, mergers, task_vector, task_vectors
-from merging.calibration import SVC_MATRICES, published_alpha
-from merging.suites import comparison, reference, vision
+from common.lab.statistics import spread
+from merging import mergers
+from merging.suites import ablations, comparison, vision
+from merging.suites.comparison import CELL
+from merging.suites.suite import measure_suites
 
-SHARES_OF_1 = (1 / 4, 1 / 2, 1.0, 2.0)  # α = share / K, and
-ALPHAS = (0.5, 1.0, 2.0, 4.0)
-SCALES_TRIED = tuple(2 ** (step / 2) for step in range(-8, 5))  # 1/16 to 4, times the merger's own
-MATRIX_SCALES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
-OTHER_SCALES = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
-APART_METHODS = ("task_arithmetic", "plain_sum")
+MATRIX_SCALE_METHODS = ("task_arithmetic", "plain_sum")
 BASIS_METHODS = ("task_arithmetic", "iso_c", "iso_cts")  # the first has a basis of its own: the control
 
 
@@ -66,162 +58,50 @@ SCALES = {
 
 
 def measure(settings, context):
-    others = [rate for rate in settings.learning_rates if rate != settings.recipe.expert_learning_rate]
-    others = [replace(settings.recipe, expert_learning_rate=rate) for rate in others]
-    with context.stage("train"):
-        vision.prepare(settings.backbones, max(settings.suites), settings.seeds, settings.recipe, context)
-        for recipe in others:
-            vision.prepare(settings.backbones, min(settings.suites), settings.seeds, recipe, context)
-    jobs = [(sweeps, settings.methods), (apart, APART_METHODS), (basis, BASIS_METHODS)]
-    units = []
-    for backbone in settings.backbones:
-        places = [(backbone, tasks, seed) for tasks in sorted(settings.suites, reverse=True) for seed in settings.seeds]
-        units += [(*place, settings.recipe, part, m) for place in places for part, methods in jobs for m in methods]
-        smallest = [place for place in places if place[1] == min(settings.suites) and vision.is_glyph(backbone)]
-        units += [(*place, recipe, sweeps, m) for place in smallest for recipe in others for m in settings.methods]
-    with context.stage("merge and evaluate"):
-        for rows in context.map(partial(measure_unit, settings, context.device), units, "merge and evaluate"):
-            yield from rows
+    sweeps = [(ablations.sweep_rows, method) for method in settings.methods]
+    others = [(ablations.matrix_scale_rows, method) for method in MATRIX_SCALE_METHODS]
+    others += [(ablations.basis_rows, method) for method in BASIS_METHODS]
+    yield from measure_suites(vision, settings, context, measure_part, [*sweeps, *others])
+    trained_here = tuple(filter(vision.is_glyph, settings.backbones))
+    for rate in settings.learning_rates:
+        if rate != settings.recipe.expert_learning_rate:
+            recipe = replace(settings.recipe, expert_learning_rate=rate)
+            smallest = replace(settings, backbones=trained_here, suites=(min(settings.suites),), recipe=recipe)
+            yield from (row for row in measure_suites(vision, smallest, context, measure_part, sweeps) if outcome(row))
 
 
-def measure_unit(settings, device, unit):
-    """All rows of one part and merger on one suite; cached, so that a killed run goes on where it was."""
-    backbone, tasks, seed, recipe, part, method = unit
-    suite = vision.suite(backbone, tasks, seed, recipe, device)
-    inputs = {"suite": suite.key, "part": part.__name__, "method": method, "seed": seed}
-    build = partial(part, suite, method, seed)
-    rows = cached_rows("alpha_and_scale", inputs, build)
-    if recipe != settings.recipe:  # of other learning rates only the outcome
-        rows = [row for row in rows if row["part"] in ("tuned", "paired")]
-    rate = recipe.expert_learning_rate if vision.is_glyph(backbone) else None
-    return [{"seed": seed, "suite": tasks, "backbone": backbone, "learning_rate": rate} | row for row in rows]
+def measure_part(settings, suite, backbone, seed, part, method):
+    rate = settings.recipe.expert_learning_rate if vision.is_glyph(backbone) else None
+    for row in comparison.merger_rows(suite, method, seed, part):
+        yield {"learning_rate": rate} | row
 
 
-def merge(suite, method, seed):
-    """The task vectors, the merged one and the paper's α."""
-    updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
-    merged = mergers.merge(method, updates, seed)
-    return updates, merged, published_alpha(method, len(updates))
-
-
-def labelled(part, method, svc="none", alpha=None, scale=1.0, others=None, scale_rule="fixed", variant="default"):
-    """Labels of a row: `scale` is that of the matrices which SVC treats, `others` that of all other tensors."""
-    labels = dict(part=part, method=method, svc=svc, alpha=alpha, scale_rule=scale_rule)
-    return labels | dict(scale=scale, others=scale if others is None else others, variant=variant)
-
-
-def scored(suite, variants):
-    """The labels of each variant with its mean accuracy over the tasks on test (value) and validation images."""
-    states = [apply(suite.pretrained, update) for _, update in variants]
-    pairs = zip(variants, suite.scores(states), suite.scores(states, "validation"), strict=True)
-    outcome = dict(task="mean", metric="accuracy")
-    return [labels | outcome | dict(value=test, validation=own) for (labels, _), test, own in pairs]
-
-
-def chosen(rows, rule, variant):
-    """The row that a rule chooses from a sweep; a tie goes to the first."""
-    best = max(rows, key=lambda row: row["validation" if rule == "validation" else "value"])
-    return best | dict(part="tuned", scale_rule=rule, variant=variant)
-
-
-def sweeps(suite, method, seed):
-    """α and scale swept, the choices from both, the paired comparison of the choices; legacy rule and split qkv."""
-    updates, merged, default = merge(suite, method, seed)
-    alphas = sorted({default, *ALPHAS, *(share / len(updates) for share in SHARES_OF_1)})
-    calibrated = {alpha: calibrate(merged, updates, alpha=alpha) for alpha in alphas}
-    sources = {("none", None): merged, ("output", default): calibrated[default]}
-    swept = {}
-    for (svc, alpha), update in sources.items():
-        family = [(labelled("scale", method, svc, alpha, scale), times(update, scale)) for scale in SCALES_TRIED]
-        swept[svc] = scored(suite, family)
-    family = [(labelled("alpha", method, "output", alpha), update) for alpha, update in calibrated.items()]
-    swept["alpha"] = scored(suite, family)
-    for rows in swept.values():
-        yield from rows
-
-    own = [next(row for row in swept[svc] if row["scale"] == 1) | dict(part="tuned") for svc in ("none", "output")]
-    named = {"none": "tuned scale", "output": "tuned scale", "alpha": "tuned α"}
-    tuned = [chosen(swept[key], "validation", named[key]) for key in named]
-    yield from [*own, *tuned, *(chosen(swept[key], "oracle", named[key]) for key in named)]
-    yield from paired_rows(suite, [*own, *tuned], {"none": merged} | calibrated)
-
-    variants = {"legacy rule": calibrate(merged, updates, alpha=default, rule="legacy")}
-    if any(name.endswith(calibration.FUSED_QKV) for name in merged):
-        variants["split qkv"] = calibrate(merged, updates, alpha=default, split_qkv=True)
-    family = [(labelled("rule", method, "output", default, variant=name), update) for name, update in variants.items()]
-    yield from scored(suite, family)
-
-
-def times(update, scale):
-    return {name: scale * tensor for name, tensor in update.items()}
-
-
-def paired_rows(suite, rows, sources):
-    """The chosen variants task by task, each paired with the base at its own scale and with the base at a tuned one."""
-    kept = ("method", "svc", "alpha", "scale_rule", "scale", "others", "variant", "validation")
-    models = [({key: row[key] for key in kept} | dict(part="paired"), row) for row in rows]
-    states = [
-        apply(suite.pretrained, sources["none" if row["svc"] == "none" else row["alpha"]], row["scale"]) for row in rows
-    ]
-    base = {row["scale_rule"]: index for index, row in enumerate(rows) if row["svc"] == "none"}
-    pairs = [{"": base["fixed"], "_over_tuned": base["validation"]}] * len(rows)
-    paired = suite.rows([(labels, state) for (labels, _), state in zip(models, states, strict=True)], pairs)
-    yield from (row for row in paired if row["variant"] != "default" or row["svc"] != "none")
-
-
-def apart(suite, method, seed):
-    """The scale of the matrices against the scale of all other tensors, with and without SVC."""
-    updates, merged, default = merge(suite, method, seed)
-    sources = {("none", None): merged, ("output", default): calibrate(merged, updates, alpha=default)}
-    for (svc, alpha), update in sources.items():
-        grid = [(scale, others) for scale in MATRIX_SCALES for others in OTHER_SCALES]
-        family = [(labelled("apart", method, svc, alpha, *pair), scaled_apart(update, *pair)) for pair in grid]
-        yield from scored(suite, family)
-
-
-def scaled_apart(update, scale, others):
-    return task_vectors.combine(times(update, scale), times(update, others), SVC_MATRICES)
-
-
-def basis(suite, method, seed):
-    """SVC in several bases of one merged update: where its singular values are equal, none is better founded."""
-    updates, merged, default = merge(suite, method, seed)
-    calibrated = partial(calibrate, task_vectors=updates, alpha=default)
-    found = {"default": calibrated(merged), "perturbed by 1e-7": calibrated(perturbed(merged, 1e-7, seed))}
-    for text, dtype in {"float64 SVD": torch.float64, "float32 SVD": torch.float32}.items():
-        found[text] = calibrated(merged, bases=reference.left_singular_vectors(merged, dtype))
-    if method in ("iso_c", "iso_cts"):
-        found["merger's own"] = calibrated(merged, bases=iso_basis(updates, method, matrices=SVC_MATRICES))
-    family = [(labelled("basis", method, "output", default, variant=name), update) for name, update in found.items()]
-    yield from scored(suite, family)
-    first = family[0][1]
-    for labels, update in family:
-        yield labels | dict(task="mean", metric="distance", value=distance(update, first))
-
-
-def perturbed(update, size, seed):
-    """Normal noise of `size` times the Frobenius norm of each tensor added."""
-    generator, noisy = torch.Generator().manual_seed(seed), {}
-    for name, tensor in update.items():
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-        noisy[name] = tensor + size * tensor.norm() / max(1, tensor.numel()) ** 0.5 * noise
-    return noisy
-
-
-def distance(update, other):
-    """Relative Frobenius distance of all matrices which SVC treats, taken together."""
-    names = [name for name in update if SVC_MATRICES(name, update[name])]
-    away = sum((update[name] - other[name]).double().square().sum() for name in names)
-    return (away / sum(other[name].double().square().sum() for name in names)).sqrt().item()
+def outcome(row):
+    """Whether a row is about what was chosen: of other learning rates nothing else is kept."""
+    return row["part"] in ("tuned", "paired")
 
 
 # From here on only the table is seen --------------------------------------------------------------------------------
 
 NAMES = {"none": "base", "output": "+ SVC (paper's α)"}
-SCALE_ONLY, SVC_ONLY = "tuned base − base", "SVC − base"
+PLACE = ["backbone", "learning_rate", "suite", "method"]  # what paired comparisons are made within
+BASE, BASE_TUNED = "base", "base, scale on validation"
+SVC, SVC_TUNED = "+ SVC", "+ SVC, α or scale on validation"
+SVC_ALPHA, SVC_SCALE = "+ SVC, α on validation", "+ SVC, scale on validation"
 SVC_OVER_SCALE, BOTH = "SVC − tuned base", "tuned SVC − tuned base"
-KEYS = ("backbone", "suite", "method")
-FREE = {"own scales": (), "others tuned": ("others",), "matrices tuned": ("scale",), "both tuned": ("scale", "others")}
+DIFFERENCES = {
+    "tuned base − base": (BASE_TUNED, ""),
+    "SVC − base": (SVC, ""),
+    SVC_OVER_SCALE: (SVC, "_over_tuned"),
+    BOTH: (SVC_TUNED, "_over_tuned"),
+}
+COMPARED = {  # row: what follows the merger's name, and the published `svc`
+    BASE: (f", {BASE}", "none"),
+    BASE_TUNED: (f", {BASE_TUNED}", ""),
+    SVC: (f", {SVC}", "output"),
+    SVC_TUNED: (f", {SVC_TUNED}", ""),
+}
+TUNED = {"own scales": (), "others tuned": ("others",), "matrices tuned": ("scale",), "both tuned": ("scale", "others")}
 
 
 def own_rate(data):
@@ -230,15 +110,29 @@ def own_rate(data):
 
 
 def part_of(data, part):
-    """The rows of one part, mergers in their usual order."""
-    order = {method: place for place, method in enumerate(MERGERS)}
-    rows = data[data.part == part].assign(place=lambda rows: rows.method.map(order))
-    return rows.sort_values(["backbone", "suite", "place"], kind="stable").drop(columns="place")
+    """The rows of one part, cells in order."""
+    return comparison.in_order(data[data.part == part], CELL)
 
 
 def groups(rows):
     """(labels, rows) of each backbone, suite and merger."""
-    return [(dict(zip(KEYS, key, strict=True)), part) for key, part in rows.groupby(list(KEYS), sort=False)]
+    return [(dict(zip(CELL, key, strict=True)), part) for key, part in rows.groupby(CELL, sort=False)]
+
+
+def choices(rows):
+    """The rows of one merger in the parts "tuned" and "paired" by what was chosen how."""
+    svc, rule, variant = rows.svc, rows.scale_rule, rows.variant
+    return {
+        BASE: rows[(svc == "none") & (rule == "fixed")],
+        BASE_TUNED: rows[(svc == "none") & (rule == "validation")],
+        SVC: rows[(svc == "output") & (rule == "fixed")],
+        SVC_TUNED: better_knob(rows),
+        "base, scale by oracle": rows[(svc == "none") & (rule == "oracle")],
+        SVC_ALPHA: rows[(rule == "validation") & (variant == "tuned α")],
+        SVC_SCALE: rows[(svc == "output") & (rule == "validation") & (variant == "tuned scale")],
+        "+ SVC, α by oracle": rows[(rule == "oracle") & (variant == "tuned α")],
+        "+ SVC, scale by oracle": rows[(svc == "output") & (rule == "oracle") & (variant == "tuned scale")],
+    }
 
 
 def better_knob(rows):
@@ -246,36 +140,26 @@ def better_knob(rows):
     tuned = rows[(rows.svc == "output") & (rows.scale_rule == "validation")]
     best = tuned.groupby("seed").validation.transform("max")
     kept = tuned[tuned.validation == best].sort_values("variant", kind="stable")
-    return kept.drop_duplicates([column for column in ("seed", "task") if column in kept])
+    return kept.drop_duplicates(["seed", "task"])
 
 
-def intervals(data):
-    """The paired comparisons, one row for each learning rate, backbone, suite and merger."""
-    found, keys = [], ["backbone", "learning_rate", "suite", "method"]
-    for place, rows in part_of(data, "paired").groupby(keys, sort=False, dropna=False):
-        fixed = rows[(rows.svc == "output") & (rows.scale_rule == "fixed")]
-        over_tuned = dict(gained="gained_over_tuned", lost="lost_over_tuned")
-        found.append(dict(zip(keys, place, strict=True)) | {
-            SCALE_ONLY: paired_interval(rows[rows.svc == "none"]),
-            SVC_ONLY: paired_interval(fixed),
-            SVC_OVER_SCALE: paired_interval(fixed, **over_tuned),
-            BOTH: paired_interval(better_knob(rows), **over_tuned),
-        })  # fmt: skip
-    return pd.DataFrame(found)
+def named(rows, keys=CELL):
+    """The rows with their choice in the column `row`; the better knob's stand there a second time."""
+    cells = rows.groupby(list(keys), sort=False, dropna=False)
+    return pd.concat([part.assign(row=name) for _, cell in cells for name, part in choices(cell).items()])
 
 
-def long(wide, conditions):
-    keys = ["backbone", "learning_rate", "suite", "method"]
-    rows = wide.melt(keys, conditions, "condition")
-    return with_bounds(rows, "value")
+def differences(data):
+    """The paired comparisons of each learning rate, backbone, suite and merger."""
+    return comparison.differences(named(part_of(data, "paired"), PLACE), DIFFERENCES, PLACE)
 
 
-def taken_apart(rows):
-    """Accuracies by seed of a merger's part "apart", the scales in `free` chosen on validation and the others 1."""
+def by_tuned_scales(rows):
+    """Accuracies by seed of a merger's part "apart", by which scales are chosen on validation; the others are 1."""
     found = {}
     for svc, part in rows.groupby("svc", sort=False):
-        for text, free in FREE.items():
-            cells = part[(part[[held for held in ("scale", "others") if held not in free]] == 1).all(axis=1)]
+        for text, tuned in TUNED.items():
+            cells = part[(part[[held for held in ("scale", "others") if held not in tuned]] == 1).all(axis=1)]
             found[svc, text] = cells.loc[cells.groupby("seed").validation.idxmax()].value
     return found
 
@@ -283,12 +167,12 @@ def taken_apart(rows):
 def draw(data):
     data = data[data.backbone == data.backbone.iloc[0]].assign(panel=data.suite.map("{} tasks".format))
     rows, accuracy = own_rate(data), "mean accuracy of the tasks, %"
-    drawn = {"alpha_sweep": swept(part_of(rows, "alpha"), x="alpha", panel="panel", xlabel="floor α")}
+    drawn = {"alpha_sweep": sweep_figure(part_of(rows, "alpha"), x="alpha", panel="panel", xlabel="floor α")}
     scales = part_of(rows, "scale")
     for suite in sorted({scales.suite.min(), scales.suite.max()}):
         part = scales[scales.suite == suite]
         xlabel = "scale after merging"
-        drawn[f"scale_sweep_{suite}_tasks"] = swept(part, x="scale", by="svc", panel="method", xlabel=xlabel)
+        drawn[f"scale_sweep_{suite}_tasks"] = sweep_figure(part, x="scale", by="svc", panel="method", xlabel=xlabel)
     grid = part_of(rows, "apart")
     grid = grid[grid.suite == grid.suite.min()].sort_values(["svc", "scale", "others"], ascending=[True, False, True])
     grid = grid.assign(scale=grid.scale.map("{:.3g}".format), others=grid.others.map("{:.3g}".format))
@@ -297,7 +181,8 @@ def draw(data):
             part, row="scale", column="others", panel="svc", centre=None, cells=".0f", names=NAMES, text=accuracy,
             xlabel="scale of all other tensors", ylabel="scale of the matrices\n(outlined: one for all)",
         )  # fmt: skip
-    gains = long(intervals(data), [SVC_OVER_SCALE, BOTH])
+    gains = differences(data)
+    gains = gains[gains.condition.isin([SVC_OVER_SCALE, BOTH])]
     options = dict(item="method", panel="panel", xlabel="difference in mean accuracy, points")
     own = own_rate(gains).assign(panel=lambda rows: rows.suite.map("{} tasks".format))
     drawn["gains_over_tuned_scales"] = figures.forest(own, **options)
@@ -312,7 +197,7 @@ def draw(data):
     return drawn
 
 
-def swept(rows, **options):
+def sweep_figure(rows, **options):
     figure = figures.lines(rows, ylabel="mean accuracy of the tasks, %", names=NAMES, **options)
     for ax in figure.axes:
         figures.log_axis(ax.xaxis)
@@ -320,82 +205,47 @@ def swept(rows, **options):
 
 
 def compare(data, published):
-    lines = []
-    for labels, rows in groups(own_rate(part_of(data, "tuned"))):
-        backbone, suite, method = labels.values()
-        if method != "task_arithmetic" and suite != data.suite.min():
-            continue
-        for text, part in list(outcomes(rows).items())[:4]:
-            fixed = part.scale_rule.iloc[0] == "fixed"
-            lines.append(dict(
-                quantity=f"{suite} tasks, {backbone}: {method}, {text}",
-                paper=own_number(published, suite, backbone, method, part.svc.iloc[0]) if fixed else math.nan,
-                ours=part.value.mean(), sd=part.value.std(), n=len(part),
-                same_setting=vision.setting(backbone),
-            ))  # fmt: skip
-    return pd.DataFrame(lines)
-
-
-def own_number(published, suite, backbone, method, svc):
-    value, source = published_accuracy(
-        published, f"{suite} vision tasks", vision.STANDS_FOR.get(backbone, backbone), method, svc
-    )
-    return math.nan if source else value
-
-
-def outcomes(rows):
-    """The rows of part "tuned" by what was chosen how, a row a seed."""
-    svc, rule, variant = rows.svc, rows.scale_rule, rows.variant
-    return {
-        "base": rows[(svc == "none") & (rule == "fixed")],
-        "base, scale on validation": rows[(svc == "none") & (rule == "validation")],
-        "+ SVC": rows[(svc == "output") & (rule == "fixed")],
-        "+ SVC, α or scale on validation": better_knob(rows),
-        "base, scale by oracle": rows[(svc == "none") & (rule == "oracle")],
-        "+ SVC, α on validation": rows[(rule == "validation") & (variant == "tuned α")],
-        "+ SVC, scale on validation": rows[(svc == "output") & (rule == "validation") & (variant == "tuned scale")],
-        "+ SVC, α by oracle": rows[(rule == "oracle") & (variant == "tuned α")],
-        "+ SVC, scale by oracle": rows[(svc == "output") & (rule == "oracle") & (variant == "tuned scale")],
-    }
+    means = comparison.seed_means(named(part_of(own_rate(data), "tuned")))
+    shown = means[means.method.eq("task_arithmetic") | means.suite.eq(data.suite.min())]
+    own_number = partial(vision.published_number, peers=False)
+    return comparison.compared(shown, published, own_number, vision.setting, COMPARED)
 
 
 def tables(data):
-    own, wide = own_rate(data), intervals(data)
+    own = own_rate(data)
+    choice = comparison.spread_table(comparison.seed_means(named(part_of(own, "tuned"))))
     return {
-        "Mean accuracy by what was chosen how, %": pd.DataFrame(
-            [labels | {text: spread(part.value) for text, part in outcomes(rows).items()}
-             for labels, rows in groups(part_of(own, "tuned"))]
-        ),
+        "Mean accuracy by what was chosen how, %": choice,
         "Chosen on validation, one value a seed": chosen_table(own),
-        "Paired differences in points, 95 % interval": wide.map(lambda x: str(x) if hasattr(x, "sign") else x),
-        "Scales of matrices and of all other tensors, tuned on validation or not: mean accuracy, %": apart_table(own),
+        "Paired differences in points, 95 % interval": comparison.wide(differences(data), PLACE),
+        "Scales of matrices and of all other tensors, tuned on validation or not: mean accuracy, %": scales_table(own),
         "Legacy rule and split qkv against the default: mean accuracy, %": rule_table(own),
         "SVC in other bases than the default: mean accuracy, %, and distance of the matrices": basis_table(own),
-    }  # fmt: skip
+    }
 
 
 def chosen_table(data):
     lines = []
     for labels, rows in groups(part_of(data, "tuned")):
-        found = outcomes(rows)
+        found = choices(rows)
         picked = {
-            "scale of base": found["base, scale on validation"].scale,
-            "scale of + SVC": found["+ SVC, scale on validation"].scale,
-            "α of + SVC": found["+ SVC, α on validation"].alpha,
+            "scale of base": found[BASE_TUNED].scale,
+            "scale of + SVC": found[SVC_SCALE].scale,
+            "α of + SVC": found[SVC_ALPHA].alpha,
         }
         lines.append(labels | {text: ", ".join(f"{x:.3g}" for x in values) for text, values in picked.items()})
     return pd.DataFrame(lines)
 
 
-def apart_table(data):
+def scales_table(data):
     lines = []
     for labels, rows in groups(part_of(data, "apart")):
-        found = taken_apart(rows)
+        found = by_tuned_scales(rows)
         line = {f"{'base' if svc == 'none' else '+ SVC'}, {text}": spread(x) for (svc, text), x in found.items()}
         means = {key: values.mean() for key, values in found.items()}
         base = means["none", "own scales"]
         gain = means["output", "own scales"] - base
-        for text in list(FREE)[1:]:
+        for text in list(TUNED)[1:]:
             share = f"{100 * (means['none', text] - base) / gain:.0f} %" if gain >= 1 else "no gain"
             line[f"share of SVC's gain that base gets with {text}"] = share
         lines.append(labels | line)
@@ -403,7 +253,7 @@ def apart_table(data):
 
 
 def rule_table(data):
-    defaults = {tuple(labels.values()): outcomes(rows)["+ SVC"] for labels, rows in groups(part_of(data, "tuned"))}
+    defaults = {tuple(labels.values()): choices(rows)[SVC] for labels, rows in groups(part_of(data, "tuned"))}
     lines = []
     for labels, rows in groups(part_of(data, "rule")):
         variants = {"default": defaults[tuple(labels.values())]} | dict(list(rows.groupby("variant", sort=False)))
@@ -425,8 +275,8 @@ def verdict(data):
     data = own_rate(data)
     if not vision.is_evidence(data, ["glyph-96"]) or "task_arithmetic" not in set(data.method):
         return "not run at this scale"
-    evidence = intervals(data)
-    evidence = evidence.assign(sign=evidence[BOTH].map(lambda x: x.sign))
+    evidence = differences(data)
+    evidence = evidence[evidence.condition == BOTH]
     linear = evidence[evidence.method == "task_arithmetic"]
     above = (linear.sign == 1).sum()
     first = "a tuned scale explains SVC's gain in part"
@@ -434,8 +284,8 @@ def verdict(data):
     first = "SVC is more than a scale" if above == len(linear) else first
     tuned = part_of(data, "tuned")
     tuned = tuned[(tuned.method == "task_arithmetic") & (tuned.backbone == linear.backbone.iloc[0])]
-    found = [outcomes(rows) for _, rows in tuned.groupby("suite")]
-    gains = [x["+ SVC, α on validation"].value.mean() - x["+ SVC"].value.mean() for x in found]
+    found = [choices(rows) for _, rows in tuned.groupby("suite")]
+    gains = [x[SVC_ALPHA].value.mean() - x[SVC].value.mean() for x in found]
     second = "the default α needs no tuning" if max(gains) < 1 else "α needs tuning"
     others = evidence[evidence.method != "task_arithmetic"]
     return (

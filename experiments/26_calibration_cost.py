@@ -27,6 +27,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from common.lab import benchmark, figures
+from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from merging import calibrate, plain_sum
 from merging.calibration import SVC_MATRICES
@@ -196,33 +197,19 @@ def threads_text(threads):
 
 
 def compare(data, published):
-    lines = []
+    lines, unknown = [], "no: the paper's hardware and what it counts are unknown"
     for (backbone, threads), rows in towers(data).groupby(["backbone", "threads"], sort=False):
-        where = f"{backbone}, {threads_text(threads)}"
         whole = bool(rows.all_layers.all())
-        where += "" if whole else f", {rows.layers.iloc[0]} layers only"
+        where = f"{backbone}, {threads_text(threads)}" + ("" if whole else f", {rows.layers.iloc[0]} layers only")
         memory = data[(data.backbone == backbone) & (data.threads == threads) & (data.metric == "peak MiB")]
         memory = memory[memory.method == "calibrate"].value
         for unit, values in {"seconds": rows.calibrate, "MiB": memory}.items():
             paper = published_value(published, backbone, unit) if whole else math.nan
-            setting = "no: the paper's hardware and what it counts are unknown"
-            lines.append(dict(quantity=f"calibrate, {unit}: {where}", paper=paper, setting=setting, values=values))
+            lines.append(comparison_row(f"calibrate, {unit}: {where}", values, unknown, paper))
         for other in GOALS:
             quantity = f"time of calibrate / {NAMES[other]}: {where}"
-            lines.append(dict(quantity=quantity, paper=math.nan, setting="no", values=rows[f"over {other}"]))
-    return pd.DataFrame(
-        [
-            dict(
-                quantity=line["quantity"],
-                paper=line["paper"],
-                ours=line["values"].mean(),
-                sd=line["values"].std(),
-                n=len(line["values"]),
-                same_setting=line["setting"],
-            )
-            for line in lines
-        ]
-    )
+            lines.append(comparison_row(quantity, rows[f"over {other}"], "no"))
+    return pd.DataFrame(lines)
 
 
 def published_value(published, backbone, unit):

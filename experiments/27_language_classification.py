@@ -16,16 +16,15 @@ Run      python experiments/27_language_classification.py --scale laptop
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import pandas as pd
 
-from common.lab import figures
-from common.lab.report import published_accuracy
+from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from merging import MERGERS, mergers
 from merging.suites import comparison, language
-from merging.suites.comparison import BASE, BASE_TUNED, SVC, SVC_1, SVC_TUNED
+from merging.suites.comparison import OURS_AND_PAPER, SVC_GAIN, TUNED_GAIN, published_accuracy
+from merging.suites.suite import measure_suites
 from merging.suites.text_experts import TextRecipe
 
 GAIN = 5.0  # points over the probe
@@ -60,11 +59,11 @@ SCALES = {
 
 
 def measure(settings, context):
-    yield from language.measure_suites(settings, context, partial(measure_suite, settings, context.device))
+    yield from measure_suites(language, settings, context, measure_suite)
 
 
-def measure_suite(settings, device, backbone, suite, seed):
-    yield from language.probe_rows(backbone, suite, settings.recipe, device)
+def measure_suite(settings, suite, backbone, seed):
+    yield from language.probe_rows(backbone, suite, settings.recipe)
     yield from comparison.suite_rows(suite, settings.methods, seed)
 
 
@@ -72,23 +71,7 @@ def measure_suite(settings, device, backbone, suite, seed):
 
 
 def draw(data):
-    means = comparison.panels(comparison.seed_means(data[data.method.isin(MERGERS)]))
-    shown = means[means.row.isin([BASE, SVC, SVC_1]) & (means.method != OFF_SCALE)]
-    tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
-    gains = comparison.panels(comparison.long_gains(data))
-    gains = gains[(gains.method != OFF_SCALE) | (gains.condition != "SVC − base")]
-    options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
-    return {
-        "accuracy_by_merger": figures.paired(shown, start=BASE, **options),
-        "accuracy_at_tuned_scales": figures.paired(tuned, start=BASE_TUNED, **options),
-        "paired_gains": figures.forest(
-            gains, item="method", panel="panel", xlabel="difference in mean accuracy, points"
-        ),
-    }
-
-
-def paper(published, backbone, suite, method, svc):
-    return published_accuracy(published, SUITES.get(backbone, "none"), backbone, method, svc)
+    return comparison.draw(data, off_scale=OFF_SCALE)
 
 
 def setting(backbone):
@@ -97,16 +80,20 @@ def setting(backbone):
     return "fine-tuned here; the paper's tasks are not published" if backbone == "BERT" else "hub experts"
 
 
+def published_number(published, backbone, suite, method, svc):
+    return published_accuracy(published, SUITES.get(backbone, "none"), backbone, method, svc)
+
+
 def compare(data, published):
     """Every base and +SVC of the backbones, then the paper's BERT row beside MiniLM, which stands for it."""
-    lines = [comparison.compared(comparison.models(data), partial(paper, published), setting)]
-    means = comparison.seed_means(data[data.backbone == "MiniLM"])
-    for row, svc in {BASE: "none", SVC: "output"}.items():
-        values = means[(means.method == "task_arithmetic") & (means.row == row)].value
-        number, _ = published_accuracy(published, SUITES["BERT"], "BERT", "task_arithmetic", svc)
-        quantity = f"BERT (stands for it: MiniLM): task_arithmetic{' + SVC' if svc == 'output' else ''}"
-        ours = dict(ours=values.mean(), sd=values.std(), n=len(values), same_setting="no: another model, other tasks")
-        lines += [pd.DataFrame([dict(quantity=quantity, paper=number, **ours)])] if len(values) else []
+    means = comparison.variant_means(comparison.models(data))
+    lines = [comparison.compared(means, published, published_number, setting)]
+    stand_in = means[means.backbone.eq("MiniLM") & means.method.eq("task_arithmetic")]
+    for row, (suffix, svc) in OURS_AND_PAPER.items():
+        if len(values := stand_in[stand_in.row == row].value):
+            quantity = f"BERT (stands for it: MiniLM): task_arithmetic{suffix}"
+            paper, _ = published_number(published, "BERT", 0, "task_arithmetic", svc)
+            lines.append(pd.DataFrame([comparison_row(quantity, values, "no: another model, other tasks", paper)]))
     return pd.concat(lines, ignore_index=True)
 
 
@@ -119,12 +106,12 @@ def verdict(data):
     cells = set(zip(data.backbone, data.suite, strict=True)) & EVIDENCE
     if not cells or (cells == {("MiniLM", 8)} and data.seed.nunique() < 3):
         return "not run at this scale"
-    wide = comparison.intervals(data)
-    wide = wide[wide.method.isin(mergers.PUBLISHED)]
-    above = wide["SVC − base"].map(lambda interval: interval.sign == 1)
-    first, others = above[wide.method == "task_arithmetic"], above[wide.method != "task_arithmetic"]
+    gains = comparison.gains(data[data.method.isin(mergers.PUBLISHED)])
+    own = gains[gains.condition == SVC_GAIN]
+    above = own.sign == 1
+    first, others = above[own.method == "task_arithmetic"], above[own.method != "task_arithmetic"]
     result = "reproduced" if first.all() else "reproduced in part" if first.any() else "not reproduced"
-    signs = wide["tuned SVC − tuned base"].map(lambda interval: interval.sign)
+    signs = gains.sign[gains.condition == TUNED_GAIN]
     table = language.suite_table(data)
     probed = table["expert − probe"].dropna() if "expert − probe" in table else pd.Series(dtype=float)
     return (

@@ -21,16 +21,15 @@ from functools import partial
 
 import pandas as pd
 
-from common.lab import figures
-from common.lab.report import published_accuracy
 from common.lab.run import Experiment, run
 from merging import MERGERS, mergers
 from merging.adapters import load_adapter
 from merging.calibration import published_alpha
 from merging.mergers import merger
 from merging.suites import comparison, language
-from merging.suites.comparison import BASE, BASE_TUNED, SVC, SVC_1, SVC_TUNED
+from merging.suites.comparison import SVC_GAIN, TUNED_GAIN, published_accuracy
 from merging.suites.reference import factored_errors
+from merging.suites.suite import measure_suites
 from merging.suites.text_experts import TextRecipe
 
 EXACT = 1e-5
@@ -65,23 +64,24 @@ SCALES = {
 
 
 def measure(settings, context):
-    yield from language.measure_suites(settings, context, partial(measure_suite, settings, context.device))
+    yield from measure_suites(language, settings, context, measure_suite)
 
 
-def measure_suite(settings, device, backbone, suite, seed):
+def measure_suite(settings, suite, backbone, seed):
     """LoRA in factored form beside its errors; IA³ as vectors and, as the mergers of matrices do it, densely."""
-    probes = list(language.probe_rows(backbone, suite, settings.recipe, device))
+    probes = list(language.probe_rows(backbone, suite, settings.recipe))
     adapters = [load_adapter(folder) for folder in suite.adapters]
-    factored = partial(comparison.adapter_forms, adapters, suite.pretrained)
+    merge = partial(comparison.adapter_forms, adapters, suite.pretrained)
+    own_form = partial(comparison.variant_rows, merge=merge)
     if adapters[0].kind == "lora":
         yield from probes
-        yield from comparison.suite_rows(suite, settings.methods, seed, factored, {"form": "factored"})
+        yield from comparison.suite_rows(suite, settings.methods, seed, own_form, {"form": "factored"})
         yield from error_rows(adapters, [method for method in settings.methods if merger(method).factored])
         return
-    for form, merge in {"vectors": factored, "matrices": comparison.dense_forms}.items():
+    for form, measure_merger in {"vectors": own_form, "matrices": comparison.variant_rows}.items():
         labels = {"form": form, "backbone": f"{backbone}, {form}"}
         yield from (row | labels for row in probes)
-        yield from comparison.suite_rows(suite, settings.methods, seed, merge, labels)
+        yield from comparison.suite_rows(suite, settings.methods, seed, measure_merger, labels)
 
 
 def error_rows(adapters, methods):
@@ -104,22 +104,7 @@ def models(data):
 
 
 def draw(data):
-    data = models(data)
-    means = comparison.panels(comparison.seed_means(data[data.method.isin(MERGERS)]))
-    shown = means[means.row.isin([BASE, SVC, SVC_1])]
-    tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
-    options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
-    return {
-        "accuracy_by_merger": figures.paired(shown, start=BASE, **options),
-        "accuracy_at_tuned_scales": figures.paired(tuned, start=BASE_TUNED, **options),
-        "paired_gains": figures.forest(
-            comparison.panels(comparison.long_gains(data)), item="method", panel="panel", xlabel="difference in points"
-        ),
-    }
-
-
-def paper(published, backbone, suite, method, svc):
-    return published_accuracy(published, "GLUE 8 tasks LoRA-16", SUITES.get(backbone, "none"), method, svc)
+    return comparison.draw(models(data))
 
 
 def setting(backbone):
@@ -128,8 +113,12 @@ def setting(backbone):
     return "trained here, on GLUE" if backbone.startswith("T0") else "no: small models, tasks from package texts"
 
 
+def published_number(published, backbone, suite, method, svc):
+    return published_accuracy(published, "GLUE 8 tasks LoRA-16", SUITES.get(backbone, "none"), method, svc)
+
+
 def compare(data, published):
-    lines = comparison.compared(models(data), partial(paper, published), setting)
+    lines = comparison.compared(comparison.variant_means(models(data)), published, published_number, setting)
     errors = data[(data.metric == "relative error") & (data.form == "factored")]
     errors = errors.groupby("backbone", sort=False).value.max()
     none = dict.fromkeys(("paper", "sd", "n"), math.nan)
@@ -160,10 +149,10 @@ def verdict(data):
         return "not run at this scale"
     error = data[(data.metric == "relative error") & (data.form == "factored")].value.max()
     exact = f"factored form: {'exact' if error <= EXACT else 'not exact'} (largest error {error:.1e})"
-    wide = comparison.intervals(scored)
-    signs = wide["tuned SVC − tuned base"].map(lambda interval: interval.sign)
+    gains = comparison.gains(scored)
+    signs = gains.sign[gains.condition == TUNED_GAIN]
     kinds = {"LoRA": "LoRA", "IA³ by the vector rule": "IA³, vectors"}
-    first = wide[wide.method == "task_arithmetic"]
+    first = gains[gains.method.eq("task_arithmetic") & gains.condition.eq(SVC_GAIN)]
     parts = [outcome(name, first[first.backbone.str.endswith(ending)]) for name, ending in kinds.items()]
     return f"{exact}; {'; '.join(parts)}; both at tuned scales, SVC is {comparison.counted(signs)}."
 
@@ -171,7 +160,7 @@ def verdict(data):
 def outcome(name, rows):
     if rows.empty:
         return f"{name}: not run"
-    above = rows["SVC − base"].map(lambda interval: interval.sign == 1)
+    above = rows.sign == 1
     word = "SVC helps" if above.all() else "SVC helps in part" if above.any() else "SVC does not help"
     return f"{name}: {word} (Task Arithmetic, {above.sum()} of {len(above)} suites)"
 

@@ -35,13 +35,14 @@ from common import hessian
 from common.cache import cached_rows
 from common.lab import figures
 from common.lab.curvature import curvature_rows, evenly_spaced
+from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from common.lab.statistics import Interval, relative_change, spread
 from common.training import Recipe
-from merging import MERGERS, apply, calibrate, mergers, task_vector, tuning
+from merging import MERGERS, apply, calibrate, mergers, tuning
 from merging.calibration import SVC_MATRICES, published_alpha
-from merging.suites import vision
-from merging.suites.comparison import merging_styles
+from merging.suites import comparison, vision
+from merging.suites.suite import measure_suites
 from sparsity.studies.curvature import measure_curvature
 from sparsity.studies.images import ImageTask
 from sparsity.studies.measurement import measure_all
@@ -95,13 +96,8 @@ SCALES = {
 
 def measure(settings, context):
     yield from measure_training(settings, context)
-    with context.stage("train experts"):
-        vision.prepare(settings.backbones, max(settings.suites), settings.seeds, settings.recipe, context)
-    places = [(b, tasks, seed) for b in settings.backbones for tasks in settings.suites for seed in settings.seeds]
-    units = [(*place, method) for place in places for method in ("references", *settings.methods)]
-    with context.stage("merge and measure"):
-        for rows in context.map(partial(measure_models, settings, context.device), units, "merge and measure"):
-            yield from rows
+    parts = [(method,) for method in ("references", *settings.methods)]
+    yield from measure_suites(vision, settings, context, measure_models, parts)
 
 
 def measure_training(settings, context):
@@ -116,14 +112,12 @@ def measure_training(settings, context):
 # Merged models -------------------------------------------------------------------------------------------------------
 
 
-def measure_models(settings, device, unit):
+def measure_models(settings, suite, backbone, seed, method):
     """The rows of one merger, or of the pretrained model and the experts, on one suite; cached."""
-    backbone, tasks, seed, method = unit
-    suite = vision.suite(backbone, tasks, seed, settings.recipe, device)
     inputs = dict(suite=suite.key, method=method, seed=seed, images=settings.images, probes=settings.probes)
     build = partial(model_rows, settings, suite, method, seed)
-    rows = cached_rows("curvature_merging", inputs | dict(ggn=settings.ggn), build)
-    return [dict(part="merging", seed=seed, suite=tasks, backbone=backbone) | row for row in rows]
+    for row in cached_rows("curvature_merging", inputs | dict(ggn=settings.ggn), build):
+        yield dict(part="merging") | row
 
 
 def model_rows(settings, suite, method, seed):
@@ -140,18 +134,14 @@ def models_of(suite, method, seed):
         yield dict(method="pretrained"), [suite.pretrained] * len(suite.tasks)
         yield dict(method="expert"), suite.experts
         return
-    updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
+    updates = suite.task_vectors()
     merged = mergers.merge(method, updates, seed)
     calibrated = calibrate(merged, updates, alpha=published_alpha(method, len(updates)))
     for svc, update in {"none": merged, "output": calibrated}.items():
-        scores = partial(validation_scores, suite, update)
+        scores = partial(comparison.validation_scores, suite, update)
         for rule, factor in {"fixed": 1.0, "validation": tuning.tune_scale(scores)}.items():
             labels = dict(svc=svc, scale_rule=rule, scale=factor)
             yield labels, [apply(suite.pretrained, update, factor)] * len(suite.tasks)
-
-
-def validation_scores(suite, update, scales):
-    return suite.scores([apply(suite.pretrained, update, factor) for factor in scales], "validation")
 
 
 def head_rows(settings, suite, task, head, state, seed):
@@ -296,22 +286,16 @@ def scatter(rows, x, y, xlabel, ylabel, by="variant", filled=None):
 
 
 def compare(data, published):
-    lines = []
+    lines, same = [], "not in the papers"
     for (pair, variant), part in correlations(data).groupby(["pair", "variant"], sort=False):
-        lines.append(dict(quantity=f"Spearman's ρ along training: {pair}; {variant}", values=part.value))
+        lines.append(comparison_row(f"Spearman's ρ along training: {pair}; {variant}", part.value, same))
     models = merging_table(data)
     models = models[models.method.isin(MERGERS)]
     for (suite, method, rule), part in models.groupby(["suite", "method", "scale_rule"], sort=False):
         by_seed = part.groupby(["seed", "svc"]).ggn.mean().unstack()
-        text = f"change of the mean GGN trace by SVC, %: {suite:.0f} tasks, {method}, {RULES[rule]}"
-        lines.append(dict(quantity=text, values=100 * (by_seed["output"] / by_seed["none"] - 1)))
-    return pd.DataFrame(
-        [
-            dict(quantity=line["quantity"], paper=float("nan"), ours=line["values"].mean(), sd=line["values"].std())
-            | dict(n=line["values"].notna().sum(), same_setting="not in the papers")
-            for line in lines
-        ]
-    )
+        quantity = f"change of the mean GGN trace by SVC, %: {suite:.0f} tasks, {method}, {RULES[rule]}"
+        lines.append(comparison_row(quantity, 100 * (by_seed["output"] / by_seed["none"] - 1), same))
+    return pd.DataFrame(lines)
 
 
 def tables(data):
@@ -406,7 +390,7 @@ EXPERIMENT = Experiment(
     verdict,
     tables=tables,
     deviations=DEVIATIONS,
-    styles=STYLES | merging_styles(),
+    styles=STYLES | comparison.merging_styles(),
 )
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.lab.experiment import SCALE_NAMES, load_experiment
+from merging import MERGERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("common", "merging", "sparsity")
@@ -128,6 +129,40 @@ def test_the_core_knows_neither_paper():
     assert {name(path): sorted(set(found)) for path in core if (found := own.findall(path.read_text()))} == {}
 
 
+def named_mergers(tree: ast.AST) -> list[str]:
+    """Texts that are the name of a merger: to compare with one, or to look one up, is to know it elsewhere."""
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [f"line {node.lineno}: {node.value}" for node in texts if node.value in MERGERS]
+
+
+def foreign_privates(tree: ast.AST) -> list[str]:
+    """Names with a leading underscore that belong to another module of this project."""
+    found, modules = [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            modules |= {alias.asname or alias.name for alias in node.names}
+            found += [f"line {node.lineno}: {alias.name}" for alias in node.names if alias.name.startswith("_")]
+        elif isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name for alias in node.names if alias.name.split(".")[0] in PACKAGES}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr) and ast.unparse(node.value) in modules:
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+KNOW_MERGERS = {ROOT / "merging" / "mergers.py", ROOT / "merging" / "__init__.py"}  # the table, and what is exported
+
+
+@pytest.mark.parametrize("path", [path for path in LIBRARY if path not in KNOW_MERGERS], ids=name)
+def test_no_merger_is_known_by_its_name_outside_the_table(path):
+    assert named_mergers(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS, ids=name)
+def test_no_module_uses_the_private_names_of_another(path):
+    assert foreign_privates(ast.parse(path.read_text())) == []
+
+
 @pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS + TESTS, ids=name)
 def test_no_star_imports_and_no_edits_of_the_search_path(path):
     assert faults(ast.parse(path.read_text())) == []
@@ -144,6 +179,8 @@ def test_the_rules_see_what_they_forbid():
     assert imported(tree) == {"sys", "merging"}
     assert faults(tree) == ["line 2: star import", "line 3: sys.path"]
     assert [line.split(":")[0] for line in work_at_import(tree)] == ["line 3", "line 4", "line 5"]
+    tree = ast.parse("from merging import mergers\nfrom common.x import _y\nmergers._z\nz = m in ('ties', 'x')\n")
+    assert foreign_privates(tree) == ["line 2: _y", "line 3: mergers._z"] and named_mergers(tree) == ["line 4: ties"]
 
 
 def test_experiments_holds_numbered_scripts_and_nothing_else():

@@ -37,28 +37,6 @@ def published(name: str) -> pd.DataFrame:
     return read_csv(PUBLISHED_FOLDER / f"{name}.csv")
 
 
-def published_accuracy(table: pd.DataFrame, suite: str, backbone: str, merger: str, svc: str) -> tuple[float, str]:
-    """Return a published mean score (%) over tasks, the paper's own first, and its source if another's.
-
-    Args:
-        table: `published("merging")`.
-        suite: as the table names it, such as "8 vision tasks".
-        backbone: as in the paper, ViT-B/32.
-        merger: a merger, "pretrained" or "expert".
-        svc: none, output or input.
-
-    Returns:
-        the number (NaN where none is known) and the source in words, empty for the paper itself.
-    """
-    merger = {"expert": "fine_tuned"}.get(merger, merger)
-    wanted = {"suite": suite, "backbone": backbone, "merger": merger, "svc": svc}
-    found = table[(table[list(wanted)] == pd.Series(wanted)).all(axis=1)]
-    own = found[found.source.str.contains("2602.05536")]
-    if len(own):
-        return own.value.iloc[0], ""
-    return (found.value.iloc[0], found.source.iloc[0]) if len(found) else (math.nan, "")
-
-
 def read_csv(source: Any) -> pd.DataFrame:
     """Return a table from a path or buffer, in which only an empty cell is missing: the text "none" is a value."""
     return pd.read_csv(source, keep_default_na=False, na_values=[""])
@@ -70,6 +48,22 @@ def verdict(experiment: Experiment, data: pd.DataFrame, provenance: Mapping[str,
         return "no verdict at smoke scale"
     text = " ".join(experiment.verdict(data).split())
     return f"{text} (partial run: no evidence)" if provenance["partial"] else text
+
+
+def comparison_row(
+    quantity: str, values: Iterable[float], same_setting: str, paper: float = math.nan
+) -> dict[str, Any]:
+    """Return one row of an experiment's `compare`: mean, standard deviation and number of the values of one quantity.
+
+    Args:
+        quantity: what was measured, with its unit; unlike every other row's.
+        values: one number per seed (or repeat); missing ones do not count.
+        same_setting: whether the paper's number was measured in this setting, in words.
+        paper: the published number, NaN where there is none.
+    """
+    ours = pd.Series(values)
+    numbers = dict(paper=paper, ours=ours.mean(), sd=ours.std(), n=ours.count())
+    return dict(quantity=quantity, **numbers, same_setting=same_setting)
 
 
 def comparison(experiment: Experiment, data: pd.DataFrame) -> pd.DataFrame:

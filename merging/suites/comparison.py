@@ -5,15 +5,19 @@ merger's own scale and at a scale chosen on validation data after calibration, a
 alone averaged, so that what the matrices do and what the scale of all others does can be told apart.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from common.cache import cached_rows
+from common.lab import figures
 from common.lab.figures import INK, MUTED, Style
+from common.lab.report import comparison_row
 from common.lab.statistics import paired_interval, spread, with_bounds
 from merging import mergers, tuning
 from merging.adapters import Adapter, fold_adapter, merge_adapters
@@ -83,11 +87,26 @@ def adapter_forms(
     return {None: update(None)} | {alpha: update({"alpha": alpha}) for alpha in alphas}
 
 
+def variant_rows(suite: Suite, method: str, seed: int, merge: Callable[..., Forms] = dense_forms) -> Rows:
+    """Yield the rows of all variants of one merger, scored together.
+
+    Counts of pairs: against the base by the same rule of the scale, and, "_over_tuned", against the tuned base.
+
+    Args:
+        suite, method, seed: as for `suite_rows`.
+        merge: a way from (method, task vectors, seed, αs) to the forms of a merger.
+    """
+    found = variants(method, suite.task_vectors(), seed, partial(validation_scores, suite), merge)
+    rules = [labels["scale_rule"] for labels, _ in found]  # the first of each rule is the base by that rule
+    pairs = [{"": rules.index(rule), "_over_tuned": rules.index("validation")} for rule in rules]
+    yield from scored(suite, [({"method": method, **labels}, update) for labels, update in found], pairs)
+
+
 def suite_rows(
     suite: Suite,
     methods: Sequence[str],
     seed: int,
-    merge: Callable[..., Forms] = dense_forms,
+    measure: Callable[[Suite, str, int], Rows] = variant_rows,
     labels: Mapping[str, Any] | None = None,
 ) -> Rows:
     """Yield all rows of a suite: references, then each merger; cached one by one, so that a killed run goes on.
@@ -96,32 +115,35 @@ def suite_rows(
         suite: with experts.
         methods: mergers.
         seed: of the masks.
-        merge: another way from (method, task vectors, seed, αs) to the same forms, such as `adapter_forms`.
-        labels: columns to add to all rows; they must tell one `merge` from another.
+        measure: (suite, method, seed) → the rows of one merger.
+        labels: columns to add to all rows; they must tell apart what partials of one `measure` do.
     """
     labels = dict(labels or {})
-    updates = [task_vector(expert, suite.pretrained) for expert in suite.experts]
     rows = cached_rows("reference_models", {"suite": suite.key}, suite.own_rows)
     for method in methods:
-        inputs = {"suite": suite.key, "method": method, "seed": seed, "labels": labels}
-        build = partial(merger_rows, suite, updates, method, seed, merge)
-        rows += cached_rows("merger_variants", inputs, build)
+        rows += merger_rows(suite, method, seed, measure, labels=labels)
     yield from ({**row, **labels} for row in rows)
 
 
 def merger_rows(
-    suite: Suite, updates: Sequence[TaskVector], method: str, seed: int, merge: Callable[..., Forms]
-) -> Rows:
-    """Yield the rows of all variants of one merger, scored together.
+    suite: Suite, method: str, seed: int, measure: Callable[[Suite, str, int], Rows], **inputs: Any
+) -> list[dict[str, Any]]:
+    """Return the rows that `measure(suite, method, seed)` yields, from the cache where they are there already.
 
-    Counts of pairs: against the base by the same rule of the scale, and, "_over_tuned", against the tuned base.
+    Args:
+        suite, method, seed, measure: as for `suite_rows`.
+        **inputs: whatever else decides the rows.
     """
-    found = variants(method, updates, seed, partial(validation_scores, suite), merge)
-    rules = [labels["scale_rule"] for labels, _ in found]  # the first of each rule is the base by that rule
-    pairs = [{"": rules.index(rule), "_over_tuned": rules.index("validation")} for rule in rules]
-    states = [apply(suite.pretrained, update, labels["scale"]) for labels, update in found]
-    labelled = [({"method": method, **labels}, state) for (labels, _), state in zip(found, states, strict=True)]
-    yield from suite.rows(labelled, pairs)
+    inputs |= {"suite": suite.key, "method": method, "seed": seed}
+    return cached_rows("merger_rows", inputs, partial(measure, suite, method, seed))
+
+
+def scored(
+    suite: Suite, labelled: Sequence[tuple[dict[str, Any], TaskVector]], pairs: Sequence[dict[str, int]] = ()
+) -> Rows:
+    """Yield the rows of labelled updates, each applied at its label `scale`, or 1; `pairs` as in `Suite.rows`."""
+    states = [(labels, apply(suite.pretrained, update, labels.get("scale", 1.0))) for labels, update in labelled]
+    yield from suite.rows(states, pairs)
 
 
 def variants(
@@ -134,7 +156,8 @@ def variants(
     """Return the merger's labelled updates: base first, then calibrated; own and tuned scale, other tensors averaged.
 
     Args:
-        method, updates, seed, merge: as for `suite_rows`.
+        method, seed, merge: as for `variant_rows`.
+        updates: the K task vectors.
         score: maps (update, scales) to validation scores.
     """
     published = published_alpha(method, len(updates))
@@ -164,13 +187,13 @@ BASE_TUNED, SVC_TUNED = "base, tuned scale", "+ SVC (paper), tuned scale"
 BASE_MEAN, SVC_MEAN = "base, other tensors averaged", "+ SVC (paper), other tensors averaged"
 ORDER = (BASE, SVC, SVC_1, BASE_MEAN, SVC_MEAN, BASE_TUNED, SVC_TUNED)
 CELL = ["backbone", "suite", "method"]  # what comparisons are made within
-GAINS = {"SVC − base": SVC, "tuned SVC − tuned base": SVC_TUNED}
+SVC_GAIN, SVC_OVER_TUNED, TUNED_GAIN = "SVC − base", "SVC − tuned base", "tuned SVC − tuned base"
+GAINS = {SVC_GAIN: (SVC, ""), SVC_OVER_TUNED: (SVC, "_over_tuned"), TUNED_GAIN: (SVC_TUNED, "")}
 
 
 def named(data: pd.DataFrame) -> pd.DataFrame:
     """Return the table with a column `row`, the name of each variant."""
-    published = [published_alpha(*pair) for pair in zip(data.method, data.suite, strict=True)]
-    is_base, is_published = data.svc.ne("output"), np.isclose(data.alpha, published, rtol=1e-4)
+    is_base, is_published = data.svc.ne("output"), has_published_alpha(data)
     tuned, averaged = data.scale_rule.eq("validation"), data.others.eq("mean")
     names = np.select(
         [is_base & tuned, is_base & averaged, is_base, ~is_published, tuned, averaged],
@@ -180,16 +203,37 @@ def named(data: pd.DataFrame) -> pd.DataFrame:
     return data.assign(row=names)
 
 
-def by_size(names: Any) -> list[str]:
+def has_published_alpha(data: pd.DataFrame) -> np.ndarray:
+    """Return for each row whether its α is that of the paper."""
+    published = [published_alpha(*pair) for pair in zip(data.method, data.suite, strict=True)]
+    return np.isclose(data.alpha, published, rtol=1e-4)
+
+
+def by_size(names: Iterable[str]) -> list[str]:
     """Return the different names, short ones first: glyph-96 before glyph-128."""
     return sorted(set(names), key=lambda name: (len(name), name))
 
 
-def in_order(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Return the table sorted by columns: backbones by size, methods as in the table of mergers, suites by size."""
-    order = dict(backbone=by_size, method=lambda names: [*REFERENCES, *MERGERS], suite=lambda sizes: sorted(set(sizes)))
-    keys = {name: order[name](table[name]) for name in columns}
-    return table.sort_values(columns, key=lambda column: column.map(keys[column.name].index), ignore_index=True)
+def in_order(table: pd.DataFrame, columns: Sequence[str], **orders: Sequence[Any]) -> pd.DataFrame:
+    """Return the table sorted by columns, equal rows as they were.
+
+    Args:
+        table: any.
+        columns: the most important one first.
+        **orders: the values of a column in their order. Without it backbones come by size, methods as in the table of
+            mergers, the models that are not merged before them, and other columns by value.
+    """
+    found = {name: orders.get(name) or _usual_order(name, table[name]) for name in columns}
+    keys = {name: {value: place for place, value in enumerate(values)} for name, values in found.items()}
+    return table.sort_values(
+        list(columns), key=lambda column: column.map(keys[column.name]), ignore_index=True, kind="stable"
+    )
+
+
+def _usual_order(name: str, values: pd.Series) -> list[Any]:
+    if name == "method":
+        return [*REFERENCES, *MERGERS]
+    return by_size(values) if name == "backbone" else sorted(set(values))
 
 
 def methods_of(data: pd.DataFrame) -> list[str]:
@@ -202,65 +246,143 @@ def models(data: pd.DataFrame) -> pd.DataFrame:
     return data[data.method.isin([*REFERENCES, *MERGERS])]
 
 
-def panels(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table in order, with a column `panel` that names backbone and suite."""
-    table = in_order(table, CELL)
-    return table.assign(panel=table.backbone + ", " + table.suite.map("{} tasks".format))
+def seed_means(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean accuracy over the tasks, one row for each cell, variant (column `row`) and seed."""
+    return rows.groupby([*CELL, "row", "seed"], sort=False).value.mean().reset_index()
 
 
-def seed_means(data: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean accuracy over the tasks, one row for each cell, variant and seed."""
-    return named(data).groupby([*CELL, "row", "seed"], sort=False).value.mean().reset_index()
+def variant_means(data: pd.DataFrame) -> pd.DataFrame:
+    """Return the `seed_means` of all variants of a table, cells in order."""
+    return in_order(seed_means(named(data)), CELL)
 
 
-def intervals(data: pd.DataFrame) -> pd.DataFrame:
-    """Return the paired comparisons of every cell, in points with 95 % intervals."""
-    data, found = named(data), []
-    for cell, rows in data[data.method.isin(MERGERS)].groupby(CELL):
-        fixed, tuned = rows[rows.row == SVC], rows[rows.row == SVC_TUNED]
-        gains = {
-            "SVC − base": paired_interval(fixed),
-            "SVC − tuned base": paired_interval(fixed, "gained_over_tuned", "lost_over_tuned"),
-            "tuned SVC − tuned base": paired_interval(tuned),
-        }
-        found.append(dict(zip(CELL, cell, strict=True)) | gains)
-    return in_order(pd.DataFrame(found), CELL)
+def differences(rows: pd.DataFrame, wanted: Mapping[str, tuple[str, str]], keys: Sequence[str] = CELL) -> pd.DataFrame:
+    """Return paired comparisons of every cell, in points with 95 % intervals.
+
+    Args:
+        rows: of mergers, with a column `row`.
+        wanted: name of a difference → variant (of column `row`), and suffix of the counts gained and lost.
+        keys: columns of a cell.
+
+    Returns:
+        One row for each cell, in order of appearance, and each difference whose variant it holds: the keys, `condition`
+        (the name), `interval`, and its `mean`, `low`, `high` and `sign`.
+    """
+    found = []
+    for cell, part in rows.groupby(list(keys), sort=False, dropna=False):
+        for name, (row, suffix) in wanted.items():
+            if len(own := part[part.row == row]):
+                interval = paired_interval(own, f"gained{suffix}", f"lost{suffix}")
+                found.append(dict(zip(keys, cell, strict=True), condition=name, interval=interval, sign=interval.sign))
+    return with_bounds(pd.DataFrame(found), "interval")
 
 
-def long_gains(data: pd.DataFrame) -> pd.DataFrame:
-    """Return both kinds of gains, one row an interval with its bounds, for a forest plot."""
-    return with_bounds(intervals(data).melt(CELL, list(GAINS), "condition"), "value")
+def gains(data: pd.DataFrame) -> pd.DataFrame:
+    """Return what SVC gains in every cell, as `differences` does."""
+    return differences(in_order(named(data[data.method.isin(MERGERS)]), CELL), GAINS)
 
 
-def compared(
-    data: pd.DataFrame, paper: Callable[[str, int, str, str], tuple[float, str]], setting: Callable[[str], str]
-) -> pd.DataFrame:
-    """Return the comparison with the published numbers: base and "+ SVC (paper)" of every cell.
+def spread_table(means: pd.DataFrame) -> pd.DataFrame:
+    """Return `seed_means` as text, mean ± standard deviation over seeds, with one column for each variant."""
+    return means.groupby([*CELL, "row"], sort=False).value.apply(spread).unstack(sort=False).reset_index()
+
+
+def wide(found: pd.DataFrame, keys: Sequence[str] = CELL) -> pd.DataFrame:
+    """Return `differences` as text, with one column for each of them."""
+    return found.set_index([*keys, "condition"]).interval.map(str).unstack(sort=False).reset_index()
+
+
+def draw(data: pd.DataFrame, panel: str = "{backbone}, {suite} tasks", off_scale: str = "") -> dict[str, Figure]:
+    """Return the figures of a comparison: every merger at its own and at tuned scales, and what SVC gains.
 
     Args:
         data: the table.
-        paper: maps (backbone, suite, method, svc) to a published number, NaN where there is none, and its source where
-            that is not the paper.
-        setting: maps a backbone to whether its setting is the paper's.
+        panel: what a panel is called, and which columns tell panels apart.
+        off_scale: a merger that would flatten the figure: it is left out where its scale is not tuned.
     """
-    means = seed_means(data)
-    means, lines = in_order(means[means.row.isin([BASE, SVC])], CELL), []
+    means, found = variant_means(data[data.method.isin(MERGERS)]), gains(data)
+    means, found = (x.assign(panel=[panel.format(**row) for row in x[CELL].to_dict("records")]) for x in (means, found))
+    shown = means[means.row.isin([BASE, SVC, SVC_1]) & means.method.ne(off_scale)]
+    tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
+    at_own_scale = found.condition.eq(SVC_GAIN) & found.method.ne(off_scale)
+    found = found[at_own_scale | found.condition.eq(TUNED_GAIN)]
+    found = in_order(found, ["condition"], condition=(SVC_GAIN, TUNED_GAIN))
+    options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
+    difference = "difference in mean accuracy, points"
+    return {
+        "accuracy_by_merger": figures.paired(shown, start=BASE, **options),
+        "accuracy_at_tuned_scales": figures.paired(tuned, start=BASE_TUNED, **options),
+        "paired_gains": figures.forest(found, item="method", panel="panel", xlabel=difference),
+    }
+
+
+# Beside the paper ----------------------------------------------------------------------------------------------------
+
+OURS_AND_PAPER = {BASE: ("", "none"), SVC: (" + SVC", "output")}  # variant → how `compared` says it, published `svc`
+
+
+def published_accuracy(
+    table: pd.DataFrame, suite: str, backbone: str, merger: str, svc: str, peers: bool = True
+) -> tuple[float, str]:
+    """Return a published mean score (%) over tasks, the paper's own first, and its source if another's.
+
+    Args:
+        table: `published("merging")` of `common.lab.report`.
+        suite: as the table names it, such as "8 vision tasks".
+        backbone: as in the paper, ViT-B/32.
+        merger: a merger, "pretrained" or "expert".
+        svc: none, output or input.
+        peers: whether another's number is taken where the paper has none.
+
+    Returns:
+        the number (NaN where none is known) and the source in words, empty for the paper itself.
+    """
+    merger = {"expert": "fine_tuned"}.get(merger, merger)
+    wanted = {"suite": suite, "backbone": backbone, "merger": merger, "svc": svc}
+    found = table[(table[list(wanted)] == pd.Series(wanted)).all(axis=1)]
+    own = found[found.source.str.contains("2602.05536")]
+    if len(own):
+        return own.value.iloc[0], ""
+    return (found.value.iloc[0], found.source.iloc[0]) if len(found) and peers else (math.nan, "")
+
+
+def compared(
+    means: pd.DataFrame,
+    published: pd.DataFrame,
+    number: Callable[[pd.DataFrame, str, int, str, str], tuple[float, str]],
+    setting: Callable[[str], str],
+    shown: Mapping[str, tuple[str, str]] = OURS_AND_PAPER,
+) -> pd.DataFrame:
+    """Return the comparison with the published numbers, one row for each cell and variant.
+
+    Args:
+        means: `seed_means`, in the order of the comparison.
+        published: `published("merging")` of `common.lab.report`.
+        number: (published, backbone, suite, method, svc) → the published number, NaN where there is none, and its
+            source where that is not the paper.
+        setting: maps a backbone to whether its setting is the paper's.
+        shown: variant → what follows the merger's name, and the `svc` that `number` is asked for. Others are left out.
+    """
+    lines = []
     for (backbone, suite, method, row), rows in means.groupby([*CELL, "row"], sort=False):
-        number, source = paper(backbone, suite, method, "output" if row == SVC else "none")
-        same = setting(backbone) + (f"; not the paper's: {source}" if source else "")
-        quantity = f"{suite} tasks, {backbone}: {method}{' + SVC' if row == SVC else ''}"
-        ours = dict(ours=rows.value.mean(), sd=rows.value.std(), n=len(rows))
-        lines.append(dict(quantity=quantity, paper=number, **ours, same_setting=same))
+        if row in shown:
+            suffix, svc = shown[row]
+            paper, source = number(published, backbone, suite, method, svc)
+            same = setting(backbone) + (f"; not the paper's: {source}" if source else "")
+            lines.append(comparison_row(f"{suite} tasks, {backbone}: {method}{suffix}", rows.value, same, paper))
     return pd.DataFrame(lines)
+
+
+# The text of a README ------------------------------------------------------------------------------------------------
 
 
 def tables(data: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the tables of a README: every variant, paired differences, chosen scales, and tasks one by one."""
-    wide, shown = intervals(data), {}
+    shown = {}
     for backbone in by_size(data.backbone):
         name = f"Accuracy of every variant, {backbone}: mean of the tasks (share of the experts' accuracy), %"
         shown[name] = _variants_table(data[data.backbone == backbone])
-    shown["Paired differences in points, 95 % interval"] = wide.map(lambda x: x if isinstance(x, str | int) else str(x))
+    shown["Paired differences in points, 95 % interval"] = wide(gains(data))
     tuned = data[data.scale_rule == "validation"].groupby(["backbone", "suite", "svc", "method"]).scale.mean()
     chosen = in_order(tuned.unstack()[methods_of(data)].reset_index(), ["backbone", "suite"])
     shown["Scales chosen on validation (mean over seeds)"] = chosen

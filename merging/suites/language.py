@@ -25,7 +25,7 @@ from merging.suites.data import hub_texts, package_texts
 from merging.suites.data.text_tasks import TextTask
 from merging.suites.models import adapted, language
 from merging.suites.suite import Rows, State, Suite
-from merging.suites.text_experts import Base, TextRecipe, Tuned
+from merging.suites.text_experts import Base, FineTuning, TextRecipe, Tuned
 
 GLUE = tuple(name for name in hub_texts.GLUE if name != "stsb")
 FLAN = "google/flan-t5-base", "google/flan-t5-large"
@@ -53,9 +53,9 @@ class Backbone:
     hub: str = ""
 
     @property
-    def way(self) -> tuple[Tuned, float]:
-        """How experts are trained here: what is tuned, and the learning rate."""
-        return self.tuned, self.learning_rate
+    def tuning(self) -> FineTuning:
+        """How experts are trained here."""
+        return FineTuning(self.tuned, self.learning_rate)
 
 
 def _minilm(recipe: TextRecipe) -> Base:
@@ -170,7 +170,7 @@ def _base(name: str, recipe: TextRecipe) -> Base:
 def _own_expert(
     backbone: Backbone, seed: int, recipe: TextRecipe, device: torch.device, base: Base, task: TextTask
 ) -> _Expert:
-    found = text_experts.fine_tune(base, task, backbone.way, seed, recipe, device)
+    found = text_experts.fine_tune(base, task, backbone.tuning, seed, recipe, device)
     head = load_file(found.path / "head.safetensors") if base.pooling else None
     if backbone.tuned != "full":
         return _Expert(found.key, adapter=found.path / "adapter", head=head)
@@ -217,41 +217,18 @@ class _Batches:
 # For experiments -----------------------------------------------------------------------------------------------------
 
 
-def measure_suites(settings: Any, context: Any, measure_suite: Callable[[str, Suite, int], Rows]) -> Rows:
-    """Train what is missing, then yield the rows of every backbone, suite and seed, in parallel processes.
-
-    Args:
-        settings: with backbones, suites (numbers of tasks; at most all that a backbone has), seeds and recipe.
-        context: of the run.
-        measure_suite: maps (backbone, suite, seed) to rows, to which seed, suite and backbone are added.
-    """
-    with context.stage("train"):
-        prepare(settings, context)
-    units = [
-        (name, min(tasks, len(BACKBONES[name].tasks)), seed)
-        for name in settings.backbones
-        for tasks in sorted(settings.suites, reverse=True)
-        for seed in settings.seeds
-    ]
-    measure = partial(_measure_unit, settings.recipe, context.device, measure_suite)
-    with context.stage("merge and measure"):
-        for rows in context.map(measure, list(dict.fromkeys(units)), "merge and measure"):
-            yield from rows
+def task_names(backbone: str) -> tuple[str, ...]:
+    """Return the tasks of a backbone, in the order in which suites take them."""
+    return BACKBONES[backbone].tasks
 
 
-def _measure_unit(recipe: TextRecipe, device: torch.device, measure_suite: Callable, unit: tuple) -> list[dict]:
-    name, tasks, seed = unit
-    rows = measure_suite(name, suite(name, tasks, seed, recipe, device), seed)
-    return [{"seed": seed, "suite": tasks, "backbone": name, **row} for row in rows]
-
-
-def probe_rows(name: str, suite: Suite, recipe: TextRecipe, device: torch.device) -> Rows:
+def probe_rows(name: str, suite: Suite, recipe: TextRecipe) -> Rows:
     """Yield the rows "chance" and "probe" of each task, where experts are trained here under heads."""
     backbone = BACKBONES[name]
     if backbone.hub or not _base(name, recipe).pooling:
         return
     for task in suite.tasks:
-        folder = text_experts.probe(_base(name, recipe), backbone.task(task), recipe, device).path
+        folder = text_experts.probe(_base(name, recipe), backbone.task(task), recipe, suite.device).path
         scores = json.loads((folder / "scores.json").read_text())
         for method in ("chance", "probe"):
             row = {"method": method, "task": task, "metric": "accuracy", "value": scores[method]}
@@ -276,7 +253,7 @@ def prepare(settings: Any, context: Any) -> None:
 
 def _artefact(name: str, task: str, seed: int, recipe: TextRecipe, device: torch.device) -> tuple:
     backbone = BACKBONES[name]
-    return text_experts.expert(_base(name, recipe), backbone.task(task), backbone.way, seed, recipe, device)
+    return text_experts.expert(_base(name, recipe), backbone.task(task), backbone.tuning, seed, recipe, device)
 
 
 def _probe_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str]) -> None:
@@ -288,7 +265,7 @@ def _probe_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str]) 
 def _fine_tune_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str, int]) -> None:
     name, task, seed = item
     backbone = BACKBONES[name]
-    text_experts.fine_tune(_base(name, recipe), backbone.task(task), backbone.way, seed, recipe, device)
+    text_experts.fine_tune(_base(name, recipe), backbone.task(task), backbone.tuning, seed, recipe, device)
 
 
 def suite_table(data: pd.DataFrame) -> pd.DataFrame:

@@ -87,6 +87,13 @@ def left_singular_vectors(
     }
 
 
+def relative_distance(update: TaskVector, exact: TaskVector, matrices: Predicate = SVC_MATRICES) -> float:
+    """Return ‖update − exact‖ / ‖exact‖ in float64, Frobenius norms over all matrices taken together."""
+    names = [name for name in exact if matrices(name, exact[name])]
+    away = sum((update[name] - exact[name]).double().square().sum() for name in names)
+    return (away / sum(exact[name].double().square().sum() for name in names)).sqrt().item()
+
+
 def task_arithmetic_by_entry(base: Tensor, experts: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """Return θ_0 + scale · Σ_i (θ_i − θ_0) of one tensor in float64, and True for each of its entries."""
     start = base.double()

@@ -1,16 +1,20 @@
 """A merging suite: one pretrained model, one expert and one frozen head per task, validation and test data.
 
-Experiments see only `Suite`; merging.suites.vision and merging.suites.language build them.
+Experiments see only `Suite` and `measure_suites`; merging.suites.vision and merging.suites.language build the suites.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from common import evaluation
+from merging.task_vectors import task_vector
 
 State = dict[str, Tensor]
 Rows = Iterator[dict[str, Any]]
@@ -37,6 +41,15 @@ class Suite:
     def encoder(self) -> nn.Module:
         """What all networks share."""
         return self.networks[0].encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the states are."""
+        return next(iter(self.pretrained.values())).device
+
+    def task_vectors(self) -> list[State]:
+        """Return for each task what fine-tuning changed, expert − pretrained."""
+        return [task_vector(expert, self.pretrained) for expert in self.experts]
 
     def answers(
         self, states: Sequence[State], split: str = "test", tasks: Sequence[str] | None = None
@@ -81,3 +94,50 @@ class Suite:
                 ((predicted, labels),) = self.answers([state], tasks=[task])
                 row = {"method": method, "task": task, "metric": evaluation.metric(labels)}
                 yield row | {"value": evaluation.score(predicted[0], labels), "images": len(labels)}
+
+
+def measure_suites(
+    kind: ModuleType,
+    settings: Any,
+    context: Any,
+    measure: Callable[..., Iterable[dict[str, Any]]],
+    parts: Sequence[tuple[Any, ...]] = ((),),
+) -> Rows:
+    """Train what is missing, then yield the rows of every backbone, suite and seed, measured in parallel processes.
+
+    Args:
+        kind: merging.suites.vision or merging.suites.language, which knows the backbones: `prepare(settings, context)`
+            trains, `suite(backbone, tasks, seed, recipe, device)` builds, `task_names(backbone)` says how many there
+            are.
+        settings: with backbones, suites (numbers of tasks, at most all that a backbone has), seeds and recipe.
+        context: of the run.
+        measure: (settings, suite, backbone, seed, *part) → rows, to which seed, suite and backbone are added. It is a
+            function of a module or script, so that other processes find it.
+        parts: what can be measured independently of each other on each suite, such as mergers: further arguments.
+    """
+    with context.stage("train"):
+        kind.prepare(settings, context)
+    units = [
+        (backbone, min(tasks, len(kind.task_names(backbone))), seed, part)
+        for backbone in settings.backbones
+        for tasks in sorted(settings.suites, reverse=True)
+        for seed in settings.seeds
+        for part in parts
+    ]
+    function = partial(_measure_unit, kind.suite, settings, context.device, measure)
+    with context.stage("merge and measure"):
+        for rows in context.map(function, list(dict.fromkeys(units)), "merge and measure"):
+            yield from rows
+
+
+def _measure_unit(
+    build: Callable[..., Suite],
+    settings: Any,
+    device: torch.device,
+    measure: Callable[..., Iterable[dict[str, Any]]],
+    unit: tuple,
+) -> list[dict[str, Any]]:
+    backbone, tasks, seed, part = unit
+    suite = build(backbone, tasks, seed, settings.recipe, device)
+    rows = measure(settings, suite, backbone, seed, *part)
+    return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,13 @@ PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # inverse penalties of the logistic re
 Tuned = Literal["full", "lora", "ia3"]
 
 
+class FineTuning(NamedTuple):
+    """How experts of a base are trained: everything is tuned ("full"), or an adapter ("lora", "ia3")."""
+
+    tuned: Tuned
+    learning_rate: float
+
+
 @dataclass(frozen=True)
 class TextRecipe:
     """How experts are trained, and how many texts score them (0: all)."""
@@ -43,10 +50,10 @@ class TextRecipe:
     validation_texts: int = 32
     test_texts: int = 80
 
-    def training(self, base: "Base", way: tuple[Tuned, float]) -> training.Recipe:
+    def training(self, base: "Base", tuning: FineTuning) -> training.Recipe:
         """Return the recipe of an expert; adapters do not decay: IA³'s vectors start from 1."""
-        steps, decay = self.steps if base.pooling else self.t5_steps, 0.01 if way[0] == "full" else 0.0
-        return training.Recipe(steps, self.batch_size, way[1], weight_decay=decay)
+        steps, decay = self.steps if base.pooling else self.t5_steps, 0.01 if tuning.tuned == "full" else 0.0
+        return training.Recipe(steps, self.batch_size, tuning.learning_rate, weight_decay=decay)
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ def _trained(base: Base, task: TextTask, rows: Sequence[tuple]) -> tuple[dict[st
     return base.inputs(task, texts), base.targets(task, targets)
 
 
-class LikeLengths(Sampler[list[int]]):
+class LengthGroupedBatches(Sampler[list[int]]):
     """Index batches of a recipe in which texts are about equally long, so that little is padding.
 
     Pools of `POOL` batches hold each class equally often; each is sorted by length and cut.
@@ -162,7 +169,7 @@ def training_batches(base: Base, task: TextTask, recipe: training.Recipe, seed: 
     examples = task.split("train")
     rows = list(zip(examples.texts, examples.targets, strict=True))
     lengths = [sum(map(len, text)) for text in examples.texts]
-    sampler = LikeLengths(torch.tensor(examples.targets), lengths, recipe, seed)
+    sampler = LengthGroupedBatches(torch.tensor(examples.targets), lengths, recipe, seed)
     return DataLoader(rows, batch_sampler=sampler, collate_fn=partial(_trained, base, task))
 
 
@@ -212,43 +219,43 @@ def features(base: Base, task: TextTask, examples: Examples, device: torch.devic
 
 
 def expert(
-    base: Base, task: TextTask, way: tuple[Tuned, float], seed: int, recipe: TextRecipe, device: torch.device
+    base: Base, task: TextTask, tuning: FineTuning, seed: int, recipe: TextRecipe, device: torch.device
 ) -> tuple[str, dict[str, Any], Callable[[Path], None]]:
     """Return kind, inputs and builder of an expert's artefact; arguments as for `fine_tune`."""
-    own = {"recipe": recipe.training(base, way), "head": recipe.head, "probe_texts": recipe.probe_texts}
-    inputs = {"base": base.name, "task": task.key, "tuned": way[0], "seed": seed, "device": device.type} | own
-    inputs |= {"rank": recipe.rank} if way[0] == "lora" else {}
-    return "text_expert", inputs, partial(_fine_tune, base, task, way, seed, recipe, device)
+    own = {"recipe": recipe.training(base, tuning), "head": recipe.head, "probe_texts": recipe.probe_texts}
+    inputs = {"base": base.name, "task": task.key, "tuned": tuning.tuned, "seed": seed, "device": device.type} | own
+    inputs |= {"rank": recipe.rank} if tuning.tuned == "lora" else {}
+    return "text_expert", inputs, partial(_fine_tune, base, task, tuning, seed, recipe, device)
 
 
 def fine_tune(
-    base: Base, task: TextTask, way: tuple[Tuned, float], seed: int, recipe: TextRecipe, device: torch.device
+    base: Base, task: TextTask, tuning: FineTuning, seed: int, recipe: TextRecipe, device: torch.device
 ) -> Artefact:
     """Return a task's expert. The artefact holds model.safetensors or adapter/, and head.safetensors for an encoder.
 
     Args:
         base: what it starts from.
         task: what it learns.
-        way: what is tuned, "full", "lora" or "ia3", and the learning rate.
+        tuning: what is tuned, and how fast.
         seed: of the data's order and of LoRA's start.
         recipe: further settings.
         device: where it is trained.
     """
-    return artefact(*expert(base, task, way, seed, recipe, device))
+    return artefact(*expert(base, task, tuning, seed, recipe, device))
 
 
 def _fine_tune(
     base: Base,
     task: TextTask,
-    way: tuple[Tuned, float],
+    tuning: FineTuning,
     seed: int,
     recipe: TextRecipe,
     device: torch.device,
     folder: Path,
 ) -> None:
     torch.manual_seed(seed)
-    model, own = copy.deepcopy(base.model), recipe.training(base, way)
-    model = model if way[0] == "full" else adapted.adapt(model, way[0], recipe.rank)
+    model, own = copy.deepcopy(base.model), recipe.training(base, tuning)
+    model = model if tuning.tuned == "full" else adapted.adapt(model, tuning.tuned, recipe.rank)
     network = language.Generator(model, base.tokenizer, task.answers or task.classes)
     if base.pooling:
         head = load_file(probe(base, task, recipe, device).path / "head.safetensors")
@@ -256,7 +263,7 @@ def _fine_tune(
     loader = training_batches(base, task, own, seed)
     groups = partial(_groups, head_rate=recipe.head, weight_decay=own.weight_decay)
     trainee = training.fit(Trainee(network), lambda model, batch: model(*batch), loader, own, device, groups=groups)
-    if way[0] == "full":
+    if tuning.tuned == "full":
         save_file(language.parameters(trainee.network.encoder), folder / "model.safetensors")
     else:
         adapted.save(trainee.network.encoder, folder / "adapter")

@@ -5,12 +5,13 @@ common.data.glyphs); "ViT-B/32" is CLIP, with experts and data sets from the hub
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
@@ -23,11 +24,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from common import training
 from common.cache import Artefact, artefact, cache_key, is_cached
 from common.data import glyphs, hub
+from merging.suites.comparison import published_accuracy
 from merging.suites.data import vision_tasks
 from merging.suites.data.vision_tasks import VISION_TASKS
 from merging.suites.models import clip as clip_models
 from merging.suites.models import tiny_clip
-from merging.suites.suite import Rows, Suite
+from merging.suites.suite import Suite
 
 Build = Callable[[Path], None]  # fills the folder of an artefact
 
@@ -61,7 +63,7 @@ def suite(backbone: str, tasks: int, seed: int, recipe: "GlyphRecipe", device: t
 def check_suites(backbones: Sequence[str], sizes: Sequence[int]) -> None:
     """Raise a ValueError unless every backbone is known and has suites of all these numbers of tasks."""
     for backbone in backbones:
-        most = len(glyphs.TASKS) if is_glyph(backbone) else len(VISION_TASKS)
+        most = len(task_names(backbone))
         if is_glyph(backbone):
             GlyphRecipe().at(backbone)
         elif backbone not in CLIP:
@@ -70,42 +72,20 @@ def check_suites(backbones: Sequence[str], sizes: Sequence[int]) -> None:
             raise ValueError(f"{backbone} has suites of 1 to {most} tasks here, got {bad[0]}")
 
 
-def prepare(backbones: Sequence[str], tasks: int, seeds: Sequence[int], recipe: "GlyphRecipe", context: Any) -> None:
-    """Train, in parallel processes, all glyph bases and experts that the cache does not hold yet."""
-    recipes = [recipe.at(backbone) for backbone in backbones if is_glyph(backbone)]
-    train_all([(own, seed, task) for own in recipes for seed in seeds for task in list(glyphs.TASKS)[:tasks]], context)
+def task_names(backbone: str) -> list[str]:
+    """Return the tasks of a backbone, in the order in which suites take them."""
+    return list(glyphs.TASKS if is_glyph(backbone) else VISION_TASKS)
+
+
+def prepare(settings: Any, context: Any) -> None:
+    """Train, in parallel processes, all glyph bases and experts of the settings that the cache does not hold yet."""
+    recipes = [settings.recipe.at(backbone) for backbone in settings.backbones if is_glyph(backbone)]
+    tasks = list(glyphs.TASKS)[: max(settings.suites)]
+    train_all([(own, seed, task) for own in recipes for seed in settings.seeds for task in tasks], context)
 
 
 def is_glyph(backbone: str) -> bool:
     return backbone.startswith("glyph-")
-
-
-def measure_suites(
-    settings: Any, context: Any, measure_suite: Callable[[Suite, int], Iterable[dict[str, Any]]]
-) -> Rows:
-    """Train what is missing, then yield the rows of every backbone, suite and seed, in parallel processes.
-
-    Args:
-        settings: with backbones, suites (numbers of tasks), seeds and recipe.
-        context: of the run.
-        measure_suite: maps (suite, seed) to rows, to which seed, suite and backbone are added.
-    """
-    with context.stage("train"):
-        prepare(settings.backbones, max(settings.suites), settings.seeds, settings.recipe, context)
-    sizes = sorted(settings.suites, reverse=True)
-    units = [(backbone, tasks, seed) for backbone in settings.backbones for tasks in sizes for seed in settings.seeds]
-    measure = partial(_measure_unit, settings.recipe, context.device, measure_suite)
-    with context.stage("merge and measure"):
-        for rows in context.map(measure, units, "merge and measure"):
-            yield from rows
-
-
-def _measure_unit(
-    recipe: "GlyphRecipe", device: torch.device, measure_suite: Callable, unit: tuple[str, int, int]
-) -> list[dict[str, Any]]:
-    backbone, tasks, seed = unit
-    rows = measure_suite(suite(backbone, tasks, seed, recipe, device), seed)
-    return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]
 
 
 STANDS_FOR = {"glyph-96": "ViT-B/32", "glyph-128": "ViT-B/16", "glyph-160": "ViT-L/14"}
@@ -118,7 +98,20 @@ def setting(backbone: str) -> str:
     return f"no: stands for {STANDS_FOR[backbone]}" if backbone in STANDS_FOR else "no: glyphs"
 
 
-def is_evidence(table: Any, backbones: Sequence[str]) -> bool:
+def published_number(
+    table: pd.DataFrame, backbone: str, suite: int, method: str, svc: str, peers: bool = True
+) -> tuple[float, str]:
+    """Return the published accuracy of a merger on the CLIP that a backbone is or stands for, and its other source.
+
+    Args:
+        table: `published("merging")`.
+        backbone, suite, method, svc: as in the rows of a suite.
+        peers: whether another's number is taken where the paper has none.
+    """
+    return published_accuracy(table, f"{suite} vision tasks", STANDS_FOR.get(backbone, backbone), method, svc, peers)
+
+
+def is_evidence(table: pd.DataFrame, backbones: Sequence[str]) -> bool:
     """Return whether a table holds what verdicts ask for: 8, 14 and 20 tasks of all these backbones with at least 3
     seeds, or the 8 tasks of ViT-B/32."""
     cells = set(zip(table.backbone, table.suite, strict=True))

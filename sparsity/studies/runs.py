@@ -79,7 +79,7 @@ class Run:
 
     task: ImageTask | SpanCorruption
     recipe: Recipe
-    variant: Variant = VARIANTS["vanilla"]
+    variant: Variant = Variant()
     seed: int = 0
     exempt: tuple[str, ...] = ()
     log_every: int = 100

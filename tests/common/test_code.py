@@ -70,18 +70,18 @@ def function(where: str):
     return getattr(importlib.import_module(module), name)
 
 
-SWEEP, STUDY, MERGER = "24_alpha_and_scale:sweeps", "sparsity.studies.study:_train", "merging.suites.comparison"
-MERGER += ":merger_rows"
+SWEEP, BASIS = "merging.suites.ablations:sweep_rows", "merging.suites.ablations:basis_rows"
+TRAINED, MERGER = "sparsity.studies.training:_train", "merging.suites.comparison:variant_rows"
 REACHED = [  # what builds, the file and the function in it that the result depends on
-    ("24_alpha_and_scale:basis", "experiments/24_alpha_and_scale.py", "distance"),
-    ("24_alpha_and_scale:basis", "experiments/24_alpha_and_scale.py", "perturbed"),
-    (SWEEP, "experiments/24_alpha_and_scale.py", "times"),
-    (SWEEP, "experiments/24_alpha_and_scale.py", "labelled"),
-    (STUDY, "sparsity/studies/study.py", "_absolute_activations"),  # the penalty itself
-    (STUDY, "sparsity/studies/study.py", "Recorder._log"),  # a method
-    (STUDY, "sparsity/studies/study.py", "Run.snapshot_steps"),  # a property
-    (STUDY, "sparsity/activations.py", "JSReLU.derivative"),  # in a table of classes
-    (STUDY, "common/training.py", "decay_groups"),
+    (BASIS, "merging/suites/reference.py", "relative_distance"),
+    (BASIS, "merging/suites/ablations.py", "perturbed"),
+    (SWEEP, "merging/suites/ablations.py", "scaled"),
+    (SWEEP, "merging/suites/ablations.py", "_labels"),
+    (TRAINED, "sparsity/studies/training.py", "_absolute_activations"),  # the penalty itself
+    (TRAINED, "sparsity/studies/training.py", "Recorder._log"),  # a method
+    (TRAINED, "sparsity/studies/runs.py", "Run.snapshot_steps"),  # a property
+    (TRAINED, "sparsity/activations.py", "JSReLU.derivative"),  # in a table of classes
+    (TRAINED, "common/training.py", "decay_groups"),
     (MERGER, "merging/mergers.py", "star"),  # in a table of functions
     (MERGER, "merging/calibration.py", "_divisor"),
     (MERGER, "common/spectral.py", "projection_coefficients"),
@@ -104,9 +104,9 @@ def test_an_edit_of_what_a_result_depends_on_is_seen(built_by, file, name, edite
 @pytest.mark.parametrize(
     ("built_by", "file", "change"),
     [
-        (SWEEP, "experiments/24_alpha_and_scale.py", lambda text: text.replace("range(-8, 5)", "range(-8, 6)")),
+        (SWEEP, "merging/suites/ablations.py", lambda text: text.replace("range(-8, 5)", "range(-8, 6)")),
         (SWEEP, "merging/calibration.py", lambda text: text.replace('"text_projection", "emb', '"text", "emb')),
-        (STUDY, "sparsity/probes.py", lambda text: text.replace("REDUCTIONS = (", "REDUCTIONS = ('x', ")),
+        (TRAINED, "sparsity/probes.py", lambda text: text.replace("REDUCTIONS = (", "REDUCTIONS = ('x', ")),
     ],
 )
 def test_an_edit_of_a_constant_is_seen(built_by, file, change, edited):
@@ -119,9 +119,9 @@ def test_an_edit_of_a_constant_is_seen(built_by, file, change, edited):
 
 @pytest.mark.parametrize("name", ["draw", "verdict", "compare", "tables", "measure"])
 def test_an_edit_of_a_figure_or_a_verdict_leaves_rows_alone(name, edited):
-    build = function("24_alpha_and_scale:measure_unit").__globals__["sweeps"]
+    build = function("21_over_accumulation:unit_rows")
     before = code.code_of(build)
-    edited("experiments/24_alpha_and_scale.py", without_body(name))
+    edited("experiments/21_over_accumulation.py", without_body(name))
     assert code.code_of(build) == before
 
 
@@ -130,18 +130,18 @@ def test_an_edit_of_comments_docstrings_and_layout_leaves_rows_alone(edited):
     before = code.code_of(build)
 
     def reworded(text: str) -> str:
-        text = text.replace("def times(update, scale):", 'def times(update, scale):\n\n    """Scaled."""\n    # why')
+        text = text.replace('"""Return the update times a scale."""', '"""Scaled."""\n\n    # why')
         return text.replace('"""Return d_r', '"""Give d_r')
 
-    assert "# why" in reworded((ROOT / "experiments/24_alpha_and_scale.py").read_text())
-    edited("experiments/24_alpha_and_scale.py", reworded)
+    assert "# why" in reworded((ROOT / "merging/suites/ablations.py").read_text())
+    edited("merging/suites/ablations.py", reworded)
     assert code.code_of(build) == before
     edited("merging/calibration.py", reworded)
     assert code.code_of(build) == before
 
 
 def test_asking_costs_well_under_a_second():
-    build = function(STUDY)
+    build = function(TRAINED)
     forget()
     start = time.process_time()
     code.code_of(build)

@@ -87,6 +87,17 @@ def test_polar_drops_the_null_directions():
     assert not spectral.polar(torch.zeros(4, 3)).any()
 
 
+def test_a_true_svd_resolves_what_float64_holds():
+    left, right = orthonormal(9, 3, 1), orthonormal(6, 3, 2)
+    spectrum = torch.tensor([5.0, 2.0, 1e-8], dtype=torch.float64)
+    for matrix in (left * spectrum @ right.T, right * spectrum @ left.T):
+        found, singular, _ = spectral.svd(matrix, 3, precision=torch.float64)
+        assert found.shape == (len(matrix), 3) and (singular[:3] / spectrum - 1).abs().max() < 1e-6
+        assert (spectral.singular_values(matrix, torch.float64)[:3] / spectrum - 1).abs().max() < 1e-6
+    close(spectral.polar(left * spectrum @ right.T, precision=torch.float64), left @ right.T)
+    assert spectral.polar((left * spectrum @ right.T).float(), precision=torch.float64).dtype == torch.float32
+
+
 def test_ranks_of_known_spectra():
     spectra = torch.tensor([[1.0, 1, 1, 1], [2, 0, 0, 0], [0, 0, 0, 0], [2, 1, 1, 0]])
     assert spectral.numerical_rank(spectra).tolist() == [4, 1, 0, 3]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from merging import MERGERS, apply, calibrate, iso_basis, task_vector
+from merging import MERGERS, apply, calibrate, iso_basis, merger, task_vector
 from merging.checkpoints import open_checkpoint
 from merging.command.plan import make_plan
 from merging.command.recipe import Recipe
@@ -71,7 +71,7 @@ def in_memory(base, experts, method, svc=False, alpha=None, final_scale=1.0, **o
     vectors = [task_vector(expert, base) for expert in experts]
     merged = MERGERS[method](vectors, **options)
     if svc:
-        bases = iso_basis(vectors, method) if MERGERS[method].basis else None
+        bases = iso_basis(vectors, method) if merger(method).basis else None
         bases = bases and {k: v for k, v in bases.items() if "embedding" not in k and "text_proj" not in k}
         merged = calibrate(merged, vectors, alpha=alpha, bases=bases)
     return apply(base, merged, final_scale)

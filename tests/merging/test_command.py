@@ -13,7 +13,7 @@ import torch
 from models_on_disk import content, weights
 from safetensors.torch import save_file
 
-from merging import MERGERS, apply, calibrate, iso_basis, task_vector
+from merging import MERGERS, apply, calibrate, iso_basis, merger, task_vector
 from merging.command.main import main, merge
 from merging.command.recipe import Recipe
 
@@ -132,8 +132,8 @@ def in_float64(base, experts, method, svc):
     tasks = [task_vector(end, start) for end in ends]
     merged = MERGERS[method](tasks)
     if svc:
-        bases = iso_basis(tasks, method) if MERGERS[method].basis else None
-        merged = calibrate(merged, tasks, alpha=MERGERS[method].alpha, bases=bases)
+        bases = iso_basis(tasks, method) if merger(method).basis else None
+        merged = calibrate(merged, tasks, alpha=merger(method).alpha, bases=bases)
     return apply(start, merged)
 
 

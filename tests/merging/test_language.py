@@ -21,7 +21,7 @@ from merging.suites import language, text_experts
 from merging.suites.data.text_tasks import Examples, TextTask
 from merging.suites.language import Backbone
 from merging.suites.models.language import Classifier, Generator, parameters
-from merging.suites.text_experts import Base, TextRecipe, Trainee
+from merging.suites.text_experts import Base, FineTuning, TextRecipe, Trainee
 
 CPU = torch.device("cpu")
 RECIPE = TextRecipe(steps=40, t5_steps=80, batch_size=16, rank=2, probe_texts=8, validation_texts=0, test_texts=0)
@@ -29,7 +29,7 @@ KINDS = {"red": ("rose", "brick", "blood", "ruby"), "blue": ("sky", "sea", "jean
 OTHERS = ("a", "the", "is", "of", "on", "very", "near", "under")
 NUMBERS = ("0.0", "2.0", "4.0")
 WORDS = ("<pad>", "</s>", "<unk>", *KINDS, *KINDS["red"], *KINDS["blue"], *OTHERS, *NUMBERS, "colour", ":")
-FULL, LORA, IA3 = ("full", 5e-3), ("lora", 2e-2), ("ia3", 5e-2)
+FULL, LORA, IA3 = FineTuning("full", 5e-3), FineTuning("lora", 2e-2), FineTuning("ia3", 5e-2)
 ADAPTED = {  # ends of the names of what an adapter changes
     ("bert", "lora"): ("query.weight", "value.weight"),
     ("bert", "ia3"): (
@@ -158,16 +158,16 @@ def loss_and_accuracy(base, state, task, head):
     return loss.item(), evaluation.score(predicted[0], right)
 
 
-@pytest.mark.parametrize("way", [FULL, LORA, IA3], ids=lambda way: way[0])
+@pytest.mark.parametrize("way", [FULL, LORA, IA3], ids=lambda way: way.tuned)
 @pytest.mark.parametrize("name", BASES)
 def test_an_expert_learns_its_task_and_changes_what_it_may(name, way, monkeypatch):
     suite = make_suite(monkeypatch, name, way, tasks=1)
     base, task = language._base(name, RECIPE), colours("one")
     start = parameters(BASES[name]().model)
-    if way[0] == "full":
+    if way.tuned == "full":
         assert suite.pretrained.keys() == start.keys() and not suite.adapters
     else:
-        assert list(suite.pretrained) == [key for key in start if key.endswith(ADAPTED[name, way[0]])]
+        assert list(suite.pretrained) == [key for key in start if key.endswith(ADAPTED[name, way.tuned])]
         assert (suite.adapters[0] / "adapter_config.json").exists()
     assert all(suite.pretrained[key].equal(start[key]) for key in suite.pretrained)
     assert all(not suite.experts[0][key].equal(start[key]) for key in suite.pretrained)
@@ -181,7 +181,7 @@ def test_an_expert_learns_its_task_and_changes_what_it_may(name, way, monkeypatc
         first = loss_and_accuracy(base, suite.pretrained, task, None)
     last = loss_and_accuracy(base, suite.experts[0], task, head)
     assert last[0] < first[0]
-    if way[0] == "full":  # a random model has little that an adapter could use
+    if way.tuned == "full":  # a random model has little that an adapter could use
         assert last[1] > max(first[1], 50) + 5
 
 
@@ -227,7 +227,7 @@ def test_limits_and_the_rows_of_references(monkeypatch):
     suite = language.suite("bert", 2, 0, recipe, CPU)
     sizes = {split: sum(len(labels) for _, labels in suite.batches("one", split)) for split in ("test", "validation")}
     assert sizes == {"test": 20, "validation": 10}
-    rows = list(language.probe_rows("bert", suite, recipe, CPU))
+    rows = list(language.probe_rows("bert", suite, recipe))
     assert [(row["method"], row["task"]) for row in rows] == [
         (m, t) for t in ("one", "two") for m in ("chance", "probe")
     ]

@@ -93,6 +93,14 @@ def test_repeated_and_zero_updates_follow_the_rank_rule(method):
     assert error(merge_low_rank(updates, method, {}).dense(), dense_path(updates, method, {})) < 1e-5
 
 
+@pytest.mark.parametrize("dtype, rank", [(torch.float32, 2), (torch.float64, 3)])
+def test_the_rank_rule_follows_the_dtype_of_the_factors(dtype, rank):
+    (update,) = random_updates((3,), dtype=dtype)
+    left, right = torch.linalg.qr(update.b).Q, torch.linalg.qr(update.a.T).Q.T
+    weak = LowRank(left * torch.tensor([1, 0.5, 1e-8], dtype=dtype), right)
+    assert numerical_rank_of(merge_low_rank([weak], "iso_c")) == rank
+
+
 def test_tsv_counts_triplets_by_the_side_of_the_matrix_not_of_the_core():
     updates = random_updates((6, 1, 1), (24, 30))  # the core is 8 × 8: ⌊8/3⌋ = 2 triplets would cut the first task
     assert error(merge_low_rank(updates, "tsv_m").dense(), dense_path(updates, "tsv_m")) < 1e-8

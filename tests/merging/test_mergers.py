@@ -247,6 +247,40 @@ def test_spectral_mergers_are_well_defined_without_full_rank(name, rank):
     assert error(MERGERS[name](narrow)["mlp.weight"], expected) < 1e-4
 
 
+def nearly_flat(noise, side=128, seed=17):
+    """Two square float64 updates of full rank: a shared part of rank 3, and noise of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = dict(generator=generator, dtype=torch.float64)
+    shared = torch.randn(side, 3, **draw) @ torch.randn(3, side, **draw)
+    return [{"w": shared + noise * torch.randn(side, side, **draw)} for _ in range(2)]
+
+
+@pytest.mark.parametrize("noise", [0.05, 1e-3])  # σ_min/σ_1 of the sum is 3e-7, and 6e-9
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts"])
+def test_full_rank_in_float64_loses_no_direction_to_the_rank_rule(name, noise):
+    vectors = nearly_flat(noise)
+    expected = REFERENCES[name][0]([vector["w"] for vector in vectors])
+    assert error(MERGERS[name](vectors)["w"], expected) < 1e-9
+    if MERGERS[name].basis:
+        basis, merged = iso_basis(vectors, name)["w"], MERGERS[name](vectors)["w"]
+        assert torch.allclose(basis.T @ basis, torch.eye(128, dtype=torch.float64), atol=1e-9)
+        assert error(basis @ (basis.T @ merged), merged) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts"])
+def test_the_rank_rule_follows_the_precision_that_float64_updates_were_computed_from(name):
+    """Rank 3 in float64; in float32, also if it is held in float64, rounding fills the other directions."""
+    exact = make_tasks(3, (24, 18), rank=1, dtype=torch.float64)
+    held = [{key: t.float().to(t.dtype) for key, t in vector.items() if t.is_floating_point()} for vector in exact]
+    expected = MERGERS[name](exact)["mlp.weight"]
+    assert error(MERGERS[name](held, precision=torch.float32)["mlp.weight"], expected) < 1e-5
+    if name != "tsv_m":
+        assert error(MERGERS[name](held)["mlp.weight"], expected) > 0.1
+    if MERGERS[name].basis:
+        bases = [iso_basis(tasks, name, precision=torch.float32)["mlp.weight"][:, :3] for tasks in (exact, held)]
+        assert error(bases[1] @ bases[1].T, bases[0] @ bases[0].T) < 1e-5
+
+
 def test_iso_c_spreads_over_the_numerical_rank():
     vectors = make_tasks(2, rank=2)
     singular = torch.linalg.svdvals(iso_c(vectors)["mlp.weight"].double())

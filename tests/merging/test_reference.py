@@ -5,6 +5,7 @@ import torch
 
 from merging import MERGERS, calibrate, plain_sum, task_arithmetic, ties
 from merging.lowrank import LowRank, merge_low_rank
+from merging.suites import ablations, reference
 from merging.suites.reference import (
     calibrate_by_svd,
     calibration_floor,
@@ -107,3 +108,21 @@ def test_factored_errors_are_relative_and_zero_updates_have_none():
         assert dense == pytest.approx(float((found - true[name]).norm() / true[name].norm()), rel=1e-3)
     nothing = [{"q.weight": LowRank(torch.zeros(5, 2), torch.ones(2, 4))}] * 2
     assert factored_errors(nothing, "plain_sum", {"alpha": 0.5}) == {"q.weight": (0, 0)}
+
+
+def test_the_relative_distance_is_that_of_all_matrices_together():
+    exact = {"a.weight": torch.eye(3), "b.weight": 2 * torch.ones(2, 4), "bias": torch.ones(3)}
+    update = {"a.weight": torch.eye(3) + 0.1, "b.weight": 2 * torch.ones(2, 4) - 0.3, "bias": torch.zeros(3)}
+    away, size = (
+        torch.cat([(x[name] - y.get(name, 0)).flatten() for name in ("a.weight", "b.weight")]).norm()
+        for x, y in ((update, exact), (exact, {}))
+    )
+    assert reference.relative_distance(update, exact) == pytest.approx(float(away / size), rel=1e-6)
+
+
+def test_noise_is_as_large_as_it_is_said_to_be_and_scales_are_separate():
+    update = {"a.weight": torch.full((200, 300), 3.0), "bias": torch.zeros(4)}
+    noisy = ablations.perturbed(update, 0.01, seed=1)
+    assert reference.relative_distance(noisy, update) == pytest.approx(0.01, rel=0.02) and noisy["bias"].eq(0).all()
+    scaled = ablations.scaled_separately({"a.weight": torch.ones(2, 3), "bias": torch.ones(4)}, 2.0, 0.5)
+    assert scaled["a.weight"].eq(2).all() and scaled["bias"].eq(0.5).all()

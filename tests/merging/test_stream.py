@@ -19,7 +19,7 @@ from models_on_disk import (
     weights,
 )
 
-from merging import MERGERS, calibrate
+from merging import MERGERS, calibrate, merger
 from merging.command import changes, thresholds
 from merging.command.main import main, merge
 from merging.command.recipe import Recipe
@@ -32,7 +32,7 @@ def test_every_merger_streams_as_in_memory(tmp_path, method, svc):
     experts = experts_of(base)
     where, others = models(tmp_path, base, experts)
     merge(Recipe(where, others, method, svc=svc, final_scale=0.7), tmp_path / "out")
-    alpha = MERGERS[method].alpha
+    alpha = merger(method).alpha
     expected = in_memory(base, experts, method, svc, alpha, final_scale=0.7)
     assert_equal(weights(tmp_path / "out"), expected)
 
@@ -45,7 +45,7 @@ def test_tensors_merged_range_by_range_are_the_same(tmp_path, method, svc, monke
     where, others = models(tmp_path, base, experts)
     monkeypatch.setattr(changes, "RANGE", 25)
     merge(Recipe(where, others, method, svc=svc), tmp_path / "out")
-    assert_close(weights(tmp_path / "out"), in_memory(base, experts, method, svc, MERGERS[method].alpha))
+    assert_close(weights(tmp_path / "out"), in_memory(base, experts, method, svc, merger(method).alpha))
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -143,7 +143,7 @@ def test_stacks_of_experts_are_merged_matrix_by_matrix(tmp_path, method):
     merge(Recipe(where, others, method, svc=True), tmp_path / "out")
     apart = [{f"experts.down[{i}]": expert["experts.down"][i] for i in range(3)} for expert in experts]
     start = {name: torch.zeros(8, 6) for name in apart[0]}
-    expected = in_memory(start, apart, method, svc=True, alpha=MERGERS[method].alpha)
+    expected = in_memory(start, apart, method, svc=True, alpha=merger(method).alpha)
     assert_equal(weights(tmp_path / "out"), {"experts.down": torch.stack([*expected.values()])})
 
 

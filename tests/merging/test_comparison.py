@@ -1,5 +1,7 @@
 """The variants of a merger: what they are called, adapters in their own form, and a table whose answers are known."""
 
+import math
+
 import pandas as pd
 import pytest
 import torch
@@ -202,7 +204,7 @@ def test_rows_are_paired_with_the_base_of_their_rule_and_with_the_tuned_base():
     updates = [{name: update[name] for name in start} for update in dense_updates()]
     experts = tuple(apply(start, update) for update in updates)
     suite = Suite("key", ("one", "two", "three"), (network,) * 3, start, experts, lambda task, split: data[split])
-    rows = list(comparison.merger_rows(suite, updates, "task_arithmetic", 0, dense_forms))
+    rows = list(comparison.variant_rows(suite, "task_arithmetic", 0))
     found = comparison.variants("task_arithmetic", updates, 0, lambda *a: comparison.validation_scores(suite, *a))
     assert len(rows) == 3 * len(found) and {row["method"] for row in rows} == {"task_arithmetic"}
     right = []
@@ -255,7 +257,7 @@ def test_variants_get_their_names():
     data = table()
     merged = comparison.named(data)[data.method == "task_arithmetic"]
     assert list(merged.row) == list(LABELS) * 4
-    means = comparison.seed_means(data).set_index(["method", "row", "seed"]).value
+    means = comparison.variant_means(data).set_index(["method", "row", "seed"]).value
     for name, value in VALUES.items():
         assert [means["task_arithmetic", name, seed] for seed in (0, 1)] == [value + 5, value + 15]
     assert means["expert", BASE, 0] == 80 and means["pretrained", BASE, 1] == 55
@@ -273,14 +275,18 @@ def test_at_one_task_and_for_tsv_m_the_published_alpha_is_one():
 
 
 def test_intervals_are_paired_differences():
-    (row,) = comparison.intervals(table()).to_dict("records")
-    assert (row["backbone"], row["suite"], row["method"]) == ("B", 2, "task_arithmetic")
+    found = comparison.gains(table())
+    assert set(zip(*(found[key] for key in comparison.CELL), strict=True)) == {("B", 2, "task_arithmetic")}
     gains = {"SVC − base": 10, "SVC − tuned base": 6, "tuned SVC − tuned base": -1}
-    for column, mean in gains.items():
-        assert row[column].mean == pytest.approx(mean) and row[column].low < mean < row[column].high
-    assert [row[column].sign for column in gains] == [1, 1, -1 if row["tuned SVC − tuned base"].high < 0 else 0]
-    long = comparison.long_gains(table()).set_index("condition")
-    assert long["mean"].to_dict() == pytest.approx({"SVC − base": 10, "tuned SVC − tuned base": -1})
+    assert list(found.condition) == list(gains)
+    for row, mean in zip(found.itertuples(), gains.values(), strict=True):
+        assert row.mean == row.interval.mean == pytest.approx(mean)
+        assert row.low == row.interval.low < mean < row.interval.high == row.high
+    assert list(found.sign) == [1, 1, -1 if found.high.iloc[2] < 0 else 0]
+    (line,) = comparison.wide(found).to_dict("records")
+    assert line == {"backbone": "B", "suite": 2, "method": "task_arithmetic"} | {
+        name: str(interval) for name, interval in zip(found.condition, found.interval, strict=True)
+    }
 
 
 def test_the_tables_of_a_readme():
@@ -299,10 +305,11 @@ def test_the_tables_of_a_readme():
 
 
 def test_the_comparison_takes_base_and_svc_and_names_another_source():
-    def paper(backbone, suite, method, svc):
+    def number(published, backbone, suite, method, svc):
         return (69.0, "") if svc == "output" else (50.0, "fusion_bench")
 
-    lines = comparison.compared(table(), paper, lambda backbone: "hub experts").set_index("quantity")
+    means = comparison.variant_means(table())
+    lines = comparison.compared(means, pd.DataFrame(), number, lambda backbone: "hub experts").set_index("quantity")
     assert len(lines) == 4
     ours = lines.loc["2 tasks, B: task_arithmetic + SVC"]
     assert (ours.paper, ours.ours, ours.n, ours.same_setting) == (69, 80, 2, "hub experts")
@@ -316,3 +323,43 @@ def test_words_for_signs():
     assert comparison.beats(signs) == "does not beat a tuned scale"
     assert comparison.beats(pd.Series([1, 1, 0])) == "beats a tuned scale in part"
     assert comparison.beats(pd.Series([1, 1])) == "beats a tuned scale"
+
+
+# Orders, differences and published numbers ----------------------------------------------------------------------------
+
+
+def test_tables_are_sorted_by_size_by_the_mergers_and_by_a_given_order():
+    rows = [("glyph-128", "ties", 8, "b"), ("glyph-96", "expert", 14, "a"), ("glyph-96", "task_arithmetic", 8, "a")]
+    table = pd.DataFrame([*rows, ("glyph-96", "task_arithmetic", 8, "b")], columns=[*"xyzr"])
+    table = table.rename(columns=dict(x="backbone", y="method", z="suite", r="row"))
+    found = comparison.in_order(table, ["backbone", "suite", "method", "row"], row=("b", "a"))
+    assert found.backbone.tolist() == ["glyph-96"] * 3 + ["glyph-128"] and found.suite.tolist() == [8, 8, 14, 8]
+    assert found.row.tolist() == ["b", "a", "a", "b"]
+    assert comparison.in_order(table, ["method"]).method.tolist() == ["expert", *["task_arithmetic"] * 2, "ties"]
+    assert comparison.in_order(table, ["method"]).row.tolist() == ["a", "a", "b", "b"]  # equal ones stay as they were
+
+
+def test_differences_of_any_cells_and_counts():
+    rows = comparison.named(table()).query("method == 'task_arithmetic'").assign(learning_rate=float("nan"))
+    wanted = {"one": (SVC, ""), "other": (SVC, "_over_tuned"), "absent": ("no such row", "")}
+    found = comparison.differences(rows, wanted, ["backbone", "learning_rate"])
+    assert found.condition.tolist() == ["one", "other"] and found["mean"].tolist() == pytest.approx([10, 6])
+    assert list(comparison.wide(found, ["backbone", "learning_rate"])) == ["backbone", "learning_rate", "one", "other"]
+
+
+def test_the_papers_number_comes_first_and_others_where_they_are_wanted():
+    columns = ["suite", "backbone", "merger", "svc", "value", "source"]
+    cell = ("8 vision tasks", "ViT-B/32")
+    published = pd.DataFrame(
+        [
+            (*cell, "ties", "none", 71.0, "fusion_bench"),
+            (*cell, "ties", "none", 72.6, "arXiv 2602.05536"),
+            (*cell, "fine_tuned", "none", 90.3, "fusion_bench"),
+        ],
+        columns=columns,
+    )
+    assert comparison.published_accuracy(published, *cell, "ties", "none") == (72.6, "")
+    assert comparison.published_accuracy(published, *cell, "expert", "none") == (90.3, "fusion_bench")
+    for model, svc in (("ties", "output"), ("expert", "none")):
+        value, source = comparison.published_accuracy(published, *cell, model, svc, peers=False)
+        assert math.isnan(value) and source == ""
