@@ -71,9 +71,12 @@ def artefact(
 
     Args:
         kind: names the folder of all artefacts of this kind.
-        inputs: everything it depends on, as plain data; what `build` holds beside its code has to be in here.
+        inputs: everything it depends on, as plain data; data that `build` holds (arguments of a partial) must be here.
         build: fills an empty folder. Every function and constant of this project that it reaches is part of the key.
-        resumable: a build that was killed finds its folder as it left it.
+        resumable: whether a build that was killed finds its folder as it left it when it is called again.
+
+    Raises:
+        TypeError, ValueError: as for `cache_key`.
     """
     key = cache_key(inputs, build)
     folder = CACHE / kind / key
@@ -81,7 +84,7 @@ def artefact(
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     with contextlib.nullcontext() if together else FileLock(folder.with_suffix(".lock")):
         hit = folder.is_dir()
-        if together:  # all processes build with each other: none before all have looked
+        if together:  # all processes build together: none starts before all have looked
             torch.distributed.barrier()
         if not hit:
             rank = torch.distributed.get_rank() if together else 0
@@ -104,7 +107,12 @@ def artefact(
 def cached_rows(
     kind: str, inputs: Mapping[str, Any], build: Callable[[], Iterable[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Return the rows that `build()` yields, from the cache where the same code made them from the same inputs."""
+    """Return the rows that `build()` yields, from the cache if the same code made them from the same inputs.
+
+    Args:
+        kind, inputs: as for `artefact`.
+        build: yields rows of plain data; its code is part of the key.
+    """
     return json.loads((artefact(kind, inputs, partial(_write_rows, build)).path / "rows.json").read_text())
 
 

@@ -1,13 +1,13 @@
 """The code that decides a result: found from the function that makes it, never listed by hand.
 
 `code_of(function)` returns the source of the function and of everything that it reaches inside this project: functions,
-classes with all their methods, constants, tables, and what stands in them. Names are followed as Python would resolve
-them, through imports and modules, also in decorators, defaults and annotations; what a partial, a closure, a bound
-method or a table filled elsewhere holds is followed from the object itself. Comments, docstrings and layout are left
-out, so that only an edit of what runs changes the result.
+classes with all their methods, constants, tables, and the entries of these tables. Names are followed as Python would
+resolve them, through imports and modules, also in decorators, defaults and annotations. What a partial, a closure, a
+bound method or a table that another file has filled holds is followed from the object itself. Comments, docstrings and
+layout are left out, so that only an edit of what runs changes the returned source.
 
-This project is every file that is not installed: the clone, and a script somewhere else that uses it. Of installed
-packages no code is read, of data files neither.
+"This project" means every file that is not installed: the clone, and a script elsewhere that uses it. The code of
+installed packages is not read, and neither are data files.
 """
 
 import ast
@@ -36,9 +36,12 @@ def code_of(*things: Any) -> tuple[str, ...]:
     Args:
         things: functions, classes, partials, bound methods, or containers of them.
 
+    Returns:
+        one text for each definition at the top level of a file.
+
     Raises:
-        ValueError: a function has no file, as one that was typed into an interpreter or sent to another process by
-            its value.
+        ValueError: a function has no file, because it was typed into an interpreter or pickled by value for another
+            process.
     """
     waiting = [place for thing in things for place in _places(thing)]
     found: dict[Place, str] = {}
@@ -53,7 +56,7 @@ def code_of(*things: Any) -> tuple[str, ...]:
 
 
 def remember() -> None:
-    """Read all files of this project that are imported now: an edit while this process runs is not what it runs."""
+    """Read all files of this project that are imported now: this process does not run what is edited from now on."""
     for module in list(sys.modules.values()):
         file = Path(getattr(module, "__file__", None) or "")
         if file.suffix == ".py" and file.is_file() and _is_ours(file):
@@ -64,7 +67,7 @@ def remember() -> None:
 
 
 def _places(thing: Any, seen: set[int] | None = None) -> Iterator[Place]:
-    """Yield where the code of an object stands: of a function or class, and of those that another object holds."""
+    """Yield the place of a function or class, and the places of those that any other object holds."""
     seen = set() if seen is None else seen
     if id(thing) in seen:
         return
@@ -84,7 +87,7 @@ def _places(thing: Any, seen: set[int] | None = None) -> Iterator[Place]:
         yield from _place(thing, None, thing.__code__.co_filename)
         parts = (*_contents(thing), *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
         parts = (*parts, getattr(thing, "__wrapped__", None))
-    elif hasattr(thing, "__wrapped__"):  # of functools.cache
+    elif hasattr(thing, "__wrapped__"):  # a function under functools.cache
         parts = (thing.__wrapped__,)
     elif not isinstance(thing, types.ModuleType | str | bytes | int | float | complex | None):
         yield from _place(type(thing), inspect.getmodule(type(thing)), "")
@@ -106,9 +109,9 @@ def _place(thing: Any, module: types.ModuleType | None, file: str) -> Iterator[P
     """Yield the place of one function or class, if it is of this project."""
     path = Path(file or getattr(module, "__file__", None) or "<none>")
     if inspect.isfunction(thing) and not path.is_file() and thing.__module__ not in sys.builtin_module_names:
-        if file == "<string>":  # methods that dataclass writes: their class says all
+        if file == "<string>":  # a method that @dataclass wrote: the code of its class determines it
             return
-        raise ValueError(f"{thing.__qualname__} has no file ({path}): which code it is cannot be told")
+        raise ValueError(f"{thing.__qualname__} has no file ({path}): its code cannot be read")
     if not path.is_file() or not _is_ours(path):
         return
     path = path.resolve()
@@ -120,7 +123,7 @@ def _place(thing: Any, module: types.ModuleType | None, file: str) -> Iterator[P
 
 
 def _name_at(file: Path, line: int) -> str:
-    """Return a name that the top-level statement at a line defines: of a lambda in a table, that table."""
+    """Return a name that the top-level statement at this line defines: for a lambda in a table, the table's name."""
     for name, statements in _definitions(file).items():
         if any(statement.lineno <= line <= statement.end_lineno for statement in statements):
             return name
@@ -128,7 +131,7 @@ def _name_at(file: Path, line: int) -> str:
 
 
 def _entered(place: Place, modules: Mapping[Path, types.ModuleType]) -> Iterator[Place]:
-    """Yield what a table of this name holds at present, which other files may have entered."""
+    """Yield the places of what a table of this name holds now: other files may have put entries into it."""
     file, name = place
     if all(isinstance(statement, (*SCOPES, ast.ClassDef)) for statement in _definitions(file)[name]):
         return
@@ -152,7 +155,7 @@ def _resolved(file: str) -> Path:
 @functools.cache
 def _is_ours(file: Path) -> bool:
     file = file.resolve()
-    if file in (Path(__file__).resolve(), OURS / "common" / "cache.py"):  # they find results and decide none
+    if file in (Path(__file__).resolve(), OURS / "common" / "cache.py"):  # they find results, but do not change any
         return False
     if file.is_relative_to(OURS) and file.relative_to(OURS).parts[0] in PACKAGES:
         return True
@@ -164,7 +167,7 @@ def _is_ours(file: Path) -> bool:
 # Reading files -------------------------------------------------------------------------------------------------------
 
 
-@functools.cache  # the code as it was when this process first needed it, not what is edited meanwhile
+@functools.cache  # the code as it was when this process first needed it, not as it has been edited since
 def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
@@ -180,7 +183,7 @@ def _tree(file: Path) -> ast.Module:
 
 @functools.cache
 def _definitions(file: Path) -> dict[str, list[ast.stmt]]:
-    """Return name → the top-level statements of a file that bind it, or change what it is bound to."""
+    """Return name → the top-level statements of a file that bind this name, or change the object it is bound to."""
     found: dict[str, list[ast.stmt]] = {}
     for statement in _tree(file).body:
         if isinstance(statement, ast.Import | ast.ImportFrom) or _is_main_guard(statement):
@@ -282,7 +285,7 @@ def _is_module(name: str) -> bool:
 
 
 def _used(node: ast.AST, local: frozenset[str]) -> Iterator[str]:
-    """Yield the dotted names that are looked up outside of a statement: not its own variables and arguments."""
+    """Yield the dotted names that a statement looks up outside itself: not its own variables and arguments."""
     if isinstance(node, ast.Name | ast.Attribute):
         dotted = _dotted(node)
         if dotted is not None:
@@ -315,7 +318,7 @@ def _used_by_function(node: Any, local: frozenset[str]) -> Iterator[str]:
 
 
 def _annotation(node: ast.AST) -> ast.AST:
-    """Return an annotation that is written as a text as what it says."""
+    """Return an annotation as an expression; one that is written as a string is parsed."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return ast.parse(node.value, mode="eval").body
     return node
@@ -335,7 +338,7 @@ def _bound(nodes: Iterable[ast.AST], changed: bool = False) -> Iterator[str]:
 
     Args:
         nodes: statements, or targets of an assignment.
-        changed: yield also what is changed in place: TABLE[key] = …, TABLE.update(…).
+        changed: also yield names of objects that are changed in place: TABLE[key] = …, TABLE.update(…).
     """
     for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -43,7 +43,7 @@ def _gather(answers: Tensor, batches: Iterable) -> Tensor:
 
 
 def metric(labels: Tensor) -> str:
-    """Return what `score` is: labels that are no integers are those of a regression."""
+    """Return the name of `score`: "Spearman" where the labels are floating-point (a regression), else "accuracy"."""
     return "Spearman" if labels.is_floating_point() else "accuracy"
 
 

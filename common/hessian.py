@@ -1,6 +1,6 @@
 """Curvature of the loss: traces with standard errors, top eigenvalues and spectral densities, on curvlinops.
 
-The loss is a mean over labels, ℓ(θ) = 1/N Σ_n ℓ(f_θ(x)_n, y_n): one label an image, one a token in a language model.
+The loss is a mean over labels, ℓ(θ) = 1/N Σ_n ℓ(f_θ(x)_n, y_n): one label per image, or per token in a language model.
 `empirical_risk` ties model, batches and parameters together; the other functions measure what it returns. With J_n the
 Jacobian of the logits of label n and p_n = softmax(f_n), the kinds of curvature are
 
@@ -44,7 +44,7 @@ Inputs = Tensor | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimated number, its standard error (0 where it is exact) and of how many samples it is the mean."""
+    """An estimated number, its standard error (0 if it is exact) and the number of samples of which it is the mean."""
 
     mean: float
     standard_error: float
@@ -58,8 +58,8 @@ class Risk:
     network: nn.Module
     loss: nn.Module
     parameters: dict[str, nn.Parameter]
-    data: list[tuple[dict[str, Any], Tensor]]  # batches with all their labels (B, …), and the n that count, flat
-    labels: int  # N
+    data: list[tuple[dict[str, Any], Tensor]]  # each batch with all its labels (B, …), and the n that count, flat
+    labels: int  # N, how many count in all batches
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +133,7 @@ def _chosen(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Pa
 
 
 class _Network(nn.Module):
-    """The model as curvlinops calls it: a batch in, the logits (n, C) of the labels that count out."""
+    """The model as curvlinops calls it: it maps a batch to the logits (n, C) of the labels that count."""
 
     def __init__(self, model: nn.Module, logits: Callable[[nn.Module, Inputs], Tensor], ignored: int):
         super().__init__()
@@ -155,7 +155,7 @@ class _Network(nn.Module):
 
 @contextlib.contextmanager
 def _measuring(risk: Risk) -> Iterator[None]:
-    """Evaluation mode and plain attention within the block; what was set before is restored."""
+    """Set evaluation mode and plain attention within the block, and restore what was set before."""
     modes = {module: module.training for module in risk.network.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     risk.network.eval()
@@ -171,7 +171,7 @@ def _measuring(risk: Risk) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(risk: Risk, seed: int) -> Iterator[None]:
-    """Torch's global generator, which curvlinops draws from, seeded within the block and restored."""
+    """Seed torch's global generator, which curvlinops draws from, within the block, and restore it."""
     with torch.random.fork_rng([risk.device] if risk.device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -190,25 +190,26 @@ def mean_loss(risk: Risk) -> float:
 def trace(risk: Risk, kind: str = "hessian", probes: int = 100, seed: int = 0, at_once: int = 8) -> Estimate:
     """Return the trace of a curvature matrix, tr(A), over all parameters of the risk.
 
-    "hessian" and "ggn" by Hutchinson's estimator, tr(A) = E vᵀ A v with random signs v; "sampled_fisher" by labels
+    "hessian" and "ggn" use Hutchinson's estimator, tr(A) = E vᵀ A v with random signs v; "sampled_fisher" uses labels
     drawn from the model, tr(F) = E ‖∇ log p(y)‖². "fisher" (a sum over all classes) and "empirical_fisher" are exact.
 
-    Time: a probe takes about as long as 4 to 6 gradients of all batches; the Fishers take, for each sample, one forward
-    pass and a backward pass for each (label, class), draw or label. Exact "fisher" is for tens of classes, not for a
-    vocabulary. Memory: `at_once` times that of one gradient.
+    Time: a probe takes about as long as 4 to 6 gradients of all batches. The Fishers take one forward pass for each
+    sample, and a backward pass for each label and class ("fisher"), each draw or each label. Exact "fisher" is for
+    tens of classes, not for a vocabulary. Memory: `at_once` times that of one gradient.
 
     Args:
         risk: model, data and parameters.
         kind: one of KINDS.
         probes: random vectors, or labels drawn for each sample; the exact kinds need none.
         seed: of the probes or labels; torch's global generator is not touched.
-        at_once: vectors that are multiplied with the matrix at a time. It does not change the estimate.
+        at_once: how many vectors are multiplied with the matrix at a time; it does not change the estimate.
 
     Returns:
         mean and standard error over the probes (NaN for a single one), for these data.
 
     Raises:
-        ValueError: kind or a number is out of range, or the loss is no unweighted cross-entropy (but for "hessian").
+        ValueError: kind or a number is out of range, or the loss is not an unweighted cross-entropy, which all kinds
+            but "hessian" need.
     """
     return _estimate(_samples(risk, kind, probes, seed, at_once).sum(1), kind in EXACT)
 
@@ -217,18 +218,21 @@ def xtrace(risk: Risk, kind: str = "ggn", products: int = 32, repeats: int = 4, 
     """Return the trace of a curvature matrix by XTrace (Epperly, Tropp and Webber, 2024), unbiased as `trace` is.
 
     It projects out the largest eigenvalues, and so needs far fewer products than Hutchinson's estimator where few of
-    them carry the trace: a GGN, for which it is the estimate to take when there are too many classes for "fisher". A
-    Hessian's trace, a small difference of large parts, gains little. It has no values by block.
+    them make up the trace, as in a GGN: take it for one with too many classes for "fisher". It helps little with a
+    Hessian, whose trace is a small difference of large parts. It gives no traces of single blocks.
 
     Time: `repeats` × `products` products with the matrix. Memory: products / 2 vectors of all parameters several times
     over, and as many gradients at a time.
 
     Args:
         risk: model, data and parameters.
-        kind: one of KINDS; for "sampled_fisher" of one label drawn for each that counts.
-        products: with the matrix in one repeat; even.
+        kind: one of KINDS; for "sampled_fisher" one label is drawn for each that counts.
+        products: how many products with the matrix one repeat takes; even.
         repeats: independent estimates, from which the standard error comes.
         seed: of the probes; torch's global generator is left as it was.
+
+    Returns:
+        mean and standard error over the repeats (NaN for a single one), for these data.
 
     Raises:
         ValueError: as `trace` does, or `products` is odd or not below the number of parameters.
@@ -260,7 +264,10 @@ def per_block(
         block: maps a parameter's name to that of its block; by default each parameter is one.
 
     Returns:
-        a row a block, in module order, with the columns trace, standard_error, samples and entries (its size).
+        one row per block, in module order, with the columns trace, standard_error, samples and entries (its size).
+
+    Raises:
+        ValueError: as `trace` does.
     """
     samples, rows = _samples(risk, kind, probes, seed, at_once), {}
     members: dict[str, list[int]] = {}
@@ -281,7 +288,7 @@ def _estimate(samples: Tensor, exact: bool = False) -> Estimate:
 
 
 def _samples(risk: Risk, kind: str, probes: int, seed: int, at_once: int) -> Tensor:
-    """Return what each probe says of each parameter's diagonal block, (probes, parameters) float64; 1 row if exact."""
+    """Return each probe's trace of each parameter's diagonal block, (probes, parameters) float64; 1 row if exact."""
     _check(risk, kind, probes=probes, at_once=at_once)
     generator = torch.Generator().manual_seed(seed)
     with _measuring(risk):
@@ -374,8 +381,8 @@ def top_eigenvalues(
 ) -> np.ndarray:
     """Return the largest eigenvalues of a curvature matrix, in descending order (Lanczos, scipy's eigsh).
 
-    Time: from 2·count + 9 products with the matrix, where the largest eigenvalues stand apart, to a few times as many;
-    memory: 2·count + 8 vectors of all parameters in float64.
+    Time: 2·count + 9 products with the matrix if the largest eigenvalues are well separated, else up to a few times as
+    many. Memory: 2·count + 8 vectors of all parameters in float64.
 
     Args:
         risk: model, data and parameters.
@@ -383,6 +390,9 @@ def top_eigenvalues(
         kind: one of KINDS; for "sampled_fisher" one label is drawn for each that counts.
         seed: of the start vector and of drawn labels.
         tolerance: relative accuracy.
+
+    Returns:
+        (count,), in the unit of the loss.
 
     Raises:
         ValueError: as `trace` does, or `count` is not smaller than the number of parameters.
@@ -410,7 +420,7 @@ def spectral_density(
         seed: of the start vectors; torch's global generator is left as it was.
 
     Returns:
-        eigenvalues (points,) and density (points,); its integral is 1 but for the tails of bumps at the ends.
+        eigenvalues (points,) and density (points,); its integral is 1, less the tails of bumps beyond the ends.
 
     Raises:
         ValueError: as `trace` does, or `steps` is not in 2 … number of parameters − 1.
@@ -419,7 +429,7 @@ def spectral_density(
     if not 2 <= steps < risk.dimension:
         raise ValueError(f"steps must be at least 2 and below the number of parameters, {risk.dimension}, got {steps}")
     with _measuring(risk), _seeded(risk, seed):
-        low = _extreme(risk, kind, 1, "SA", seed, 1e-2).item() if kind == "hessian" else 0.0  # the others' smallest
+        low = _extreme(risk, kind, 1, "SA", seed, 1e-2).item() if kind == "hessian" else 0.0  # the others have none < 0
         ends = low, _extreme(risk, kind, 1, "LA", seed, 1e-2).item()
         return lanczos_approximate_spectrum(_operator(risk, kind, seed), steps, points, repeats, boundaries=ends)
 
@@ -428,9 +438,9 @@ def _extreme(risk: Risk, kind: str, count: int, side: str, seed: int, tolerance:
     """Return eigenvalues at one end of the spectrum, ascending."""
     operator = _operator(risk, kind, seed).to_scipy()
     start = np.random.default_rng(seed).standard_normal(risk.dimension)
-    if not (operator @ start).any():  # ARPACK refuses the zero matrix: that of a dead layer
+    if not (operator @ start).any():  # ARPACK refuses the zero matrix, which a dead layer has
         return np.zeros(count)
-    vectors = min(risk.dimension, 2 * count + 8)  # below scipy's 20: products are dear, and it restarts where need be
+    vectors = min(risk.dimension, 2 * count + 8)  # fewer than scipy's 20: a product is expensive, a restart is not
     return np.sort(eigsh(operator, count, which=side, ncv=vectors, v0=start, tol=tolerance, return_eigenvectors=False))
 
 

@@ -19,7 +19,7 @@ RANK_TOLERANCE = 1e-6  # singular values below this share of the largest count a
 
 
 def working(matrix: Tensor) -> Tensor:
-    """Return the matrix in the dtype that arithmetic is done in: its own, and float32 where it is narrower."""
+    """Return the matrix in the dtype that arithmetic is done in: its own, or float32 if its own is narrower."""
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
@@ -27,8 +27,8 @@ def rank_tolerance(precision: torch.dtype) -> float:
     """Return the share of σ_1 up to which singular values count as rounding noise, by the precision of the input.
 
     1e-10 for float64, and 1e-6 for float32 and whatever is narrower: above the rounding of a few operations in that
-    dtype, 1e-15 and 1e-7. The rounding of bfloat16 and float16 fills all directions of a matrix, among small ones that
-    are meant, so that no threshold tells them apart: they are treated as float32, in which they are computed.
+    dtype, 1e-15 and 1e-7. Rounding to bfloat16 or float16 adds noise to all directions of a matrix, as strong as small
+    true directions, so that no threshold tells the two apart: these dtypes are treated as float32.
 
     Args:
         precision: dtype of what a matrix was computed from; a float64 sum of float32 matrices has float32's noise.
@@ -41,7 +41,7 @@ def _is_tall(matrix: Tensor) -> bool:
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yield ranges of columns of a wide matrix of about BLOCK entries: float64 copies are made of one at a time."""
+    """Return ranges of columns of a wide matrix, about BLOCK entries each: float64 copies are made of one at a time."""
     small, long = matrix.shape[-2:]
     width = max(256, BLOCK // max(1, small))
     return (slice(start, min(start + width, long)) for start in range(0, long, width))
@@ -83,9 +83,9 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 def spectral_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Split a matrix into orthogonal directions, matrix = left @ right, at the price of one eigenproblem.
 
-    The columns of `left` are the left singular vectors u_r if m ≤ n, and σ_r u_r otherwise; the rows of `right` are
-    σ_r v_rᵀ and v_rᵀ. Either way the columns are orthogonal to each other, the rows are too, and no second basis is
-    formed. The order is that of ascending singular values.
+    If m ≤ n, the columns of `left` are the left singular vectors u_r and the rows of `right` are σ_r v_rᵀ; otherwise
+    they are σ_r u_r and v_rᵀ. Either way the columns are orthogonal to each other, the rows are too, and no second
+    basis is formed. The order is that of ascending singular values.
 
     Args:
         matrix: (m, n), any floating dtype.
@@ -132,11 +132,11 @@ def svd(
     basis = basis.flip(-1)[..., :count]  # (..., m, count)
     right, length = _projected(basis, matrix, dtype)  # rows σ_r v_rᵀ, and their σ_r
     length, order = length.sort(dim=-1, descending=True, stable=True)
-    if not (order.diff(dim=-1) > 0).all():  # rounding turned some around
+    if not (order.diff(dim=-1) > 0).all():  # rounding changed the order of some
         basis = basis.gather(-1, order.unsqueeze(-2).expand_as(basis))
         right = right.gather(-2, order.unsqueeze(-1).expand_as(right))
     present = length > 1e-7 * length[..., :1]  # (..., count)
-    right /= length.where(present, 1).unsqueeze(-1).to(dtype)  # float64 would make right float64
+    right /= length.where(present, 1).unsqueeze(-1).to(dtype)  # dividing by float64 would make it float64
     if not present.all():
         completed = torch.linalg.qr(working(right).mT).Q.mT  # the null rows come last, so their
         right = right.where(present.unsqueeze(-1), completed.to(dtype))  # columns of Q complete the others
@@ -297,7 +297,7 @@ def projection_coefficients(left: Tensor, right: Tensor, updates: Iterable[Tenso
 
 
 def inflation(merged: Tensor, updates: Sequence[Tensor]) -> Tensor:
-    """Return σ_j(merged) / mean_i σ_j(τ_i): by how much merging swells the j-th singular value.
+    """Return σ_j(merged) / mean_i σ_j(τ_i): the factor by which merging increases the j-th singular value.
 
     The denominator is kept above 1e-6 of its largest value, so that a direction for which no update has a
     counterpart (a sum of K matrices of rank 1 has rank K) reads as a huge but finite number. Zero over zero is 0.
@@ -314,7 +314,7 @@ def inflation(merged: Tensor, updates: Sequence[Tensor]) -> Tensor:
 
 
 def inflation_of_spectra(merged: Tensor, spectra: Tensor) -> Tensor:
-    """Return `inflation` from singular values that are known: merged (r,) and spectra (K, r), descending."""
+    """Return `inflation` from known singular values: those of the merged matrix (r,) and of the updates (K, r)."""
     typical = working(spectra).mean(0)  # (r,)
     typical = typical.clamp_min(RANK_TOLERANCE * typical.amax())
     return torch.where(typical > 0, merged / typical.where(typical > 0, 1), 0)
@@ -334,7 +334,7 @@ def _check_law(ratio: float, variance: float = 1.0) -> None:
 
 
 def marchenko_pastur_edges(ratio: float, variance: float = 1.0) -> tuple[float, float]:
-    """Return the smallest and largest eigenvalue of pure noise, λ± = variance · (1 ± √ratio)², zeros left aside.
+    """Return the smallest and largest eigenvalue of pure noise, λ± = variance · (1 ± √ratio)², without zeros.
 
     Args:
         ratio: p/n of the (p, n) noise matrix X.
@@ -371,9 +371,9 @@ def marchenko_pastur_density(eigenvalues: Tensor, ratio: float, variance: float 
 
 
 def fit_noise_level(eigenvalues: Tensor, ratio: float) -> Tensor:
-    """Return the variance at which the law's median equals that of the eigenvalues: few outliers do not move it.
+    """Return the variance at which the law's median equals that of the eigenvalues: a few outliers hardly change it.
 
-    For ratio > 1 both medians are taken without the eigenvalues that are zero by counting, a share 1 − 1/ratio.
+    For ratio > 1 both medians leave out the share 1 − 1/ratio of the eigenvalues, which are zero because p > n.
 
     Args:
         eigenvalues: (..., p), ALL eigenvalues of (1/n) X Xᵀ, zeros included, in any order.

@@ -1,4 +1,4 @@
-"""The one training loop, on accelerate: the same on a CPU, one GPU or many. A killed run goes on where it was."""
+"""The one training loop, on accelerate: the same on a CPU, one GPU or many. A killed run can be continued."""
 
 import math
 import os
@@ -25,8 +25,8 @@ class Recipe:
     """How a model is trained: AdamW under a schedule of the learning rate. `batch_size` is global.
 
     `warmup` is a share of the steps, W of them. The rate rises linearly to `learning_rate` and then falls as a half
-    cosine to 0 ("cosine"), as √(W/t) ("inverse_sqrt"), or not at all ("constant"); `stairs` > 0 changes it only so
-    many times during the run (once per epoch, in many recipes). `clip` bounds the norm of the gradient.
+    cosine to 0 ("cosine"), as √(W/t) ("inverse_sqrt"), or not at all ("constant"). With `stairs` > 0 it changes only
+    that many times during the run (once per epoch, in many recipes). `clip` bounds the norm of the gradient.
     """
 
     steps: int
@@ -83,7 +83,11 @@ class RandomBatches(Sampler[list[int]]):
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Batches of indices: every epoch all `length` samples in a new seeded order, without its incomplete last batch."""
+    """Batches of indices: every epoch all `length` samples in a new seeded order, without its incomplete last batch.
+
+    Raises:
+        ValueError: there are fewer samples than a batch holds.
+    """
 
     drop_last = True  # read by accelerate when it shares batches among processes
 
@@ -151,7 +155,7 @@ def fit(
     batches = accelerator.skip_first_batches(loader, done) if done else loader
     hidden = description is None or not accelerator.is_main_process
     for batch in tqdm(batches, description, recipe.steps, initial=done, disable=hidden, leave=False):
-        if kept:  # only now: a loader that starts draws from the generators whose state comes back here
+        if kept:  # only now: starting the loader draws from the random generators whose state is restored here
             accelerator.load_state(str(kept[done]))
             kept = {}
         value = loss(prepared, batch)

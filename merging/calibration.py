@@ -36,7 +36,7 @@ OVERLAP_RANK = 8  # leading directions that `Diagnosis.overlap` compares
 
 @dataclass(frozen=True)
 class SVC:
-    """The options of SVC. Which tensors are calibrated, and in which bases, is said where the tensors are."""
+    """The options of SVC. The tensors to calibrate, and bases of their own, are chosen by arguments of `calibrate`."""
 
     alpha: float | None = None
     """Floor of the coefficients, > 0. Default 1/K."""
@@ -46,14 +46,14 @@ class SVC:
     """Index of a task to calibrate for: γ_r = 1 / max(s_tr, α) where s_tr > 0, else 1."""
     rule: str = "current"
     """"current" as above, or "legacy", the authors' code until March 2026: γ_r = 1 / max(mean_i s_ir, α) where all
-    s_ir > 0, else 1. Has no influence where there is a target."""
+    s_ir > 0, else 1. It has no influence if there is a target."""
     split_qkv: bool = False
     """Calibrate the query, key and value part of a fused (3d, d) weight each by itself, not as one."""
     vectors: bool = False
     """Calibrate 1-D tensors too (IA³), as a whole: γ = K / Σ_i s_i with s_i = <τ, τ_i> / ‖τ_i‖², and 1 where that sum
     is not positive. Independent of alpha, space, target and rule."""
     flatten: bool = False
-    """Offer tensors of more dimensions to `matrices` as (out, rest); without it they keep the merged value."""
+    """Offer tensors of more than 2 dimensions to `matrices` as (out, rest); without it they keep the merged value."""
 
     def check(self, tasks: int) -> None:
         """Raise a ValueError that names the option and what it can be, unless all are in range for K tasks."""
@@ -120,10 +120,10 @@ def calibrate(
         matrices: which tensors are calibrated; the others keep the merged value.
         bases: name → (m, c), orthonormal columns which span those of that matrix (rows for space="input"), to use
             in place of its singular vectors; the parts of a split weight are named "NAME[q]", "[k]" and "[v]".
-        **options: fields of `SVC`, such as alpha=1.0, which go before those of `svc`.
+        **options: fields of `SVC`, such as alpha=1.0, which take precedence over those of `svc`.
 
     Returns:
-        name → calibrated update, in the dtype of `merged`; its tensors of other dtypes than floating are left out.
+        name → calibrated update, in the dtype of `merged`; tensors that are not floating-point are left out.
 
     Raises:
         TypeError, ValueError: bad task vectors (as for the mergers), or an option out of range.
@@ -138,7 +138,7 @@ def calibrate(
 
 
 def published_alpha(method: str, tasks: int) -> float:
-    """Return the α of the paper's "+SVC" column: 1 on TSV-M, 1/K on every other merger."""
+    """Return the α of the paper's "+SVC" column for K = `tasks`: 1 on TSV-M, 1/K on every other merger."""
     own = merger(method).alpha if method in MERGERS else None
     return 1 / tasks if own is None else own
 
@@ -146,7 +146,7 @@ def published_alpha(method: str, tasks: int) -> float:
 def own_bases(
     method: str, task_vectors: Sequence[TaskVector], svc: SVC, matrices: Predicate = SVC_MATRICES, **options: Any
 ) -> dict[str, Tensor] | None:
-    """Return the `bases` in which SVC calibrates what a merger made: its own if it has any (Iso), else None.
+    """Return the `bases` in which SVC calibrates the result of a merger: the merger's own if it has any, else None.
 
     There are none in the input space, nor for a weight that is split in three.
 
@@ -155,6 +155,9 @@ def own_bases(
         task_vectors: the K task vectors that were merged.
         svc, matrices: as for `calibrate`.
         **options: `side` and `precision` of `iso_basis`.
+
+    Returns:
+        name → (m, r) with orthonormal columns.
     """
     own = merger(method)
     if own.basis is None or svc.space != "output":
@@ -169,7 +172,7 @@ def own_bases(
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What calibration sees in one tensor, and does to it. Directions are sorted by singular value, descending.
+    """What calibration finds in one tensor and does to it. Directions are sorted by singular value, descending.
 
     Tensors that keep the merged value have only `treatment`. A calibrated vector has one direction, itself.
     Directions from `rank` on are null: their coefficients are rounding noise, and their γ has no effect.
@@ -184,7 +187,7 @@ class Diagnosis:
     energy: Tensor | None = None  # (K, r) ‖a‖², the tasks' own response
     interference: Tensor | None = None  # (K, r) (s − 1)² ‖a‖²
     inflation: Tensor | None = None  # (r,) σ over the mean of the tasks' own j-th singular values
-    overlap: Tensor | None = None  # (K, K) of the leading min(8, r) directions of each task, see below
+    overlap: Tensor | None = None  # (K, K) of the leading min(8, r) directions of each task, see `diagnose`
 
 
 def diagnose(
@@ -196,7 +199,7 @@ def diagnose(
     bases: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> dict[str, Diagnosis]:
-    """Return per tensor what `calibrate` computes with the same options, from the same computation.
+    """Return for each tensor what `calibrate` computes with the same options; both run the same code.
 
     `overlap` is ‖U_iᵀ U_j‖_F² / k for the top k = min(8, r) singular directions (in the calibrated space) of tasks
     i and j, k/m by chance; a task of rank below k has rank/k on the diagonal. For vectors it is the squared cosine.
@@ -208,6 +211,9 @@ def diagnose(
 
     Returns:
         name → Diagnosis, with one entry each for "NAME[q]", "NAME[k]" and "NAME[v]" of a weight that is split.
+
+    Raises:
+        TypeError, ValueError: as `calibrate` does.
     """
     svc = replace(svc or SVC(), **options)
     diagnoses = {}
@@ -282,7 +288,7 @@ def _parts(name: str, tensor: Tensor, svc: SVC) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Directions:
-    """A matrix in its spectral directions, ΔW = left @ right, transposed where the space is that of the input."""
+    """A matrix in its spectral directions, ΔW = left @ right; ΔWᵀ = left @ right if SVC works in the input space."""
 
     left: Tensor  # (m, r)
     right: Tensor  # (r, n)

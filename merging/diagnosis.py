@@ -1,4 +1,4 @@
-"""Diagnoses in a few numbers: means over directions, matrices and tasks of what `diagnose` says of each.
+"""Diagnoses in a few numbers: means over directions, matrices and tasks of what `diagnose` finds in each.
 
 All functions take `Diagnosis` objects of calibrated matrices (`calibrated_matrices` picks and names them) and count
 every matrix once, whatever its size; interference and energy are sums over all of them.
@@ -26,7 +26,7 @@ def calibrated_matrices(diagnoses: Mapping[str, Diagnosis]) -> dict[str, Diagnos
 
 
 def tenths(values: Tensor) -> Tensor:
-    """Return the means over ten groups of directions, in order, as equal in size as can be: (…, r) → (…, 10)."""
+    """Return the means over ten groups of directions, in order and as equal in size as possible: (…, r) → (…, 10)."""
     return torch.stack([part.mean(-1) for part in values.tensor_split(10, dim=-1)], -1)
 
 
@@ -37,7 +37,7 @@ def energy_by_tenth(singular_values: Tensor) -> Tensor:
 
 
 def mean(measure: Callable, items: Iterable) -> Tensor:
-    """Return the mean of a measure over matrices."""
+    """Return the mean over items, such as matrices, of a measure that maps an item to a tensor."""
     return torch.stack([measure(item) for item in items]).mean(0)
 
 
@@ -48,7 +48,7 @@ def overlap_between_tasks(seen: Diagnosis) -> Tensor:
 
 
 def relative_interference(layers: Iterable[Diagnosis]) -> float:
-    """Return Σ (s − 1)² ‖a‖² / Σ ‖a‖² over tasks, directions and matrices (eq. 7): 1 is that of no update at all."""
+    """Return Σ (s − 1)² ‖a‖² / Σ ‖a‖² over tasks, directions and matrices (eq. 7); an update of zero would have 1."""
     layers = list(layers)
     return float(sum(seen.interference.sum() for seen in layers) / sum(seen.energy.sum() for seen in layers))
 
@@ -81,8 +81,9 @@ def totals(layers: Iterable[Diagnosis]) -> dict[str, float]:
 def privacy(layers: Sequence[Diagnosis]) -> dict[str, float]:
     """Return how private the directions of all matrices are: medians, 99 % quantiles and maxima of two measures.
 
-    Both are 1/K where all K tasks respond alike: "max s / K" (for the sum of the tasks; far above 1 where a direction
-    is nearly private) and the largest task's share of the response, max_i ‖a_i‖² / Σ_i ‖a_i‖² (1: wholly private).
+    A direction is private if only one task responds to it. "max s / K", for the sum of the tasks, is 1 where all tasks
+    respond alike and far above 1 where a direction is nearly private. "largest share", max_i ‖a_i‖² / Σ_i ‖a_i‖², is
+    the strongest task's share of the response: 1/K where all respond alike, 1 where a direction is private.
     """
     largest = torch.cat([seen.energy.amax(0) / seen.energy.sum(0) for seen in layers])
     quantiles = {"median": 0.5, "99 % quantile": 0.99, "maximum": 1.0}
@@ -94,12 +95,12 @@ def privacy(layers: Sequence[Diagnosis]) -> dict[str, float]:
 
 
 def by_peak(layers: Sequence[Diagnosis]) -> dict[float, dict[str, float]]:
-    """Return what the directions of all matrices hold and what SVC does to them, by octave of max_i s_i / K.
+    """Return how many directions, of all matrices, each octave of max_i s_i / K has, and what SVC does to them.
 
     Returns:
-        upper end of the octave (1/16 for all below, 1024 for all above) → share (%) of the directions, of the merged
-        update's energy Σσ² before and after SVC, energy after over before, and the median γ; octaves without a
-        direction are left out.
+        upper end of the octave (1/16 for all below, 1024 for all above) → share (%) of the directions, and of the
+        merged update's energy Σσ² before and after SVC, ratio of the energies after and before, and the median γ;
+        octaves without a direction are left out.
     """
     octaves = _peaks(layers).clamp(2**-4, 2**10).log2().ceil()
     gamma = torch.cat([seen.gamma for seen in layers]).double()

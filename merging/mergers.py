@@ -2,7 +2,8 @@
 
 All follow the algorithms of the official SVC repository (github.com/lyymuwu/SVC), with scale 1 after merging unless
 the function says otherwise. Notation: K task vectors τ_i; per matrix m × n and r = min(m, n); A = U diag(σ) Vᵀ is
-the thin SVD and polar(A) = U Vᵀ. Arithmetic is at least float32, the result has the dtype of the inputs.
+the thin SVD and polar(A) = U Vᵀ. Arithmetic is at least float32, the result has the dtype of the inputs. Task vectors
+that do not fit each other raise the errors of `merging.task_vectors.check`.
 
 Rank rule: for updates without full rank (LoRA, repeated tasks) the published TSV-M, Iso-C and Iso-CTS depend on
 arbitrary null vectors. Here triplets with σ_r ≤ ε σ_1 are dropped, and Iso spreads its singular values over the
@@ -27,7 +28,7 @@ from common.spectral import numerical_rank, polar, product, rank_tolerance, sing
 from merging.task_vectors import OneTensor, Predicate, TaskVector, check, check_choice, check_finite, matrices_without
 from merging.ties_dare import dare, dare_by_rows, elect, elected_together, ties, ties_by_rows
 
-Updates = Sequence[Tensor]  # one tensor of each task
+Updates = Sequence[Tensor]  # the same tensor of each task
 
 SUM_MATRICES = matrices_without("text_projection", "token_embedding")
 TSV_MATRICES = matrices_without("text_projection", "embedding")
@@ -37,14 +38,14 @@ STAR_MATRICES = matrices_without(conv=True)
 
 @dataclass(frozen=True)
 class ByRows:
-    """How ranges of rows are merged where an entry of the result depends on more than the K entries at its place."""
+    """How ranges of rows are merged if an entry of the result depends on more than the K entries at its place."""
 
     start: Callable[..., Callable[[Updates], Tensor]]
     """(tensor's name, K, what was decided, **options) → what merges its ranges of rows, each once and in order."""
     decide: Callable[..., Any] | None = None
-    """([reader of the ranges of a tensor, …], map, **options) → what must be known first, as plain data."""
+    """([reader of the ranges of a tensor, …], map, **options) → what must be decided first, as plain data."""
     together: Callable[..., dict[str, Any] | None] = lambda **options: None
-    """**options → where it is decided over all tensors together, the options that have to be the same for all."""
+    """**options → the options that must be the same for all tensors if it is decided over all of them, else None."""
 
 
 @dataclass(frozen=True)
@@ -52,34 +53,34 @@ class Merger:
     """All that is known of a merger. It is called as its function is: `MERGERS["ties"](task_vectors, keep=0.1)`."""
 
     merge: Callable[..., dict[str, Tensor]]
-    """task vectors → merged task vector. Options are keywords with plain defaults. `matrices` is the predicate of the
-    tensors that are treated as matrices, of which the others take the mean; `side` and `precision`, where it has them,
-    tell it what the cores of low-rank updates were cut out of (`merging.lowrank`)."""
+    """task vectors → merged task vector. Options are keywords with plain defaults. The predicate `matrices` selects the
+    tensors that are treated as matrices; the others are averaged. `side` and `precision`, if it has them, tell it the
+    size and dtype of the matrices to which the cores of low-rank updates belong (`merging.lowrank`)."""
     title: str
-    """How it is written in figures."""
+    """Its name in figures."""
     colour: str | None = None
-    """In figures; by default the palette's next."""
+    """Its colour in figures; None takes the next one of the palette."""
     by_entry: bool = False
-    """Treats each entry by itself, so that a large tensor can be merged by ranges of its rows, calling it on each."""
+    """Whether it treats each entry by itself, so that a large tensor can be merged by calling it on ranges of rows."""
     by_rows: ByRows | None = None
-    """How that is done instead where entries depend on whole tensors."""
+    """What merges ranges of rows instead, if the entries depend on whole tensors."""
     factored: bool = False
-    """Knows only sums, norms and singular triplets, so that what it does to cores it does to low-rank updates."""
+    """Whether it uses only sums, norms and singular triplets, so that it can merge low-rank updates by their cores."""
     basis: Callable[[Updates, int | None, torch.dtype | None], Tensor] | None = None
-    """(updates, side, precision) → the left basis of its result, where all singular values of that are equal."""
+    """(updates, side, precision) → the left basis of its result; for results whose singular values are all equal."""
     alpha: float | None = None
     """α of the paper's "+ SVC"; None is 1/K."""
     published: bool = False
-    """In the paper's main table."""
+    """Whether it is in the paper's main table."""
     copies: int = 5
-    """Of a matrix in float32: the memory that merging it takes, measured."""
+    """Memory that merging a matrix takes, in copies of it in float32; measured."""
 
     def __call__(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
         return self.merge(*arguments, **options)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options which are numbers or words, with their defaults."""
+        """The options that are numbers or words, with their defaults."""
         defaults = {name: each.default for name, each in inspect.signature(self.merge).parameters.items()}
         return {name: default for name, default in defaults.items() if isinstance(default, int | float | str)}
 
@@ -90,7 +91,7 @@ class Merger:
         return parameter and parameter.default
 
     def takes(self, name: str, tensor: Tensor) -> bool:
-        """Return whether a tensor is treated by the method's own rule; where not, it takes the mean."""
+        """Return whether a tensor is treated by the method's own rule; otherwise it is averaged."""
         return self.matrices is None or bool(tensor.numel() and self.matrices(name, tensor))
 
     def known(self, **options: Any) -> dict[str, Any]:
@@ -104,13 +105,13 @@ def _merge_each(
     rule: Callable[[Updates], Tensor],
     matrices: Predicate | None = None,
 ) -> dict[str, Tensor]:
-    """Apply `rule` to one tensor of all tasks after the other; where `matrices` refuses a tensor, take the mean."""
+    """Apply `rule` to each tensor (of all tasks) in turn; average it instead where `matrices` refuses it."""
     merged = {}
     for name in check(task_vectors):
         first = task_vectors[0][name]
         shape, dtype = first.shape, first.dtype
         refused = matrices is not None and not (first.numel() and matrices(name, first))
-        del first  # tasks may be large: one at a time
+        del first  # tensors may be large: hold one task's at a time
         view = working if matrices is None or refused else partial(_as_matrix, name)
         result = (_mean if refused else rule)(OneTensor(task_vectors, name, view))
         merged[name] = result.reshape(shape).to(dtype)
@@ -182,7 +183,7 @@ def tsv_m(
 
     Args:
         task_vectors: the K task vectors.
-        matrices: which tensors; the others take the mean.
+        matrices: which tensors are treated so; the others are averaged.
         side: r, where the task vectors hold the small cores of larger matrices (`merging.lowrank`).
         precision: for the rank rule, the dtype that the task vectors were computed from, if not their own.
     """
@@ -226,7 +227,7 @@ def iso_c(
 
     Args:
         task_vectors: the K task vectors.
-        matrices: which tensors; the others take the mean.
+        matrices: which tensors are treated so; the others are averaged.
         precision: as for `tsv_m`.
     """
     return _merge_each(task_vectors, partial(_iso_c_matrix, precision=precision), matrices)
@@ -263,7 +264,7 @@ def iso_cts(
 
     Args:
         task_vectors: the K task vectors.
-        matrices: which tensors; the others take the mean.
+        matrices: which tensors are treated so; the others are averaged.
         side, precision: as for `tsv_m`.
     """
     return _merge_each(task_vectors, partial(_iso_cts_matrix, side=side, precision=precision), matrices)
@@ -281,7 +282,7 @@ def _iso_cts_matrix(updates: Updates, side: int | None = None, precision: torch.
 
 def _iso_cts_triplets(updates: Updates, side: int | None, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     common, own = iso_cts_counts(min(updates[0].shape) if side is None else side, len(updates))
-    total = torch.zeros_like(updates[0], dtype=torch.float64)  # for Û may be ill-conditioned
+    total = torch.zeros_like(updates[0], dtype=torch.float64)  # float64, as Û may be ill-conditioned
     for update in updates:
         _add(total, update)
         del update
@@ -305,13 +306,13 @@ def _outside(shared: Tensor, update: Tensor) -> Tensor:
 
 
 def _add(total: Tensor, update: Tensor) -> None:
-    """Add an update to a float64 sum; by rows, because a whole one would be copied to float64."""
+    """Add an update to a float64 sum, by rows: at once, the whole update would be copied to float64."""
     for part, own in zip(total.split(1024), update.split(1024), strict=True):
         part += own
 
 
 def iso_cts_counts(rank: int, tasks: int) -> tuple[int, int]:
-    """Return c, the number of common directions, and q, that of each task's own."""
+    """Return c, the number of common directions, and q, the number of each task's own, for r = `rank`."""
     own = round((rank - int(0.8 * rank)) / tasks)
     return rank - own * tasks, own
 
@@ -339,7 +340,7 @@ def star(
     Args:
         task_vectors: the K task vectors.
         share: of the nuclear norm that is kept, in (0, 1].
-        matrices: which tensors (kernels as (out, rest)); the others take the mean.
+        matrices: which tensors are treated so (kernels as (out, rest)); the others are averaged.
 
     Raises:
         ValueError: share is out of range.
@@ -373,14 +374,14 @@ def iso_basis(
 ) -> dict[str, Tensor]:
     """Return the left basis in which Iso-C or Iso-CTS built each matrix, for `calibrate(..., bases=…)`.
 
-    All singular values of their result are equal, so that the result alone does not determine a basis: whatever SVC
-    computes in another one is a different matrix. Iso-C's basis is U of Σ τ_i; that of Iso-CTS is polar(Û), or,
+    All singular values of their result are equal, so that the result alone does not determine a basis, and SVC gives a
+    different matrix in each. Iso-C's basis is U of Σ τ_i; that of Iso-CTS is polar(Û), or,
     where Û has no full rank, an orthonormal basis of the same columns.
 
     Args:
         task_vectors: the K task vectors that were merged.
         method: a merger whose record has a `basis`: "iso_c" or "iso_cts".
-        matrices: which tensors, as for the merger.
+        matrices: which tensors get a basis, as for the merger.
         side, precision: as for the merger.
 
     Returns:
@@ -439,7 +440,7 @@ def merge(method: str, task_vectors: Sequence[TaskVector], seed: int = 0) -> dic
 
 
 def merger(name: str) -> Merger:
-    """Return the merger of this name; a plain function in the table is one of which nothing else is known.
+    """Return the record of the merger of this name; a plain function in the table gets a record of defaults.
 
     Raises:
         ValueError: there is none; the message names the nearest one.

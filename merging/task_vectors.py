@@ -1,7 +1,7 @@
 """Task vectors, plain dicts of tensors: what fine-tuning added to each weight, and how to add it back.
 
 Only floating-point tensors take part. Integer and boolean ones (counters, position ids, masks) keep the pretrained
-value: `task_vector` leaves them out, and everything that reads task vectors passes over them.
+value: `task_vector` leaves them out, and everything that reads task vectors ignores them.
 """
 
 import difflib
@@ -18,7 +18,7 @@ Predicate = Callable[[str, Tensor], bool]
 
 
 class OneTensor(Sequence[Tensor]):
-    """One tensor of all tasks, taken from each task vector when it is asked for: task vectors may read from a disk."""
+    """The same tensor of all tasks, each read from its task vector when asked for: task vectors may be on disk."""
 
     def __init__(self, task_vectors: Sequence[TaskVector], name: str, view: Callable[[Tensor], Tensor] = working):
         self._task_vectors, self._name, self._view = task_vectors, name, view
@@ -88,7 +88,7 @@ def apply(pretrained: TaskVector, merged: TaskVector, scale: float = 1.0) -> dic
 def combine(treated: TaskVector, others: TaskVector, matrices: Predicate) -> dict[str, Tensor]:
     """Return `treated` where `matrices` accepts a tensor of it, and `others` elsewhere; both are left unchanged.
 
-    Takes apart what a method does to its matrices and what happens to all other tensors.
+    So the effect of a method on its matrices is told apart from what happens to all other tensors.
     """
     return {name: tensor if matrices(name, tensor) else others[name] for name, tensor in treated.items()}
 
@@ -112,11 +112,11 @@ def check(task_vectors: Sequence[TaskVector], merged: TaskVector | None = None) 
 
     Args:
         task_vectors: one or more mappings from names to tensors.
-        merged: where given, checked with them.
+        merged: if given, checked with them.
 
     Raises:
-        TypeError: a task vector is no mapping, or an entry is no tensor.
-        ValueError: there is none, keys or shapes differ, or an entry is NaN or infinite.
+        TypeError: a task vector is not a mapping, or one of its values is not a tensor.
+        ValueError: there is no task vector, keys or shapes differ, or an entry is NaN or infinite.
     """
     if isinstance(task_vectors, Mapping | Tensor | str) or not isinstance(task_vectors, Sequence):
         raise TypeError(f"expected a list of task vectors, got {type(task_vectors).__name__}")

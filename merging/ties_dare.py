@@ -1,6 +1,6 @@
-"""TIES and DARE: mergers of single entries that depend on whole tensors, through thresholds and majorities, and masks.
+"""TIES and DARE: mergers of single entries, which depend on whole tensors by thresholds and majorities, or by masks.
 
-Each stands here twice: on whole tensors, and by ranges of rows, for tensors that are not in memory as a whole. The two
+Each is written twice: for whole tensors, and for ranges of rows, when a tensor is not in memory as a whole. The two
 agree bit for bit.
 """
 
@@ -36,7 +36,7 @@ def ties(
     Args:
         task_vectors: the K task vectors.
         keep: share of the entries that survive trimming, in (0, 1].
-        scope: threshold and majority "layer" by layer, or "global", over all tensors together.
+        scope: "layer" takes threshold and majority of each tensor by itself, "global" of all tensors together.
         combine: "mean" over the entries that agree, or their "sum".
         scale: factor of the result.
 
@@ -110,11 +110,11 @@ def elect(
     It is exact, over all given tensors together, which are read three times. The threshold of a task is the k-th
     smallest of its d magnitudes, k = d − ⌊keep · d⌋. Non-negative floats are ordered like the integers with the same
     bits: a first pass counts the upper 16 bits, a second one the lower 16 bits of those magnitudes that share the upper
-    half of the threshold. The majority needs the thresholds: a third pass.
+    half of the threshold. The majority, which needs the thresholds, takes a third pass.
 
     Args:
-        tensors: what reads the float32 updates of one tensor, range by range, each time that it is called.
-        every: map, or one over several threads.
+        tensors: for each tensor a function that reads its float32 updates, range by range, each time it is called.
+        every: `map`, or a map over several threads.
         keep: share of the entries that survive trimming.
 
     Returns:
@@ -161,14 +161,23 @@ def _position(counts: Tensor, rank: int) -> tuple[int, int]:
 
 
 def elected_together(*, scope: str, keep: float, **_: Any) -> dict[str, Any] | None:
-    """Return the options that one election over all tensors needs to be the same everywhere, or None without one."""
+    """Return the options that must be the same for all tensors if one election covers all of them, else None."""
     return {"scope": scope, "keep": keep} if scope == "global" else None
 
 
 def ties_by_rows(
     name: str, tasks: int, election: Mapping[str, Any], *, keep: float, scope: str, combine: str, scale: float
 ) -> Callable[[Sequence[Tensor]], Tensor]:
-    """Return what merges a range of rows by TIES, once its election is known."""
+    """Return the function that merges a range of rows by TIES, updates (K tensors) → merged, given what `elect` found.
+
+    Args:
+        name, tasks: of the tensor, and K; TIES needs neither.
+        election: what `elect` returned for this tensor, or for all tensors together.
+        keep, scope, combine, scale: as for `ties`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
     _check_ties(keep, scope, combine, scale)
     thresholds, majority = election["thresholds"], election["majority"]
     return lambda updates: scale * _combined(_trimmed(updates, thresholds), majority, combine)
@@ -203,7 +212,15 @@ def dare(task_vectors: Sequence[TaskVector], drop: float = 0.8, seed: int = 0) -
 def dare_by_rows(
     name: str, tasks: int, decided: None = None, *, drop: float, seed: int
 ) -> Callable[[Sequence[Tensor]], Tensor]:
-    """Return what merges the ranges of rows of one tensor by DARE, each once and in order, as its masks are drawn.
+    """Return the function that merges ranges of rows of one tensor by DARE, updates (K tensors) → merged.
+
+    It draws its masks as it goes, so it must be called on each range once, in order.
+
+    Args:
+        name: of the tensor.
+        tasks: K.
+        decided: None: nothing has to be known first.
+        drop, seed: as for `dare`.
 
     Raises:
         ValueError: drop is out of range.
@@ -226,5 +243,5 @@ def _generator(seed: int, task: int, name: str) -> torch.Generator:
 
 
 def _mask(update: Tensor, drop: float, generator: torch.Generator) -> Tensor:
-    """Return which entries are kept, drawn on the CPU for every device."""
+    """Return 1 for each entry that is kept and 0 for the others, drawn on the CPU for every device."""
     return (torch.rand(update.shape, generator=generator) >= drop).to(update)

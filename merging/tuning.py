@@ -1,4 +1,4 @@
-"""The scale λ of a finished update, chosen on validation: the control for every claim about merging."""
+"""The scale λ of a finished update, chosen on validation data: the control for every claim about merging."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ COARSE = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 def tune_scale(
     score: Callable[[Sequence[float]], Sequence[float]], coarse: Sequence[float] = COARSE, refinements: int = 2
 ) -> float:
-    """Return the scale λ > 0 with the highest validation score: a geometric grid, then ever closer neighbours.
+    """Return the scale λ > 0 with the highest validation score, from a geometric grid and ever closer neighbours.
 
     The scale multiplies the FINISHED update (`apply(pretrained, update, scale)`), after calibration: before it, a scale
     is only another α. The default looks at 11 scales and ends with steps of 2^¼; the smaller scale wins a tie.
@@ -17,7 +17,7 @@ def tune_scale(
         score: maps scales to scores, higher is better; it is called once for each round of the search, so that it can
             evaluate all scales of a round in one pass over the data.
         coarse: the grid of the first round, a constant factor apart.
-        refinements: how many times the two neighbours at half the (logarithmic) distance are tried.
+        refinements: how many times the best scale's two neighbours, at half the logarithmic distance, are tried.
 
     Raises:
         ValueError: the grid holds fewer than two scales, or one that is not positive.

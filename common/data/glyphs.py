@@ -5,8 +5,8 @@ is the Unicode name, which a text encoder can read. Faces are split by design (a
 two are always in the same split): nine faces train, two validate, five test.
 
 A `Style` says how glyphs are photographed. `MILD` is what the base model sees in pre-training; `SHIFTED` is the domain
-of all downstream tasks, in training and test alike: slanted and half-toned. Every expert learns that same domain and
-its own task's confusions, and so the experts share directions, which is the situation the merging paper is about.
+of all downstream tasks, in training and test alike: slanted and half-toned. Every expert learns that same domain, and
+to tell the classes of its own task apart. So the experts share directions: the situation the merging paper is about.
 """
 
 import math
@@ -60,11 +60,12 @@ FACES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a glyph is photographed. Lengths are shares of the image side; `slant` and `halftone` are fixed.
+    """How a glyph is photographed. Lengths are shares of the image side.
 
-    rotation is in degrees; shear, scale and shift are half-widths of uniform laws; contrast is its largest loss;
-    inversion, blur and stroke (thicker or thinner) are probabilities; noise is the standard deviation of white noise
-    and clutter the amplitude of smooth background noise; halftone is what every second pixel loses.
+    rotation is in degrees; rotation, shear, scale and shift are half-widths of uniform distributions; contrast is the
+    largest loss of contrast; inversion, blur and stroke (thicker or thinner) are probabilities; noise is the standard
+    deviation of white noise and clutter the amplitude of smooth background noise. slant, a constant shear, and
+    halftone, the share of its ink that every second pixel loses, are the same in every photograph.
     """
 
     rotation: float = 5.0
@@ -101,7 +102,11 @@ class Glyphs:
 
 @cache
 def characters(task: str) -> tuple[str, ...]:
-    """Return the task's classes: visible characters that all twelve DejaVu faces hold, evenly thinned out."""
+    """Return the task's classes: visible characters that all twelve DejaVu faces hold, evenly thinned out.
+
+    Raises:
+        ValueError: the task is unknown.
+    """
     if task not in TASKS:
         raise ValueError(f"unknown glyph task {task!r}; there are {', '.join(TASKS)}")
     ranges, most = TASKS[task]
@@ -119,7 +124,11 @@ def class_names(task: str) -> tuple[str, ...]:
 
 
 def glyphs(tasks: Sequence[str], split: str) -> Glyphs:
-    """Draw every class of `tasks` in every face of `split` (train, validation or test) that holds it."""
+    """Draw every class of `tasks` in every face of `split` (train, validation or test) that holds it.
+
+    Raises:
+        ValueError: a task or the split is unknown.
+    """
     if split not in FACES:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(FACES)}")
     alphabet = [character for task in tasks for character in characters(task)]
@@ -154,7 +163,7 @@ def photograph(images: Tensor, style: Style, generator: Generator) -> Tensor:
 
 
 class _Uniform:
-    """Uniform draws, one per sample: `uniform(low, high)` is (B, 1, 1, 1). Drawn on the CPU: alike on all devices."""
+    """Uniform draws, one per sample: `uniform(low, high)` is (B, 1, 1, 1), drawn on the CPU for every device."""
 
     def __init__(self, batch: int, generator: Generator, device: torch.device):
         self.batch, self.generator, self.device = batch, generator, device

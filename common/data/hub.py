@@ -1,8 +1,8 @@
 """Public repositories of the Hugging Face Hub: the one place that downloads, and the one that checks what came.
 
-Which data sets there are is written in tables of the packages that use them. Nothing here is trusted to be as a table
-says: files, columns, class names, labels and numbers of rows are compared, and a difference ends in one line that names
-the repository, the file and what is wrong.
+The packages that use data sets describe them in tables. None of these descriptions is trusted: files, columns, class
+names, labels and numbers of rows are compared with them, and a difference is an error of one line that names the
+repository, the file and what is wrong.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,11 @@ FORMATS = {".parquet": "parquet", ".gz": "json"}  # what `datasets` calls a form
 
 
 class MissingResource(OSError):
-    """Something that is not part of this project cannot be had; the message is one line that says what to do."""
+    """Something that is not part of this project is not available; the message is one line that says what to do."""
 
 
 class HubError(MissingResource):
-    """A repository of the Hub cannot be had."""
+    """A repository of the Hub is not available."""
 
 
 def snapshot(repo: str, kind: Literal["model", "dataset"], patterns: Sequence[str]) -> Path:
@@ -32,7 +32,7 @@ def snapshot(repo: str, kind: Literal["model", "dataset"], patterns: Sequence[st
         patterns: which files, as shell patterns.
 
     Raises:
-        HubError: one line that says what to do.
+        HubError: the repository is not available; the message is one line that says what to do.
     """
     from huggingface_hub import snapshot_download
 
@@ -41,10 +41,13 @@ def snapshot(repo: str, kind: Literal["model", "dataset"], patterns: Sequence[st
 
 
 def commit(repo: str, kind: Literal["model", "dataset"]) -> str:
-    """Return the commit of a repository that is read: what is cached under it is not found after it has changed.
+    """Return the commit of a repository whose files are read, for cache keys that have to change with the files.
+
+    Args:
+        repo, kind: as for `snapshot`.
 
     Raises:
-        HubError: the repository cannot be had.
+        HubError: the repository is not available.
     """
     return snapshot(repo, kind, ["README.md", "*config.json"]).name
 
@@ -73,7 +76,7 @@ def _one_line_errors(repo: str, kind: str):
 
 
 def loose_spelling(name: str) -> str:
-    """Return a class name without what spellings differ in: case, underscores and repeated spaces."""
+    """Return a class name in lower case, with single spaces in place of underscores and repeated spaces."""
     return " ".join(name.replace("_", " ").lower().split())
 
 
@@ -93,14 +96,14 @@ def load_rows(
             N files NAME-00000-of-N must be there.
         columns: the columns to return, each with its type in `datasets`.
         class_names: what the ClassLabel column calls its classes, in label order.
-        spelling: maps a class name to what of it is compared.
+        spelling: maps a class name to the form in which it is compared.
         card: configuration and split whose number of rows on the data card is compared with the files, where the card
             states one; None compares nothing.
 
     Raises:
-        HubError: the repository cannot be had.
-        ValueError: files, columns, number, names or order of the classes, labels or the number of rows are not as
-            expected.
+        HubError: the repository is not available.
+        ValueError: the files, the columns, the classes (number, names, order), the labels or the number of rows are
+            not as expected.
     """
     from datasets import load_dataset
 
@@ -155,7 +158,7 @@ def _check_classes(
 
 
 def _announced_rows(folder: Path, config: str, split: str) -> int | None:
-    """Return the number of rows that the data card states for a split of a configuration, None where it has none."""
+    """Return the number of rows that the data card states for a split of a configuration, None if it states none."""
     from huggingface_hub import DatasetCard
 
     card = folder / "README.md"

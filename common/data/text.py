@@ -1,7 +1,7 @@
 """Python text that every machine has: sources, with their docstrings, of the standard library and installed packages.
 
 Files are shuffled and split by a hash of their module path, so that no file is in two splits and a new file moves no
-other. Texts differ between versions of Python and of the packages: `Corpus.digest` says which one it was.
+other. Texts differ between versions of Python and of the packages: `Corpus.digest` tells them apart.
 
 Token ids are laid out as T5's: padding 0, end of text 1, unknown 2, then the symbols (bytes, or the pieces of a
 byte-level BPE trained on the training files). Sentinels of span corruption are not among them: they come after.
@@ -26,13 +26,13 @@ from torch import Tensor
 from common.cache import artefact
 
 PAD, END, UNKNOWN = 0, 1, 2
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # of these ids
-SPECIAL = 3  # so many; the first id of a symbol
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # the tokens with these ids
+SPECIAL = 3  # their number, and so the first id of a symbol
 BYTES = 256
 
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "sklearn", "matplotlib")
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where the name to install differs from the name to import
-LEFT_OUT = frozenset({"test", "tests", "site-packages", "__pycache__"})  # folders: repetitive, or not the package's
+LEFT_OUT = frozenset({"test", "tests", "site-packages", "__pycache__"})  # repetitive text, or not the package's
 FILE_BYTES = 50_000  # of a long file only its beginning is taken: tables of data are no text
 SHARES = {"train": 0.9, "validation": 0.05, "test": 0.05}  # of the files
 MEGABYTE = 1_000_000
@@ -50,11 +50,11 @@ class Corpus:
 
 @cache
 def corpus(megabytes: float = 8.0, vocabulary: int = 0) -> Corpus:
-    """Read and tokenise the corpus, or find it in the cache: about 2 s (bytes) or 10 s (BPE) the first time.
+    """Return the tokenised corpus, from the cache if it is there: about 2 s (bytes) or 10 s (BPE) the first time.
 
     Args:
-        megabytes: at most so many bytes of training text (10⁶ each), and up to a tenth of it for validation and test.
-        vocabulary: number of ids of a BPE, special ones included; 0 takes bytes.
+        megabytes: largest size of the training text, in 10⁶ bytes; validation and test get up to a tenth of it each.
+        vocabulary: number of ids of a BPE, special ones included; 0 makes every byte a token.
 
     Raises:
         ValueError: megabytes is not positive, or the vocabulary is too small for all bytes or too large for int16.
@@ -78,13 +78,13 @@ def corpus(megabytes: float = 8.0, vocabulary: int = 0) -> Corpus:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of all that the text is taken from."""
+    """Return the versions of Python and of all packages that the text is taken from."""
     packages = {package: metadata.version(DISTRIBUTIONS.get(package, package)) for package in PACKAGES}
     return {"python": platform.python_version(), **packages}
 
 
 def source_files() -> Iterator[tuple[str, Path]]:
-    """Yield module path (such as "torch/nn/functional.py") and file of every source that may be taken."""
+    """Yield the module path (such as "torch/nn/functional.py") and the file of every source that may be read."""
     roots = {"python": Path(sysconfig.get_paths()["stdlib"])}
     roots |= {package: Path(util.find_spec(package).origin).parent for package in PACKAGES}
     for package, root in roots.items():
@@ -100,7 +100,7 @@ def split_of(name: str) -> str:
 
 
 def split_at(place: float, shares: Mapping[str, float]) -> str:
-    """Return the split that a place in [0, 1) belongs to, where the splits' shares lie one after the other."""
+    """Return the split that a place in [0, 1) belongs to, if the splits' shares lie there one after the other."""
     above = 0.0
     for split, share in shares.items():
         above += share
@@ -110,7 +110,7 @@ def split_at(place: float, shares: Mapping[str, float]) -> str:
 
 
 def read_texts(split: str, budget: int) -> list[bytes]:
-    """Return the beginnings of a split's files in the order of their hash, `budget` bytes of text in all."""
+    """Return the beginnings of a split's files in the order of their hash, up to `budget` bytes in all."""
     chosen = sorted((hashlib.sha256(name.encode()).hexdigest(), path) for name, path in source_files()
                     if split_of(name) == split)  # fmt: skip
     texts, seen = [], set()
@@ -150,7 +150,7 @@ def _bpe(texts: Mapping[str, Sequence[bytes]], vocabulary: int) -> dict[str, Ten
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int, ending: bool = False) -> Any:
-    """Train a byte-level BPE and return it, a `tokenizers.Tokenizer`; no text is unknown to it.
+    """Train a byte-level BPE and return it, a `tokenizers.Tokenizer`; it can encode any text.
 
     Args:
         texts: what it is trained on.

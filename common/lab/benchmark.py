@@ -24,9 +24,14 @@ from common.lab.memory import peak_allocated_mib
 def interleaved_seconds(
     contenders: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
 ) -> Iterator[tuple[int, str, float]]:
-    """Yield (repeat, name, wall seconds): in each repeat every contender once, so that drift of the machine hits all.
+    """Yield (repeat, name, wall seconds): each repeat calls every function once, so that all share a machine's drift.
 
-    The caller warms up. On a GPU the clock starts and stops only when the device is idle.
+    Warming up is left to the caller. On a GPU the clock starts and stops only when the device is idle.
+
+    Args:
+        contenders: name → function.
+        repeats: how many times each function is called.
+        device: on which the functions compute.
     """
     for repeat in range(repeats):
         for name, function in contenders.items():
@@ -44,7 +49,7 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def warm_up(function: Callable[[], Any], device: torch.device) -> float:
-    """Call a function three times; return by how many seconds the first call, with compilation, took longer."""
+    """Call a function three times; return how many seconds longer the first call took, compilation, than the last."""
     seconds = [seconds_of(function, device) for _ in range(3)]
     return seconds[0] - seconds[-1]
 
@@ -70,14 +75,14 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_mib(prepare: Callable[[], Any], function: Callable[[Any], Any], device: torch.device, threads: int) -> float:
-    """Return by how many MiB `function(prepare())` swells memory above what it was once `prepare` was done.
+    """Return how many MiB `function(inputs)` takes at its peak, beside `inputs = prepare()` and all that was there.
 
-    On a CPU this is resident memory of a fresh process (what an earlier call freed would be used again unseen), on
-    CUDA the allocator's peak on the device.
+    On a CPU this is resident memory of a fresh process (in this one, memory that an earlier call freed would be reused
+    without being counted), on CUDA the allocator's peak on the device.
 
     Args:
-        prepare: makes the inputs; called where `function` is.
-        function: its result counts, as it is alive at the end.
+        prepare: makes the inputs, in the same process.
+        function: its result counts too, because it is alive at the end.
         device: where the memory is.
         threads: torch threads of the fresh process.
     """
@@ -102,7 +107,7 @@ def _peak_resident(prepare: Callable[[], Any], function: Callable[[Any], Any], t
 def _highest_resident() -> int:
     """Return the most bytes that were ever resident in this process.
 
-    Linux's own figure is asked first: that of getrusage starts with what the parent process held.
+    Linux's own figure comes first: that of getrusage starts with what the parent process held.
     """
     for size in _memory("self", "VmHWM"):
         return size
@@ -110,7 +115,7 @@ def _highest_resident() -> int:
 
 
 def _memory(process: int | str, field: str) -> list[int]:
-    """Return one number, the bytes of a field of /proc/PROCESS/status, or none where Linux does not tell."""
+    """Return [bytes of a field of /proc/PROCESS/status], or [] if there is no such file."""
     with contextlib.suppress(OSError):  # no such file system, or the process has ended
         text = Path(f"/proc/{process}/status").read_text()
         return [int(kibibytes) * 1024 for kibibytes in re.findall(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)]
@@ -119,25 +124,25 @@ def _memory(process: int | str, field: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a run of a command took."""
+    """The time and memory that a command took."""
 
     seconds: float  # wall time from start to exit
     peak_mib: float  # the most memory that was ever resident, mapped pages of files included
-    anonymous_mib: float  # the most that was seen without pages of files, which the system may drop at any time
+    anonymous_mib: float  # the most that was seen, less pages of files, which the system may drop at any time
 
 
 def run_command(command: Sequence[str | Path], threads: int) -> Usage:
     """Run a command as a process of its own, to its end, and return the time and memory that it took.
 
-    Memory is that of the process, not of others which it may start, and is looked up every 10 ms: the peak is kept by
-    Linux and so cannot be missed, short swellings of `anonymous_mib` can. Both are NaN where Linux does not tell.
+    Memory is that of the process itself, without its children, and is read every 10 ms. Linux keeps the highest
+    `peak_mib`, so that it cannot be missed; a short peak of `anonymous_mib` can. Both are NaN where there is no /proc.
 
     Args:
         command: program and arguments.
         threads: of OpenMP and MKL.
 
     Raises:
-        ChildProcessError: the command failed; with the last line that it printed.
+        ChildProcessError: the command failed; the message has the last line that it printed.
     """
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     peak, anonymous = [], []

@@ -17,7 +17,7 @@ def curvature_rows(risk: Risk, kinds: Mapping[str, str], probes: int, seed: int 
         risk: the loss as a function of some matrices of a model; see `common.hessian`.
         kinds: name of the metric → kind of matrix, as `hessian.per_block` takes it.
         probes: random vectors per Hessian trace, draws of labels for a sampled Fisher.
-        seed: of these.
+        seed: of the probes.
 
     Yields:
         matrix, metric, value; for a trace also its standard error (`error`) and the mean square of the weights.
@@ -36,12 +36,12 @@ def curvature_rows(risk: Risk, kinds: Mapping[str, str], probes: int, seed: int 
 def evenly_spaced(
     batches: Iterable[tuple[Tensor, Tensor]], count: int, among: int = 512
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return one batch of `count` samples, evenly spaced over the first ones: data sets are ordered by class.
+    """Return one batch of `count` samples, evenly spaced over the first ones, since data sets may be sorted by class.
 
     Args:
         batches: inputs (B, …) and labels (B,).
-        count: of samples to take; fewer where there are fewer.
-        among: batches are read until there are so many samples to choose from.
+        count: how many samples to take; all, if there are fewer.
+        among: batches are read until there are at least this many samples to choose from.
     """
     inputs, labels, seen = [], [], 0
     for some, own in batches:

@@ -1,7 +1,7 @@
-"""The plot style, the colours, and the kinds of plot that experiments share. Tidy table in, figure out; nothing global.
+"""The plot style, the colours, and the kinds of plot that experiments share.
 
-All functions take a tidy table and the names of its columns and return a matplotlib Figure of its own canvas (no pyplot
-state). Seeds are drawn as points beside their mean wherever there are several.
+All functions take a tidy table and the names of its columns and return a matplotlib Figure with its own canvas (they
+touch no pyplot state). If there are several seeds, they are drawn as points beside their mean.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,7 +49,7 @@ class Style:
     """How a method or condition is written and coloured in figures."""
 
     label: str
-    colour: str | None = None  # None: the palette's next
+    colour: str | None = None  # None: the next one of the palette
 
 
 _STYLES: ContextVar[Mapping[str, Style]] = ContextVar("styles", default=MappingProxyType({}))
@@ -57,7 +57,7 @@ _STYLES: ContextVar[Mapping[str, Style]] = ContextVar("styles", default=MappingP
 
 @contextmanager
 def styled(styles: Mapping[str, Style]) -> Iterator[None]:
-    """Let `label` and `colour`, and with them all kinds of plot, know the methods and conditions of these names."""
+    """Within the block, let all plots use these styles: {name of a method or condition: style}."""
     token = _STYLES.set(styles)
     try:
         yield
@@ -66,7 +66,7 @@ def styled(styles: Mapping[str, Style]) -> Iterator[None]:
 
 
 def colour(name: Any, position: int = 0) -> str:
-    """Return the colour of a method or condition; names without one take the palette's next by position."""
+    """Return the colour of a method or condition; a name without one takes that of the palette at `position`."""
     return _own_colour(name) or CYCLE[position % len(CYCLE)]
 
 
@@ -76,7 +76,7 @@ def _own_colour(name: Any) -> str | None:
 
 
 def label(name: Any, names: Mapping[Any, str] | None = None) -> str:
-    """Return how a method or condition is written in a figure; `names` go before what `styled` says."""
+    """Return how a method or condition is written in a figure; `names` take precedence over `styled`."""
     style = _STYLES.get().get(str(name))
     return (names or {}).get(name, style.label if style else str(name))
 
@@ -100,7 +100,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def log_axis(axis: Axis) -> None:
-    """Make a drawn axis (`ax.xaxis`, `ax.yaxis`) logarithmic, labelled 0.5, 1, 2 and not by powers of ten."""
+    """Make a drawn axis (`ax.xaxis`, `ax.yaxis`) logarithmic, with labels such as 0.5, 1, 2, not powers of ten."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     low, high = sorted(axis.get_view_interval())
     steps = (1, 2, 5) if high < 100 * low else (1, 3) if high < 2000 * low else (1,)
@@ -133,11 +133,11 @@ def paired(
     Circles are means; where a condition has several rows (seeds), they are ticks below its circle.
 
     Args:
-        data: a row a measurement; items from top to bottom in order of appearance.
+        data: one row per measurement; items from top to bottom in order of appearance.
         item, condition, value, panel: column names; one panel of axes for each value of `panel`.
         start: the condition to compare with.
         xlabel: what `value` is, with its unit.
-        names: how items, conditions and panels are written, where not as `styled` says.
+        names: how items, conditions and panels are written, if not as `styled` says.
         references: vertical lines, {text: value}.
     """
     panels = _panels(data, panel, names)
@@ -199,10 +199,10 @@ def forest(
     """Draw intervals as bars about their means, filled where the whole interval is on one side of `level`.
 
     Args:
-        data: a row an interval, with columns mean, low and high; items from top to bottom in order of appearance.
+        data: one row per interval, with columns mean, low and high; items from top to bottom in order of appearance.
         item, condition, panel: column names; the conditions of an item lie below each other, each in its colour.
         xlabel: what the intervals are of, with its unit.
-        names: how items, conditions and panels are written, where not as `styled` says.
+        names: how items, conditions and panels are written, if not as `styled` says.
         level: the vertical line to compare with (0: no difference).
     """
     panels = _panels(data, panel, names)
@@ -241,14 +241,14 @@ def lines(
     names: Mapping[Any, str] | None = None,
     level: float | None = None,
 ) -> Figure:
-    """Draw y over x, a line for each value of `by`: the mean over rows (seeds), the rows as points, a ± sd band.
+    """Draw y over x, one line for each value of `by`: the mean over rows (seeds), with the rows as points, and ± sd.
 
     Args:
-        data: a row a measurement.
+        data: one row per measurement.
         x, y, by, panel: column names; one panel of axes for each value of `panel`.
         xlabel, ylabel: quantities with their units.
         xscale, yscale: linear or log.
-        names: how values of `by` and `panel` are written, where not as `styled` says.
+        names: how values of `by` and `panel` are written, if not as `styled` says.
         level: a horizontal line to compare with (1: counted once).
     """
     panels, groups = _panels(data, panel, names), list(data[by].unique())
@@ -297,13 +297,13 @@ def frontier(
     ylabel: str = "",
     names: Mapping[Any, str] | None = None,
 ) -> Figure:
-    """Draw what each condition pays for what it gets: a large point at its mean (x, y), a small one for each row.
+    """Draw a cost x against a gain y: for each condition a large point at its mean (x, y), a small one for each row.
 
     Args:
-        data: a row a run.
-        x, y, by, panel: column names; one panel for each value of `panel`, axes of its own.
+        data: one row per run.
+        x, y, by, panel: column names; one panel for each value of `panel`, with its own limits.
         xlabel, ylabel: what x and y are, with their units.
-        names: how values of `by` and `panel` are written, where not as `styled` says.
+        names: how values of `by` and `panel` are written, if not as `styled` says.
     """
     panels, groups = _panels(data, panel, names), list(data[by].unique())
     figure, axes = new_figure(len(panels), width=3.6 if len(panels) > 1 else 4.6, height=3.3)
@@ -341,14 +341,14 @@ def layer_heatmap(
     """Draw a mean over (layer × group of spectral directions) as colours, one panel for each value of `panel`.
 
     Args:
-        data: a row a measurement; layers from top to bottom in order of appearance.
+        data: one row per measurement; layers from top to bottom in order of appearance.
         layer, direction, value, panel: column names.
         centre: value of the neutral colour (1: counted once); None: a scale without a centre.
         log: colours in proportion to the logarithm (values > 0).
         xlabel: what the columns are.
         text: what the colours are.
         limits: smallest and largest coloured value; by default those of the table.
-        names: how values of `panel` are written, where not as `styled` says.
+        names: how values of `panel` are written, if not as `styled` says.
     """
     panels = _panels(data, panel, names)
     layers, groups = list(data[layer].unique()), sorted(data[direction].unique())
@@ -398,13 +398,13 @@ def matrix(
     A cell whose row and column have the same name (a task against itself) is outlined.
 
     Args:
-        data: a row a measurement; rows from top to bottom and columns from left to right in order of appearance.
+        data: one row per measurement; rows from top to bottom and columns from left to right in order of appearance.
         row, column, value, panel: column names of the table.
         centre: value of the neutral colour (0: no difference); None: a scale without a centre.
         cells: how the means are written into their cells ("+z.0f"); "" leaves them out.
         xlabel, ylabel: what columns and rows are.
         text: what the colours are, with its unit.
-        names: how rows, columns and panels are written, where not as `styled` says.
+        names: how rows, columns and panels are written, if not as `styled` says.
     """
     panels = _panels(data, panel, names)
     rows, columns = list(data[row].unique()), list(data[column].unique())
@@ -416,10 +416,10 @@ def matrix(
     for ax, (title, _), mean in zip(axes[0], panels, means, strict=True):
         shown = np.ma.masked_invalid(mean.to_numpy(float))
         image = ax.pcolormesh(shown, norm=norm, cmap=palette, edgecolors="white", linewidth=0.4)
-        for y, name in enumerate(rows):  # outline what stands on itself
+        for y, name in enumerate(rows):  # outline where a name meets itself
             if name in columns:
                 ax.add_patch(Rectangle((columns.index(name), y), 1, 1, fill=False, edgecolor=INK, linewidth=0.7))
-        for (y, x), number in np.ma.ndenumerate(shown):  # those that are there
+        for (y, x), number in np.ma.ndenumerate(shown):  # without the missing ones
             if cells:
                 red, green, blue, _ = image.cmap(norm(number))
                 tone = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else INK

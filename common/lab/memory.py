@@ -1,7 +1,8 @@
-"""What a call allocates at its peak, to the byte, beside what is alive already; for calls that were warmed up.
+"""The peak of what a call allocates, to the byte, beside what is alive already; for calls that were warmed up.
 
-`common.lab.benchmark.peak_mib` asks the operating system instead, which sees everything, but only in a fresh process:
-what an earlier call has freed is used again unseen. So it cannot tell the compilation of a function from its work.
+`common.lab.benchmark.peak_mib` asks the operating system instead. That sees all memory, but only in a fresh process,
+since memory that an earlier call freed is reused without being counted. So it cannot tell the memory that compiles a
+function from the memory that the function needs.
 """
 
 import json
@@ -18,10 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_allocated_mib(function: Callable[[], Any], device: torch.device) -> float:
-    """Return by how many MiB the tensors alive in torch's allocator swell while `function()` runs, at their peak.
+    """Return how many MiB of tensors `function()` has in torch's allocator at its peak, beside those alive before.
 
-    On a CPU every allocation and release is listed by torch's profiler; memory that libraries take on their own account
-    (MKL's buffers) is not in the list, nor is the release of what was alive before. On CUDA it is the allocator's peak.
+    On a CPU torch's profiler lists every allocation and release. The list has neither the memory that libraries
+    allocate themselves (MKL's buffers) nor the release of what was alive before. On CUDA it is the allocator's peak.
 
     Args:
         function: called once.

@@ -16,7 +16,7 @@ COMPARISON = ("quantity", "paper", "ours", "sd", "n", "same_setting")  # what an
 
 PUBLISHED_FOLDER = Path(__file__).resolve().parents[2] / "results" / "published"
 
-PUBLISHED = {  # NAME.csv there, and its columns
+PUBLISHED = {  # NAME of each NAME.csv in that folder → its columns
     "merging": ("suite", "backbone", "metric", "merger", "svc", "value", "source"),
     "sparsity": ("setting", "metric", "value", "source"),
     "sparsity_augmented_flatness_imagenet": ("step", "augmented_flatness_key", "L2_coefficient", "L0_coefficient"),
@@ -53,10 +53,10 @@ def verdict(experiment: Experiment, data: pd.DataFrame, provenance: Mapping[str,
 def comparison_row(
     quantity: str, values: Iterable[float], same_setting: str, paper: float = math.nan
 ) -> dict[str, Any]:
-    """Return one row of an experiment's `compare`: mean, standard deviation and number of the values of one quantity.
+    """Return one row of an experiment's `compare`: mean, standard deviation and number of one quantity's values.
 
     Args:
-        quantity: what was measured, with its unit; unlike every other row's.
+        quantity: what was measured, with its unit; different in every row.
         values: one number per seed (or repeat); missing ones do not count.
         same_setting: whether the paper's number was measured in this setting, in words.
         paper: the published number, NaN where there is none.
@@ -99,7 +99,7 @@ def _with_sd(mean: float, sd: float) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Return any table in Markdown, measured floats to four significant digits, chosen ones (0.3, 1e-4) as they are."""
+    """Return a table in Markdown: measured floats with four significant digits, chosen ones (0.3, 1e-4) as they are."""
     cells = {_text(name): [_cell(x, _is_chosen(column)) for x in column] for name, column in table.items()}
     return pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True)
 
@@ -119,7 +119,7 @@ def _text(value: Any) -> str:
 
 
 def number(value: float, digits: int = 4, sign: str = "") -> str:
-    """Return a number to so many significant digits, "–" where there is none."""
+    """Return a number as text with this many significant digits, "–" for NaN; `sign="+"` writes a plus too."""
     if pd.isna(value):
         return "–"
     if math.isfinite(value) and abs(value) >= 10 ** (digits - 1):
@@ -163,7 +163,7 @@ def _run_line(experiment: Experiment, provenance: Mapping[str, Any]) -> str:
 
 
 def _earlier(provenance: Mapping[str, Any]) -> str:
-    """Say of how much of a run the time was not spent anew."""
+    """Return how many artefacts came from the cache, so that the run's time does not include building them."""
     hits, built = (len(provenance.get(name, ())) for name in ("cache_hits", "cache_built"))
     return f" (beside {hits} of {hits + built} artefacts that earlier runs had left in the cache)" if hits else ""
 

@@ -110,7 +110,7 @@ def write(
     Args:
         results_dir: usually `results/` of the clone.
         experiment: the experiment that measured.
-        rows: one mapping a measurement; columns appear in the order of their first use.
+        rows: one mapping per measurement; columns appear in the order of their first use.
         provenance: as `common.lab.run` collects it; a partial run's folder carries the hash of its settings.
 
     Raises:
@@ -217,7 +217,7 @@ def _folder_problems(folder: Path, experiments_dir: Path) -> Iterator[str]:
 
 
 def _stale(provenance: Mapping[str, Any], experiment: Experiment, folder: Path) -> Iterator[str]:
-    """Yield what makes a committed result no evidence for today's script."""
+    """Yield each reason why a committed result is no evidence for today's script."""
     if provenance["partial"] or provenance["scale"] != folder.name:
         yield f"a {'partial ' * provenance['partial']}run of scale {provenance['scale']}, in the folder {folder.name}"
     if provenance["dirty"]:
@@ -228,7 +228,7 @@ def _stale(provenance: Mapping[str, Any], experiment: Experiment, folder: Path) 
     if provenance["settings_hash"] != settings_hash(settings):
         yield f"settings hash {provenance['settings_hash']}, but {folder.name} is {settings_hash(settings)} today"
     today = plain(settings)
-    for name, value in provenance["settings"].items():  # a changed default leaves the hash alone, not the settings
+    for name, value in provenance["settings"].items():  # the hash misses changed defaults
         if name in today and today[name] != value:
             yield f"measured with {name} = {value}, but {folder.name} has {today[name]} today"
 
@@ -258,7 +258,7 @@ def _published_problems(path: Path) -> Iterator[str]:
 
 
 def verify(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> None:
-    """Derive every committed table, verdict and index again; print each difference and exit 1 if there is one."""
+    """Derive every committed table, verdict and index again; print each difference, and exit with status 1 if any."""
     found = problems(results_dir, experiments_dir)
     print("\n".join(found) or f"{len(_folders(results_dir))} results verified")
     sys.exit(bool(found))

@@ -94,12 +94,12 @@ class Context:
     def map(self, function: Callable[[Any], Any], items: Iterable[Any], description: str) -> list[Any]:
         """Return `[function(item) for item in items]`, computed in up to `jobs` processes behind a progress bar.
 
-        Each process gets its share of the threads. One job, or a single item, runs in this process. What the artefact
-        cache is asked for inside the processes is recorded in this one. The first exception ends the map.
+        Each process gets its share of the threads. With one job or one item, the work is done in this process. This
+        process also records what the others ask the artefact cache for. The first exception ends the map.
 
         Args:
-            function: of a module or of the script itself, or a partial of one: other processes import it by its name.
-            items: the arguments, one each.
+            function: one of a module or of the script itself, or a partial of one: other processes import it by name.
+            items: the arguments, one per call.
             description: title of the bar.
         """
         items = list(items)
@@ -124,7 +124,7 @@ class Context:
 def _call(script: Path | None, index: int, pickled: bytes, threads: int) -> tuple[int, Any, list[dict[str, Any]]]:
     """Call a function on an item in a process of `Context.map`; both are pickled by name, after their script is known.
 
-    Functions of a script that were sent by value would have no file, so that nobody could tell which code they are.
+    Functions of a script that were sent by value would have no file, so that their code could not be found.
     """
     if script and script.stem not in sys.modules:
         load_experiment(script)
@@ -139,9 +139,13 @@ def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> Path 
     """Run an experiment as the command line says, write its results and return their folder.
 
     Settings other than those of the scale make a partial run, which goes to a sibling folder of its own. Under
-    `accelerate launch` all processes measure, one writes, and the others return None. Bad flags and what is out of a
-    user's reach (`HubError`: no connection, a missing repository; a full disk) end in one line on stderr and exit
-    status 2; any other error is one of this project and keeps its traceback.
+    `accelerate launch` all processes measure, one writes, and the others return None. Bad flags and failures
+    outside this project (`HubError`: no connection, a missing repository; a full disk) end in one line on stderr and
+    exit status 2; any other error is a mistake in this project and keeps its traceback.
+
+    Args:
+        experiment: what to run.
+        arguments: of the command line; by default those of this process.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if experiment.measure.__module__ == "__main__":  # the script as a module under its own name: see load_experiment
@@ -168,13 +172,13 @@ def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> Path 
 
 
 def _is_the_users(error: OSError) -> bool:
-    """Return whether the machine or the network refused, not a mistake of this project."""
+    """Return whether the machine or the network caused an error, not a mistake in this project."""
     refused = (MissingResource, ConnectionError, TimeoutError, PermissionError)
     return isinstance(error, refused) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class BadFlag(ValueError):
-    """A flag of the command line that cannot be used; its text is one line for the user."""
+    """A flag of the command line that cannot be used; the message is one line for the user."""
 
 
 def parse(experiment: Experiment, arguments: Sequence[str]) -> tuple[Flags, Any]:
@@ -236,7 +240,7 @@ def make_context(flags: Flags, settings: Any) -> Context:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device that `--device` names; auto takes CUDA, else the CPU.
+    """Return the device that `--device` names; "auto" takes CUDA if there is any, else the CPU.
 
     Raises:
         BadFlag: the device is unknown or not there.
@@ -274,7 +278,7 @@ def provenance(
     commit: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Return everything about a run that its table does not say; plain data."""
+    """Return everything about a run that its table does not say, as plain data."""
     settings, device = context.settings, context.device
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
     built = {f"{record['kind']}/{record['key']}" for record in records if not record["hit"]}

@@ -10,7 +10,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean difference with its 95 % interval, in points."""
+    """A mean difference with its 95 % interval, in percentage points or, for a relative change, in %."""
 
     mean: float
     low: float
@@ -35,15 +35,15 @@ class Interval:
 def paired_interval(
     cells: pd.DataFrame, gained: str = "gained", lost: str = "lost", draws: int = 1000, seed: int = 0
 ) -> Interval:
-    """Return the mean accuracy difference of two models, in points, by a paired hierarchical bootstrap.
+    """Return the mean accuracy difference of two models, in percentage points, by a paired hierarchical bootstrap.
 
     Each draw resamples seeds and tasks, which are crossed, with replacement, and then the images of every chosen cell.
     Of a pair of models only three counts of a cell matter: the images that the first gets right and the second wrong
     (gained), the reverse (lost), and all. Percentile interval; with one seed it holds for that seed only.
 
     Args:
-        cells: one row for each seed and task, with columns seed, task, images and the two below.
-        gained, lost: names of the columns of counts.
+        cells: one row for each seed and task, with columns seed, task, images (their number) and the two below.
+        gained, lost: names of the columns of these counts.
         draws: bootstrap samples.
         seed: of the bootstrap's own generator, fixed so that the same table gives the same interval.
 

@@ -1,7 +1,7 @@
 """Pretrained models and tokenizers of transformers: the one place that loads them, and checks what was loaded.
 
-Left alone, `from_pretrained` fills what it does not find with random numbers, or with an empty vocabulary, and passes
-over what it does not know. Here each of these is an error of one line that names the repository and the tensor.
+Left alone, `from_pretrained` fills what it does not find with random numbers, or with an empty vocabulary, and ignores
+what it does not know. Here each of these is an error of one line that names the repository and the tensor.
 """
 
 import json
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from common.data.hub import snapshot
 
-OLD_BUFFERS = r"attn\.masked_bias$"  # constants that old checkpoints hold; transformers itself passes over the others
+OLD_BUFFERS = r"attn\.masked_bias$"  # constants of old checkpoints; transformers itself ignores the others
 
 
 def model_folder(model_id: str) -> Path:
     """Return the local folder with configuration, tokenizer and weights (safetensors if there are any, else the .bin).
 
     Raises:
-        HubError: the repository cannot be had.
+        HubError: the repository is not available.
         ValueError: it holds no weights.
     """
     folder = snapshot(model_id, "model", ["*.json", "vocab.txt", "merges.txt", "model*.safetensors"])
@@ -53,9 +53,9 @@ def load_model(kind: str, folder: Path, model_id: str, beside: str | None = None
         kind: a class of transformers, such as "BertModel".
         folder: holds config.json and the weights, as `model_folder` returns it.
         model_id: what errors call the model.
-        beside: pattern of the names that tensors may begin with which the files hold and the class does not (heads,
-            poolers); None: there are to be no such tensors.
-        options: of the class.
+        beside: regular expression for the beginning of the names of tensors that the files may hold although the class
+            does not have them (heads, poolers); None allows no such tensor.
+        options: further arguments of the class's `from_pretrained`.
 
     Raises:
         ValueError: config.json describes another kind of model, or the files lack a tensor of it, hold it in another
@@ -87,7 +87,7 @@ def load_tokenizer(kind: str, folder: Path, model_id: str, **options: Any) -> An
         kind: a class of transformers, such as "BertTokenizer".
         folder: holds tokenizer.json, or the files from which this class can make it.
         model_id: what errors call the model.
-        options: of the class.
+        options: further arguments of the class's `from_pretrained`.
 
     Raises:
         ValueError: the folder has no such files.
@@ -102,7 +102,7 @@ def load_tokenizer(kind: str, folder: Path, model_id: str, **options: Any) -> An
 
 
 def check_fits(model_id: str, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Check that an expert has the tensors of its base.
+    """Check that an expert has the tensors of its base: the same names and shapes.
 
     Args:
         model_id: what errors call the expert.
@@ -110,7 +110,7 @@ def check_fits(model_id: str, state: Mapping[str, Tensor], like: Mapping[str, Te
         like: the base's.
 
     Raises:
-        ValueError: names the first tensor that one of them lacks, or that the expert has in another shape.
+        ValueError: one of them lacks a tensor, or the expert has it in another shape; the message names the first.
     """
     for name in sorted(like.keys() ^ state.keys()):
         owner = "base" if name in like else "expert"
@@ -125,7 +125,7 @@ def check_fits(model_id: str, state: Mapping[str, Tensor], like: Mapping[str, Te
 
 @contextmanager
 def _quiet():
-    """Let transformers show neither a bar nor its report of tensors: what matters of it is raised."""
+    """Let transformers show neither a progress bar nor its report on tensors: what matters in it is raised."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

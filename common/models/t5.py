@@ -9,7 +9,7 @@ from common.data.hub import snapshot
 from common.data.text import END, PAD
 from common.models.hub import configuration, load_tokenizer
 
-SENTINELS = 100  # of T5's tokenizers
+SENTINELS = 100  # how many T5's tokenizers have
 IGNORED = -100  # the label that transformers' loss leaves out
 
 
@@ -19,15 +19,15 @@ def t5(vocabulary: int, width: int, depth: int, heads: int, d_ff: int, dropout: 
     Source: Raffel et al., arXiv 1910.10683, section 2.1. Weights are drawn from torch's global generator.
 
     Args:
-        vocabulary: token ids, sentinels included.
+        vocabulary: number of token ids, sentinels included.
         width: of the residual stream.
-        depth: layers of the encoder, and of the decoder.
-        heads: of each attention; each has width / heads channels.
+        depth: number of layers of the encoder, and also of the decoder.
+        heads: attention heads per layer; each has width / heads channels.
         d_ff: hidden units of an MLP.
         dropout: its rate, wherever T5 has it.
 
     Raises:
-        ValueError: width is no multiple of heads.
+        ValueError: width is not a multiple of heads.
     """
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -44,7 +44,7 @@ def t5_like(model_id: str, vocabulary: int) -> nn.Module:
     """Build an untrained T5 with the configuration of a repository (sizes, dropout, activation), but this vocabulary.
 
     Raises:
-        HubError: the repository cannot be had.
+        HubError: the repository is not available.
         ValueError: it holds no T5.
     """
     from transformers import T5Config, T5ForConditionalGeneration
@@ -57,10 +57,10 @@ def t5_tokenizer(model_id: str) -> Any:
     """Load the tokenizer of a T5 repository; it ends every text with END, and its last ids are the sentinels.
 
     Raises:
-        HubError: the repository cannot be had.
+        HubError: the repository is not available.
         ValueError: it has no tokenizer, or one whose special tokens are not where T5 has them.
     """
-    # texts of any length: they are cut into rows elsewhere
+    # any length is allowed: texts are cut into rows elsewhere
     tokenizer = load_tokenizer("T5Tokenizer", _folder(model_id), model_id, model_max_length=10**9)
     found = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<extra_id_0>"))
     if found != (PAD, END, len(tokenizer) - 1):

@@ -1,4 +1,4 @@
-"""What is varied about SVC: its space, its target, its floor α, the scale of the update, the basis of its directions.
+"""Variants of SVC: its space, its target, its floor α, the scale of the update, the basis of its directions.
 
 Every function here yields the rows of one merger on one suite; experiments 23, 24 and 25 choose among them.
 """
@@ -18,8 +18,8 @@ from merging.task_vectors import TaskVector, apply, combine
 Labels = dict[str, Any]
 Labelled = Sequence[tuple[Labels, TaskVector]]
 
-SHARES_OF_1 = (1 / 4, 1 / 2, 1.0, 2.0)  # α = share / K, and
-ALPHAS = (0.5, 1.0, 2.0, 4.0)
+SHARES_OF_1 = (1 / 4, 1 / 2, 1.0, 2.0)  # α as a multiple of 1/K
+ALPHAS = (0.5, 1.0, 2.0, 4.0)  # further values of α
 SCALES = tuple(2 ** (step / 2) for step in range(-8, 5))  # 1/16 to 4, times the merger's own
 MATRIX_SCALES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 OTHER_SCALES = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
@@ -37,7 +37,7 @@ def merge(suite: Suite, method: str, seed: int) -> tuple[list[TaskVector], TaskV
 def space_rows(suite: Suite, method: str, seed: int) -> Rows:
     """Yield the rows of one merger without SVC and with it in both spaces, at scale 1 and the paper's α.
 
-    Counts of pairs: against the base and, "_over_input", of the output space against the input space.
+    The counts gained and lost compare each with the base; "_over_input" compares the output with the input space.
     """
     updates, merged, alpha = merge(suite, method, seed)
     common = dict(method=method, scale_rule="fixed", scale=1.0)
@@ -50,8 +50,8 @@ def space_rows(suite: Suite, method: str, seed: int) -> Rows:
 def target_rows(suite: Suite, method: str, seed: int) -> Rows:
     """Yield the rows of one merger without SVC, with SVC for all tasks, and with SVC for each task in turn.
 
-    Counts of pairs: each against the first, "_over_base", and the second, "_over_svc". Targeted models with α = 1 are
-    there to tell what α does from what the target does: only the rows of their own targets are kept.
+    The counts gained and lost compare each with the first ("_over_base") and with the second ("_over_svc"). The models
+    with a target and α = 1 tell the effect of α from that of the target: only the rows of their own targets are kept.
     """
     updates, merged, published = merge(suite, method, seed)
     found = [("none", None, merged), ("none", published, calibrate(merged, updates, alpha=published))]
@@ -71,10 +71,10 @@ def target_rows(suite: Suite, method: str, seed: int) -> Rows:
 
 
 def sweep_rows(suite: Suite, method: str, seed: int) -> Rows:
-    """Yield the rows of one merger over α and over its scale, what is chosen from both, and two variants of the rule.
+    """Yield the rows of one merger over α and over its scale, the best of each, and two variants of the rule.
 
-    Parts of the table: "scale" and "alpha" (the sweeps), "tuned" (the choices, by validation and by an oracle),
-    "paired" (the choices by validation, task by task), "rule" (the legacy rule, and qkv split).
+    Parts of the table: "scale" and "alpha" (the sweeps), "tuned" (the choices on validation data, and by an oracle),
+    "paired" (the choices on validation data, task by task), "rule" (the legacy rule, and qkv split).
     """
     updates, merged, default = merge(suite, method, seed)
     alphas = sorted({default, *ALPHAS, *(share / len(updates) for share in SHARES_OF_1)})
@@ -115,7 +115,7 @@ def matrix_scale_rows(suite: Suite, method: str, seed: int) -> Rows:
 
 
 def basis_rows(suite: Suite, method: str, seed: int) -> Rows:
-    """Yield the rows of SVC in several bases of one merged update: where its σ are equal, none is better founded."""
+    """Yield the rows of SVC in several bases of one merged update; if its σ are equal, each is as good as another."""
     updates, merged, default = merge(suite, method, seed)
     noisy = perturbed(merged, 1e-7, seed)
     found = {
@@ -159,9 +159,12 @@ def mean_rows(suite: Suite, labelled: Labelled) -> list[Labels]:
 
 
 def chosen(rows: Iterable[Labels], rule: str, variant: str) -> Labels:
-    """Return the row of a sweep with the best score on validation samples, or, by an "oracle", on test samples.
+    """Return the row of a sweep with the best score; the first row wins a tie.
 
-    A tie goes to the first.
+    Args:
+        rows: of the sweep, as `mean_rows` returns them.
+        rule: "validation" takes the score on validation samples, "oracle" that on test samples.
+        variant: label of the chosen row.
     """
     best = max(rows, key=lambda row: row["validation" if rule == "validation" else "value"])
     return best | dict(part="tuned", scale_rule=rule, variant=variant)
@@ -171,7 +174,7 @@ def choice_rows(suite: Suite, choices: Sequence[Labels], updates: Mapping[float 
     """Yield the rows of chosen variants task by task, paired with the base at its own scale and at a tuned one.
 
     Args:
-        suite: with data.
+        suite: whose tasks are scored.
         choices: rows of the variants, the two bases among them.
         updates: α → update; None → that of the base.
     """

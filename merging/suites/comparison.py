@@ -1,8 +1,8 @@
 """One merger in all the forms that have to be compared, and the table of their scores.
 
 Every claim about a merger needs the same rows beside each other: the base merger and SVC on top of it, each at the
-merger's own scale and at a scale chosen on validation data after calibration, and with the tensors that SVC leaves
-alone averaged, so that what the matrices do and what the scale of all others does can be told apart.
+merger's own scale and at a scale chosen on validation data after calibration. A further pair averages all tensors that
+SVC does not calibrate, so that the effect of the matrices can be told apart from that of the other tensors' scale.
 """
 
 import math
@@ -40,21 +40,21 @@ CONDITIONS = {  # beside the mergers, in figures
 
 
 def merging_styles() -> dict[str, Style]:
-    """Return how mergers, references and conditions are written and coloured in the figures of experiments."""
+    """Return how mergers, references and conditions are written and coloured in figures: name → style."""
     return CONDITIONS | {name: Style(merger(name).title, merger(name).colour) for name in MERGERS}
 
 
 def dense_forms(
     method: str, updates: Sequence[TaskVector], seed: int, alphas: Sequence[float], **options: Any
 ) -> Forms:
-    """Return the merged update under None, and under each α what SVC makes of it.
+    """Return the forms of a merger: None → the merged update, and each α → the update calibrated with it.
 
     Args:
         method: a merger.
         updates: the K task vectors.
         seed: of DARE's masks.
         alphas: floors of the coefficients.
-        **options: further ones of `calibrate`.
+        **options: further options of `calibrate`.
     """
     merged = mergers.merge(method, updates, seed)
     return {None: merged} | {alpha: calibrate(merged, updates, alpha=alpha, **options) for alpha in alphas}
@@ -68,13 +68,14 @@ def adapter_forms(
     seed: int,
     alphas: Sequence[float],
 ) -> Forms:
-    """Return the same forms from adapters, LoRA in factored form and IA³ as vectors, as updates of the base's tensors.
+    """Return the same forms, as updates of the base's tensors, from adapters: factored LoRA, or IA³ as vectors.
+
+    A merger without a factored form (TIES, DARE) merges LoRA by `dense_forms`.
 
     Args:
         adapters: the K adapters whose updates of the base are `updates`.
-        base: state of what they change.
-        method, seed, alphas: as for `dense_forms`, to which mergers without a factored form (TIES, DARE) are left on
-            LoRA.
+        base: those tensors of the base that the adapters change.
+        method, updates, seed, alphas: as for `dense_forms`.
     """
     own = merger(method)
     if adapters[0].kind == "lora" and not own.factored:
@@ -90,11 +91,12 @@ def adapter_forms(
 def variant_rows(suite: Suite, method: str, seed: int, merge: Callable[..., Forms] = dense_forms) -> Rows:
     """Yield the rows of all variants of one merger, scored together.
 
-    Counts of pairs: against the base by the same rule of the scale, and, "_over_tuned", against the tuned base.
+    The counts gained and lost compare with the base whose scale follows the same rule; those that end in "_over_tuned"
+    compare with the tuned base.
 
     Args:
         suite, method, seed: as for `suite_rows`.
-        merge: a way from (method, task vectors, seed, αs) to the forms of a merger.
+        merge: maps (method, task vectors, seed, αs) to the forms of a merger.
     """
     found = variants(method, suite.task_vectors(), seed, partial(validation_scores, suite), merge)
     rules = [labels["scale_rule"] for labels, _ in found]  # the first of each rule is the base by that rule
@@ -109,14 +111,14 @@ def suite_rows(
     measure: Callable[[Suite, str, int], Rows] = variant_rows,
     labels: Mapping[str, Any] | None = None,
 ) -> Rows:
-    """Yield all rows of a suite: references, then each merger; cached one by one, so that a killed run goes on.
+    """Yield all rows of a suite: references, then each merger; each is cached, so that a killed run can be continued.
 
     Args:
         suite: with experts.
-        methods: mergers.
-        seed: of the masks.
+        methods: names of mergers.
+        seed: of DARE's masks.
         measure: (suite, method, seed) → the rows of one merger.
-        labels: columns to add to all rows; they must tell apart what partials of one `measure` do.
+        labels: columns to add to all rows; partials of one `measure` must differ in them.
     """
     labels = dict(labels or {})
     rows = cached_rows("reference_models", {"suite": suite.key}, suite.own_rows)
@@ -128,11 +130,11 @@ def suite_rows(
 def merger_rows(
     suite: Suite, method: str, seed: int, measure: Callable[[Suite, str, int], Rows], **inputs: Any
 ) -> list[dict[str, Any]]:
-    """Return the rows that `measure(suite, method, seed)` yields, from the cache where they are there already.
+    """Return the rows that `measure(suite, method, seed)` yields, from the cache if it has them.
 
     Args:
         suite, method, seed, measure: as for `suite_rows`.
-        **inputs: whatever else decides the rows.
+        **inputs: everything else that the rows depend on.
     """
     inputs |= {"suite": suite.key, "method": method, "seed": seed}
     return cached_rows("merger_rows", inputs, partial(measure, suite, method, seed))
@@ -159,6 +161,9 @@ def variants(
         method, seed, merge: as for `variant_rows`.
         updates: the K task vectors.
         score: maps (update, scales) to validation scores.
+
+    Returns:
+        pairs of labels (svc, alpha, scale_rule, scale, others) and update, which is not scaled yet.
     """
     published = published_alpha(method, len(updates))
     mean = weight_average(updates)
@@ -215,13 +220,13 @@ def by_size(names: Iterable[str]) -> list[str]:
 
 
 def in_order(table: pd.DataFrame, columns: Sequence[str], **orders: Sequence[Any]) -> pd.DataFrame:
-    """Return the table sorted by columns, equal rows as they were.
+    """Return the table sorted by columns; equal rows keep their order.
 
     Args:
         table: any.
         columns: the most important one first.
-        **orders: the values of a column in their order. Without it backbones come by size, methods as in the table of
-            mergers, the models that are not merged before them, and other columns by value.
+        **orders: the values of a column in their order. By default backbones are sorted by size, methods as in
+            `MERGERS` after the models that are not merged, and other columns by value.
     """
     found = {name: orders.get(name) or _usual_order(name, table[name]) for name in columns}
     keys = {name: {value: place for place, value in enumerate(values)} for name, values in found.items()}
@@ -237,12 +242,12 @@ def _usual_order(name: str, values: pd.Series) -> list[Any]:
 
 
 def methods_of(data: pd.DataFrame) -> list[str]:
-    """Return the mergers of a table in the order of the library's."""
+    """Return the mergers of a table in the order of `MERGERS`."""
     return [method for method in MERGERS if method in set(data.method)]
 
 
 def models(data: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of models, merged or not: without chance, probes and the like."""
+    """Return the rows of models, merged or not, without those of chance, probes and similar references."""
     return data[data.method.isin([*REFERENCES, *MERGERS])]
 
 
@@ -262,7 +267,7 @@ def differences(rows: pd.DataFrame, wanted: Mapping[str, tuple[str, str]], keys:
     Args:
         rows: of mergers, with a column `row`.
         wanted: name of a difference → variant (of column `row`), and suffix of the counts gained and lost.
-        keys: columns of a cell.
+        keys: columns that tell cells apart.
 
     Returns:
         One row for each cell, in order of appearance, and each difference whose variant it holds: the keys, `condition`
@@ -278,7 +283,7 @@ def differences(rows: pd.DataFrame, wanted: Mapping[str, tuple[str, str]], keys:
 
 
 def gains(data: pd.DataFrame) -> pd.DataFrame:
-    """Return what SVC gains in every cell, as `differences` does."""
+    """Return what SVC gains in every cell, in the format of `differences`."""
     return differences(in_order(named(data[data.method.isin(MERGERS)]), CELL), GAINS)
 
 
@@ -297,8 +302,8 @@ def draw(data: pd.DataFrame, panel: str = "{backbone}, {suite} tasks", off_scale
 
     Args:
         data: the table.
-        panel: what a panel is called, and which columns tell panels apart.
-        off_scale: a merger that would flatten the figure: it is left out where its scale is not tuned.
+        panel: title of a panel; the columns in it tell panels apart.
+        off_scale: a merger that would flatten the figure, and so is left out unless its scale is tuned.
     """
     means, found = variant_means(data[data.method.isin(MERGERS)]), gains(data)
     means, found = (x.assign(panel=[panel.format(**row) for row in x[CELL].to_dict("records")]) for x in (means, found))
@@ -318,13 +323,16 @@ def draw(data: pd.DataFrame, panel: str = "{backbone}, {suite} tasks", off_scale
 
 # Beside the paper ----------------------------------------------------------------------------------------------------
 
-OURS_AND_PAPER = {BASE: ("", "none"), SVC: (" + SVC", "output")}  # variant → how `compared` says it, published `svc`
+OURS_AND_PAPER = {
+    BASE: ("", "none"),
+    SVC: (" + SVC", "output"),
+}  # variant → suffix in `compared`, `svc` of the published table
 
 
 def published_accuracy(
     table: pd.DataFrame, suite: str, backbone: str, merger: str, svc: str, peers: bool = True
 ) -> tuple[float, str]:
-    """Return a published mean score (%) over tasks, the paper's own first, and its source if another's.
+    """Return a published mean score (%) over tasks, if possible the paper's own, and its source if it is another's.
 
     Args:
         table: `published("merging")` of `common.lab.report`.
@@ -332,7 +340,7 @@ def published_accuracy(
         backbone: as in the paper, ViT-B/32.
         merger: a merger, "pretrained" or "expert".
         svc: none, output or input.
-        peers: whether another's number is taken where the paper has none.
+        peers: whether a number of other authors is taken if the paper has none.
 
     Returns:
         the number (NaN where none is known) and the source in words, empty for the paper itself.
@@ -360,8 +368,8 @@ def compared(
         published: `published("merging")` of `common.lab.report`.
         number: (published, backbone, suite, method, svc) → the published number, NaN where there is none, and its
             source where that is not the paper.
-        setting: maps a backbone to whether its setting is the paper's.
-        shown: variant → what follows the merger's name, and the `svc` that `number` is asked for. Others are left out.
+        setting: maps a backbone to a text that says whether its setting is the paper's.
+        shown: variant → what follows the merger's name, and the argument `svc` of `number`. Others are left out.
     """
     lines = []
     for (backbone, suite, method, row), rows in means.groupby([*CELL, "row"], sort=False):
@@ -418,7 +426,7 @@ def counted(signs: pd.Series) -> str:
 
 
 def beats(signs: pd.Series) -> str:
-    """Return in words how often (tuned SVC − tuned base) is above 0: always, in at most half of the cells, or else."""
+    """Return in words in how many cells (tuned SVC − tuned base) is above 0: at most half, all, or a number between."""
     share = (signs == 1).mean()
     if share <= 0.5:
         return "does not beat a tuned scale"

@@ -1,7 +1,7 @@
 """Merging suites of language models: an encoder or GPT-2 with one head per task, or a T5 that writes its answers.
 
-Experiments name a backbone and see only `Suite`. MiniLM and the T5 of this project are there without a download, on
-tasks from the texts of installed packages; the others come from the hub, with GLUE and the like.
+Experiments name a backbone and see only `Suite`. MiniLM and the T5 of this project need no download: their tasks are
+made from the texts of installed packages. The others come from the hub, with GLUE and similar tasks.
 """
 
 import json
@@ -37,12 +37,12 @@ class Backbone:
     """A model to be merged, its tasks, and where its experts come from.
 
     Args:
-        base: loads it; the recipe says how long one that is trained here is trained.
-        tasks: in the order in which suites take them.
+        base: loads the model; the recipe says for how many steps a model that is trained here is trained.
+        tasks: names, in the order in which suites take them.
         task: maps a name to the task.
         tuned: what fine-tuning changed: everything ("full"), or the adapter ("lora", "ia3").
         learning_rate: of experts that are trained here.
-        hub: repository of the base where the experts are on the hub too; "" where they are trained here.
+        hub: repository of the base if the experts are on the hub too; "" if they are trained here.
     """
 
     base: Callable[[TextRecipe], Base]
@@ -77,7 +77,7 @@ def _t5(recipe: TextRecipe, repositories: tuple[str, ...]) -> Base:
 
 
 def _at_commit(repository: str, kind: Literal["model", "dataset"] = "model") -> str:
-    """Name a repository as it is now, so that nothing stale is found in the cache after it has changed."""
+    """Return a repository's name with its present commit, so that the cache finds nothing stale after a change."""
     return f"{repository}@{hub.commit(repository, kind)}"
 
 
@@ -129,14 +129,21 @@ def check_backbones(names: Sequence[str]) -> None:
 
 @lru_cache(maxsize=1)  # several parts of an experiment ask for the same one
 def suite(name: str, tasks: int, seed: int, recipe: TextRecipe, device: torch.device) -> Suite:
-    """Return the suite of the first `tasks` tasks of a backbone (or all), training what the cache does not hold yet.
+    """Return the suite of the first `tasks` tasks of a backbone, training what the cache does not hold yet.
 
-    States hold the tensors that fine-tuning changes, of all or of those with an adapter. `Suite.adapters` has the
-    folders of the experts' adapters, in peft's format.
+    Its states hold only the tensors that fine-tuning has changed in some expert. `Suite.adapters` has the folders of
+    the experts' adapters, in peft's format.
+
+    Args:
+        name: an entry of BACKBONES.
+        tasks: number of tasks; all, if the backbone has fewer.
+        seed: of the experts that are trained here.
+        recipe: how they are trained and scored.
+        device: of the states.
 
     Raises:
         ValueError: the backbone is unknown.
-        OSError: a repository cannot be had; the message says what to do.
+        OSError: a repository is not available; the message says what to do.
     """
     check_backbones([name])
     backbone, base = BACKBONES[name], _base(name, recipe)
@@ -223,7 +230,7 @@ def task_names(backbone: str) -> tuple[str, ...]:
 
 
 def probe_rows(name: str, suite: Suite, recipe: TextRecipe) -> Rows:
-    """Yield the rows "chance" and "probe" of each task, where experts are trained here under heads."""
+    """Yield the rows "chance" and "probe" of each task, if experts with heads are trained here; else nothing."""
     backbone = BACKBONES[name]
     if backbone.hub or not _base(name, recipe).pooling:
         return
@@ -269,7 +276,7 @@ def _fine_tune_one(recipe: TextRecipe, device: torch.device, item: tuple[str, st
 
 
 def suite_table(data: pd.DataFrame) -> pd.DataFrame:
-    """Return task by task what no merging is needed for: chance, probe, base and expert, and expert − probe, in %."""
+    """Return, task by task, the scores that need no merging: chance, probe, base, expert, and expert − probe, in %."""
     names = ("chance", "probe", "pretrained", "expert")
     own, keys = data[data.method.isin(names)], ["backbone", "suite", "task"]
     columns = {method: rows.groupby(keys, sort=False).value.apply(spread) for method, rows in own.groupby("method")}

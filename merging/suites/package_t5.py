@@ -1,7 +1,7 @@
 """A small T5 of this project: trained on text-to-text tasks from the texts of installed packages, in half a minute.
 
-As Flan-T5 it has seen the tasks in the format in which its experts are trained, but other files and few of them: it
-knows what is asked, and is far from what an expert reaches.
+Like Flan-T5, it has seen its experts' tasks in the same format, though only a few files, and other ones than theirs:
+it understands the questions, and scores far below an expert.
 """
 
 import itertools
@@ -28,7 +28,7 @@ SIZES = (128, 2, 4, 512)  # width, layers of encoder and of decoder, heads, unit
 
 
 def base(steps: int = 300) -> Base:
-    """Return the T5 after so many steps on all tasks together; trained on the CPU the first time.
+    """Return the T5 after `steps` steps on all tasks together, from the cache or else trained on the CPU.
 
     Source of the recipe: Chung et al., arXiv 2210.11416, in small: supervised tasks in one text-to-text format.
     """
@@ -36,7 +36,7 @@ def base(steps: int = 300) -> Base:
     inputs = {"steps": steps, "tasks": [task.key for task in tasks]}
     found = artefact("package_t5", inputs, partial(_train, steps))
     model = t5.t5(VOCABULARY, *SIZES)
-    model.load_state_dict(load_file(found.path / "model.safetensors"), strict=False)  # tied tensors are there once
+    model.load_state_dict(load_file(found.path / "model.safetensors"), strict=False)  # the file has tied tensors once
     return Base(f"package_t5/{found.key}", model.eval(), _tokenizer(found.path), pooling="")
 
 

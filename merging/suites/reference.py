@@ -1,8 +1,8 @@
-"""Slow exact twins, outside the library's API: what its results and its time are compared with.
+"""Slow and exact counterparts, outside the library's API, with which its results and its time are compared.
 
-Of `calibrate`: both published implementations take a full SVD of each matrix and stack the updates of all tasks, the
+For `calibrate`: both published implementations take a full SVD of each matrix and stack the updates of all tasks, the
 authors' code in float32, fusion_bench in float64. `calibration_floor` is the work that no implementation of SVC can
-leave out. Of `python -m merging`: task arithmetic and TIES on the weights of one tensor, in float64.
+leave out. For `python -m merging`: task arithmetic and TIES on the weights of one tensor, in float64.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def calibrate_by_svd(
     """Return SVC in the output space by the formula as it is written: ΔW̃ = U diag(σ γ) Vᵀ from a thin SVD.
 
     Args:
-        merged: the merged task vector, checked by nobody.
+        merged: the merged task vector; it is not checked.
         task_vectors: the K original task vectors.
         alpha: floor of the coefficients; default 1/K.
         dtype: of all arithmetic; float64 is the reference.
@@ -60,10 +60,13 @@ def _by_svd(merged: Tensor, updates: Tensor, alpha: float) -> Tensor:
 def calibration_floor(
     merged: TaskVector, task_vectors: Sequence[TaskVector], matrices: Predicate = SVC_MATRICES
 ) -> dict[str, Tensor]:
-    """Do what every implementation of SVC must, and nothing else: a Gram matrix, its eigenbasis, K projections.
+    """Do what every implementation of SVC must do, and nothing else: a Gram matrix, its eigenbasis, K projections.
+
+    Args:
+        merged, task_vectors, matrices: as for `calibrate_by_svd`.
 
     Returns:
-        name → the last projection (r, n), or the columns' side of a tall matrix: of no use but to be waited for.
+        name → the last projection (r, n), only so that a caller can wait for it.
     """
     projected = {}
     for name, update in merged.items():
@@ -101,10 +104,10 @@ def task_arithmetic_by_entry(base: Tensor, experts: Sequence[Tensor], scale: flo
 
 
 def ties_by_entry(base: Tensor, experts: Sequence[Tensor], scale: float, keep: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Return TIES with a threshold for each tensor and the mean, in float64, and on which entries all readings agree.
+    """Return TIES with one threshold per tensor and the mean, in float64, and where all implementations agree.
 
-    Of d entries of τ_i = θ_i − θ_0, ⌊keep · d⌋ survive. Implementations differ on entries whose magnitude is the
-    threshold, the (d − ⌊keep · d⌋)-th smallest, and where the survivors sum to zero: these are not decided.
+    Of d entries of τ_i = θ_i − θ_0, ⌊keep · d⌋ survive. Implementations differ on entries whose magnitude equals the
+    threshold, the (d − ⌊keep · d⌋)-th smallest, and on entries whose survivors sum to zero: these are "not decided".
 
     Args:
         base, experts: one tensor of the K + 1 models, of any floating dtype.
@@ -131,10 +134,10 @@ def ties_by_entry(base: Tensor, experts: Sequence[Tensor], scale: float, keep: f
 def factored_errors(
     updates: Sequence[Mapping[str, LowRank]], method: str, svc: SVC | Mapping[str, Any] | None = None
 ) -> dict[str, tuple[float, float]]:
-    """Return how far two ways of merging adapters are from the merge of their matrices in float64, for each weight.
+    """Return, for each weight, how far two ways of merging adapters are from the merge of their matrices in float64.
 
     Args:
-        updates: of K adapters, name → update; all have the same names.
+        updates: of each of K adapters, name → update; all have the same names.
         method: a merger that has a factored form.
         svc: the options of SVC, or None for no calibration.
 

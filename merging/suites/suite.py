@@ -29,7 +29,7 @@ class Suite:
     stays as it is.
     """
 
-    key: str  # of everything below: what is measured on a suite can be cached under it
+    key: str  # a hash of everything below, for cache keys of what is measured on the suite
     tasks: tuple[str, ...]
     networks: tuple[nn.Module, ...]
     pretrained: State  # of the encoder
@@ -54,7 +54,7 @@ class Suite:
     def answers(
         self, states: Sequence[State], split: str = "test", tasks: Sequence[str] | None = None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Return for each task what the S models predict, (S, n), and what is right, (n,)."""
+        """Return for each task what the S models predict, (S, n), and the labels, (n,)."""
         return [
             evaluation.predictions(network, states, self.batches(task, split))
             for task, network in zip(self.tasks, self.networks, strict=True)
@@ -107,13 +107,12 @@ def measure_suites(
 
     Args:
         kind: merging.suites.vision or merging.suites.language, which knows the backbones: `prepare(settings, context)`
-            trains, `suite(backbone, tasks, seed, recipe, device)` builds, `task_names(backbone)` says how many there
-            are.
-        settings: with backbones, suites (numbers of tasks, at most all that a backbone has), seeds and recipe.
-        context: of the run.
+            trains, `suite(backbone, tasks, seed, recipe, device)` builds, `task_names(backbone)` lists the tasks.
+        settings: with backbones, suites (numbers of tasks; a backbone with fewer takes all it has), seeds and recipe.
+        context: of the run, a `common.lab.run.Context`.
         measure: (settings, suite, backbone, seed, *part) → rows, to which seed, suite and backbone are added. It is a
             function of a module or script, so that other processes find it.
-        parts: what can be measured independently of each other on each suite, such as mergers: further arguments.
+        parts: further arguments of `measure`, such as a merger: each part of a suite is measured independently.
     """
     with context.stage("train"):
         kind.prepare(settings, context)

@@ -38,7 +38,7 @@ class FineTuning(NamedTuple):
 
 @dataclass(frozen=True)
 class TextRecipe:
-    """How experts are trained, and how many texts score them (0: all)."""
+    """How experts are trained, and on how many texts they are scored (0: on all)."""
 
     steps: int = 40
     t5_steps: int = 150  # in place of `steps` where the base is a T5
@@ -51,7 +51,7 @@ class TextRecipe:
     test_texts: int = 80
 
     def training(self, base: "Base", tuning: FineTuning) -> training.Recipe:
-        """Return the recipe of an expert; adapters do not decay: IA³'s vectors start from 1."""
+        """Return the recipe of an expert; adapters have no weight decay, since IA³'s vectors start from 1."""
         steps, decay = self.steps if base.pooling else self.t5_steps, 0.01 if tuning.tuned == "full" else 0.0
         return training.Recipe(steps, self.batch_size, tuning.learning_rate, weight_decay=decay)
 
@@ -61,9 +61,9 @@ class Base:
     """A pretrained model with its tokenizer, and how texts become its inputs.
 
     Args:
-        name: of the model; with the code below it stands for its weights in cache keys.
+        name: of the model, for cache keys: it must change with the weights.
         model: an encoder, or a T5.
-        tokenizer: of transformers.
+        tokenizer: one of transformers.
         pooling: of an encoder's hidden states ("mean", "cls", "last"); "" for a T5, which answers in text.
     """
 
@@ -118,12 +118,12 @@ def answer_tokens(tokenizer: Any, answers: Iterable[str]) -> Tensor:
 
 
 def first(examples: Examples, count: int | None) -> Examples:
-    """Return the first `count` examples, which are balanced where the task is."""
+    """Return the first `count` examples (None: all), which are balanced if the task is."""
     return Examples(examples.texts[:count], examples.targets[:count])
 
 
 def evaluation_batches(base: Base, task: TextTask, examples: Examples) -> DataLoader:
-    """Iterate over examples in batches of inputs, labels (B,), short texts first."""
+    """Return a loader of all examples in batches of inputs, labels (B,), short texts first."""
     order = sorted(range(len(examples.texts)), key=lambda index: sum(map(len, examples.texts[index])))
     rows = [(examples.texts[index], examples.targets[index]) for index in order]
     return DataLoader(rows, batch_size=EVALUATION_BATCH, collate_fn=partial(_scored, base, task))
@@ -140,9 +140,9 @@ def _trained(base: Base, task: TextTask, rows: Sequence[tuple]) -> tuple[dict[st
 
 
 class LengthGroupedBatches(Sampler[list[int]]):
-    """Index batches of a recipe in which texts are about equally long, so that little is padding.
+    """Batches of indices of about equally long texts, so that little is padding.
 
-    Pools of `POOL` batches hold each class equally often; each is sorted by length and cut.
+    Pools of `POOL` batches hold each class equally often; each pool is sorted by length and cut into batches.
     """
 
     drop_last = False
@@ -165,7 +165,7 @@ class LengthGroupedBatches(Sampler[list[int]]):
 
 
 def training_batches(base: Base, task: TextTask, recipe: training.Recipe, seed: int) -> DataLoader:
-    """Iterate over `recipe.steps` batches of inputs and targets: texts of like length, classes equally often."""
+    """Return a loader of `recipe.steps` batches of inputs, targets: texts of similar length, classes equally often."""
     examples = task.split("train")
     rows = list(zip(examples.texts, examples.targets, strict=True))
     lengths = [sum(map(len, text)) for text in examples.texts]
@@ -177,10 +177,10 @@ def training_batches(base: Base, task: TextTask, recipe: training.Recipe, seed: 
 
 
 def probe(base: Base, task: TextTask, recipe: TextRecipe, device: torch.device) -> Artefact:
-    """Return a linear probe on the frozen encoder: the head that experts start from, and what it scores by itself.
+    """Return a linear probe on the frozen encoder: the head that experts start from, and its score.
 
-    A logistic regression on pooled features, its penalty chosen on validation. The artefact holds head.safetensors
-    (weight (C, d), bias (C,)) and scores.json (chance and probe, % of so many test texts).
+    It is a logistic regression on pooled features; its penalty is chosen on validation data. The artefact holds
+    head.safetensors (weight (C, d), bias (C,)) and scores.json (chance and probe in %, test: number of test texts).
     """
     texts = (recipe.probe_texts, recipe.test_texts)
     inputs = {"base": base.name, "task": task.key, "texts": texts, "device": device.type}
@@ -273,7 +273,7 @@ def _fine_tune(
 
 
 def _groups(model: nn.Module, head_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The head has a rate of its own, and does not decay."""
+    """Return parameter groups in which the head has its own learning rate and no weight decay."""
     heads = [parameter for name, parameter in model.named_parameters() if ".head_" in name]
     known = {id(parameter) for parameter in heads}
     groups = training.decay_groups(model, weight_decay)

@@ -1,4 +1,4 @@
-"""The chance level of whatever compares task vectors: the same spectra, in directions that have nothing in common."""
+"""The chance level of every comparison of task vectors: the same spectra, in directions that have nothing in common."""
 
 from collections.abc import Sequence
 

@@ -48,7 +48,14 @@ class ZeroShot(nn.Module):
 
 
 def suite(backbone: str, tasks: int, seed: int, recipe: "GlyphRecipe", device: torch.device) -> Suite:
-    """Return the suite of the first `tasks` tasks of a backbone: "glyph-WIDTH" (by the recipe), or "ViT-B/32".
+    """Return the suite of the first `tasks` tasks of a backbone, training whatever the cache does not hold yet.
+
+    Args:
+        backbone: "glyph-WIDTH", or "ViT-B/32".
+        tasks: number of tasks.
+        seed: of the experts on glyphs.
+        recipe: of the models on glyphs; its width is ignored.
+        device: of the states.
 
     Raises:
         ValueError: the backbone is unknown, or has no suite of so many tasks.
@@ -85,6 +92,7 @@ def prepare(settings: Any, context: Any) -> None:
 
 
 def is_glyph(backbone: str) -> bool:
+    """Return whether a backbone is one that is trained here on glyphs."""
     return backbone.startswith("glyph-")
 
 
@@ -92,7 +100,7 @@ STANDS_FOR = {"glyph-96": "ViT-B/32", "glyph-128": "ViT-B/16", "glyph-160": "ViT
 
 
 def setting(backbone: str) -> str:
-    """Return whether numbers of a backbone were measured in the paper's setting, as a comparison says it."""
+    """Return a text, for comparisons, that says whether a backbone's setting is the paper's."""
     if not is_glyph(backbone):
         return "hub experts"
     return f"no: stands for {STANDS_FOR[backbone]}" if backbone in STANDS_FOR else "no: glyphs"
@@ -101,19 +109,24 @@ def setting(backbone: str) -> str:
 def published_number(
     table: pd.DataFrame, backbone: str, suite: int, method: str, svc: str, peers: bool = True
 ) -> tuple[float, str]:
-    """Return the published accuracy of a merger on the CLIP that a backbone is or stands for, and its other source.
+    """Return the published accuracy (%) of a merger on the CLIP that a backbone is or stands for, and its source.
 
     Args:
         table: `published("merging")`.
         backbone, suite, method, svc: as in the rows of a suite.
-        peers: whether another's number is taken where the paper has none.
+        peers: whether a number of other authors is taken if the paper has none.
+
+    Returns:
+        the number (NaN where none is known) and the source in words, empty for the paper itself.
     """
     return published_accuracy(table, f"{suite} vision tasks", STANDS_FOR.get(backbone, backbone), method, svc, peers)
 
 
 def is_evidence(table: pd.DataFrame, backbones: Sequence[str]) -> bool:
-    """Return whether a table holds what verdicts ask for: 8, 14 and 20 tasks of all these backbones with at least 3
-    seeds, or the 8 tasks of ViT-B/32."""
+    """Return whether a table holds what verdicts ask for.
+
+    That is 8, 14 and 20 tasks of all these backbones with at least 3 seeds, or the 8 tasks of ViT-B/32.
+    """
     cells = set(zip(table.backbone, table.suite, strict=True))
     wanted = {(backbone, tasks) for backbone in backbones for tasks in (8, 14, 20)}
     return ("ViT-B/32", 8) in cells or (wanted <= cells and table.seed.nunique() >= 3)
@@ -124,7 +137,7 @@ def is_evidence(table: pd.DataFrame, backbones: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class GlyphRecipe:
-    """How the glyph suite's base and experts are trained. `slant` and `halftone` are the downstream domain."""
+    """How the glyph suite's base and experts are trained. `slant` and `halftone` set the downstream domain shift."""
 
     width: tyro.conf.Suppress[int] = 96  # set by the backbone's name
     pretraining_steps: int = 2000
@@ -188,7 +201,7 @@ def _pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None
 
 def fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device) -> Artefact:
     """Return the task's expert: the image encoder fine-tuned under the frozen zero-shot head; model.safetensors."""
-    pretrain(recipe, device)  # not inside of the expert's own build: other experts wait for the same base
+    pretrain(recipe, device)  # not inside the expert's own build: other experts wait for the same base
     return artefact(*_expert(recipe, task, seed, device))
 
 
@@ -306,7 +319,7 @@ def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
     heads = [clip_models.zero_shot_head(CLIP[backbone], row.class_names, row.templates, device) for row in rows]
     states = [{f"tower.{name}": tensor.to(device) for name, tensor in state.items()} for state in (tower, *experts)]
     batches = partial(_clip_batches, CLIP[backbone], device)
-    for row in rows:  # a data set that is missing should not cost hours first
+    for row in rows:  # a missing data set should be an error now, not after hours
         batches(row.name, "test"), batches(row.name, "validation")
     models = [CLIP[backbone], *(row.expert_id(CLIP[backbone]) for row in rows)]
     commits = [hub.commit(model, "model") for model in models] + [hub.commit(row.repo, "dataset") for row in rows]

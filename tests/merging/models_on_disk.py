@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from merging import MERGERS, apply, calibrate, iso_basis, merger, task_vector
 from merging.checkpoints import open_checkpoint
+from merging.command.main import merge
 from merging.command.plan import make_plan
 from merging.command.recipe import Recipe
 
@@ -122,3 +124,17 @@ def plan_of(tmp_path, base, experts, **options):
     where, others = models(tmp_path, base, experts)
     recipe = Recipe(where, others, options.pop("method", "weight_average"), **options)
     return make_plan(recipe, open_checkpoint(where), [open_checkpoint(other) for other in others])
+
+
+def peak_of_merge(first: Recipe, first_out: Path, recipe: Recipe, out: Path) -> float:
+    """By how many MB a merge swells this process, mapped pages included, once `first` has touched the code it needs."""
+
+    def resident(key: str) -> float:
+        return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000
+
+    torch.set_num_threads(1)
+    merge(first, first_out)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    start = resident("VmRSS")
+    merge(recipe, out)
+    return resident("VmHWM") - start

@@ -33,14 +33,14 @@ from merging.suites.data.vision_tasks import VALIDATION_SEED, held_out
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_LIMIT = 512
-TEST_FRACTION = 0.2  # of the train split, where there is no other
+TEST_FRACTION = 0.2  # of the train split, if there is no other split
 
 UNPUBLISHED = "that it belongs to the paper's BERT rows (it does in the first author's sister project)"
 
 
 @dataclass(frozen=True)
 class HubText:
-    """One data set: where it is, what its columns mean, how a text-to-text model is asked, what is not confirmed."""
+    """One data set: where it is, what its columns mean, how a text-to-text model is asked, what no source confirms."""
 
     name: str
     repo: str
@@ -58,8 +58,8 @@ class HubText:
         """Return the repository of this task's expert of a base such as openai-community/gpt2 or google/flan-t5-base.
 
         Args:
-            base_id: of the base. GPT-2 has no expert of STS-B, Flan-T5-large only those with `lora`.
-            lora: the adapter of rank 16 instead of the whole model; of Flan-T5 only.
+            base_id: the base's repository. There is no expert of GPT-2 for STS-B; Flan-T5-large has only adapters.
+            lora: whether to take the adapter of rank 16 instead of the whole model; only Flan-T5 has any.
         """
         base = base_id.split("/")[-1]
         benchmark = "" if base == "gpt2" else "glue-"
@@ -164,7 +164,7 @@ def load_split(text: HubText, split: str) -> Examples:
         Targets are class indices; for STS-B numbers from 0 to 5, rounded to one decimal.
 
     Raises:
-        HubError: the repository cannot be had.
+        HubError: the repository is not available.
         ValueError: files, columns, names or order of the classes, labels or the number of rows are not as expected.
     """
     if split not in SPLITS:

@@ -1,6 +1,6 @@
 """Eight classification tasks on texts that every machine has: docstrings and code of the standard library and packages.
 
-Each task reads something else from a source file, see `READERS`: three read sentences, five read expressions. Texts are
+Each task reads something different from a source file, see `READERS`: three read sentences, five expressions. Texts are
 short, so that an encoder learns from them within seconds on a CPU. No file is in two splits, no text in two splits or
 in two classes, and all classes are equally large. Texts differ between versions of Python and of the packages:
 `TextTask.key` says which ones they were.
@@ -21,16 +21,16 @@ from common.cache import artefact
 from common.data import text
 from merging.suites.data.text_tasks import Examples, TextTask
 
-FILES = 400  # at most so many of one package: torch alone has thousands
+FILES = 400  # of one package at most: torch alone has thousands
 FILE_BYTES = 150_000  # longer files are generated, or tables
 # "base" is what a model may be trained on before it is fine-tuned on "train"
 SHARES = {"test": 0.2, "validation": 0.1, "base": 0.2, "train": 0.5}  # of the files
-SIZES = {"test": 800, "validation": 400, "base": 2000, "train": 3000}  # at most so many texts per task
+SIZES = {"test": 800, "validation": 400, "base": 2000, "train": 3000}  # largest numbers of texts per task
 SHORTEST = 12  # characters of a text
-LONGEST = 64  # characters: of a longer sentence the beginning is taken
-LONGEST_CODE = 48  # code has more tokens per character; longer code is left out: cutting changes what it is
+LONGEST = 64  # characters: a longer sentence is cut to its beginning
+LONGEST_CODE = 48  # code has more tokens per character; longer code is left out, as a cut would change its class
 
-Labelled = Iterator[tuple[str, str]]  # texts and names of classes; texts with another name are left out
+Labelled = Iterator[tuple[str, str]]  # texts and class names; a text whose name is no class of the task is left out
 
 MARKUP = re.compile(r":\w+:|[`*|~]")
 SECTION = re.compile(r"^(\w[\w ]*)\n-{3,}\n", re.MULTILINE)  # of a docstring in numpy's style
@@ -218,7 +218,7 @@ def _balanced(found: Mapping[str, set], classes: tuple[str, ...]) -> dict[str, l
     texts = defaultdict(list)
     for places in found.values():
         if len({label for _, _, label in places}) == 1:
-            split, words, label = min(places)  # one of its spellings, on one side
+            split, words, label = min(places)  # one of its spellings, in one split
             texts[split, label].append(words)
     tables = {}
     for split, size in SIZES.items():
@@ -238,7 +238,7 @@ def _sources() -> Iterator[Source]:
         content = path.read_bytes()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of invalid escapes in others' code
+                warnings.simplefilter("ignore")  # warnings of invalid escapes in others' code
                 tree = ast.parse(content.decode())
         except (SyntaxError, ValueError):  # templates, and other encodings
             continue

@@ -20,9 +20,9 @@ class TextTask:
         name: short, in lower case.
         classes: names in the order of the targets; () for a regression (STS-B), which is scored by Spearman's ρ.
         split: maps "train", "validation" and "test" to their examples.
-        key: changes with the texts.
+        key: for cache keys; changes with the texts.
         template: what a text-to-text model reads: {0} and {1} stand for the fields.
-        answers: what it is to write for each class; by default the names of the classes.
+        answers: what it should write for each class; by default the names of the classes.
     """
 
     name: str
@@ -37,7 +37,7 @@ class TextTask:
         return self.template.format(*text)
 
     def answer(self, target: float) -> str:
-        """Return what a text-to-text model is to write; a regression's number is rounded to 0.2, as T5 does it."""
+        """Return what a text-to-text model should write; a regression's number is rounded to 0.2, as for T5."""
         if self.classes:
             return (self.answers or self.classes)[int(target)]
         return f"{round(target * 5) / 5:.1f}"

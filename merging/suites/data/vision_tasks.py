@@ -13,9 +13,9 @@ What the table states, and where each fact was read (cards and file lists are th
     class names in label order            fusion_bench, tasks/clip_classification/*.py, made for these same data sets
     prompt templates                      OpenAI CLIP, data/prompts.md (SVHN: mlfoundations/task_vectors)
 
-Names and templates are in clip_prompts.json. They agree with CLIP's prompts.md word for word, but for the ORDER of
-EuroSAT, where CLIP's page differs from the data set. The order of the data set's own labels is the one that counts, and
-every load compares the two. What no source showed is listed in each task's `unverified`.
+Names and templates are in clip_prompts.json. They agree with CLIP's prompts.md word for word, except for the ORDER of
+EuroSAT, where CLIP's page differs from the data set. The order of the data set's own labels counts, and every load
+compares the two. What no source showed is listed in each task's `unverified`.
 """
 
 import json
@@ -36,7 +36,7 @@ VALIDATION_FRACTION, VALIDATION_SEED = 0.1, 0
 
 @dataclass(frozen=True)
 class VisionTask:
-    """One task: which expert belongs to it, where its images are, and what about it is not confirmed."""
+    """One task: which expert belongs to it, where its images are, and what no source confirms about it."""
 
     name: str
     expert: str  # the expert of base B is tanganke/B_{expert}
@@ -135,7 +135,7 @@ def held_out(order: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
 
 
 def validation_rows(task: VisionTask, limit: int | None = None) -> Any:
-    """Return the images of the train split that we hold out for choices that are tuned; format and errors as `rows`.
+    """Return the images of the train split that are held out to tune choices; format and errors as `VisionTask.rows`.
 
     They are a random tenth (the last tenth of the files would hold the last classes only). The public experts were
     fine-tuned on the whole train split, so they have seen these images: good for choosing a scale of the merged model,
@@ -143,7 +143,7 @@ def validation_rows(task: VisionTask, limit: int | None = None) -> Any:
 
     Args:
         task: an entry of VISION_TASKS.
-        limit: take the first so many images of the random order; default all.
+        limit: how many images to take, in the random order; by default all.
     """
     rows = task.rows("train")
     _, validation = held_out(hub.permutation(len(rows), VALIDATION_SEED))
@@ -151,7 +151,7 @@ def validation_rows(task: VisionTask, limit: int | None = None) -> Any:
 
 
 def image_loader(rows: Any, preprocess: Callable[[Any], Tensor], batch_size: int = 128, workers: int = 0) -> DataLoader:
-    """Iterate over rows as pairs: images (B, 3, H, W), labels (B,); `preprocess` makes (3, H, W) of a PIL image."""
+    """Return a loader of pairs: images (B, 3, H, W), labels (B,); `preprocess` turns a PIL image into (3, H, W)."""
     return DataLoader(rows, batch_size=batch_size, num_workers=workers, collate_fn=partial(_collate, preprocess))
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-# Ends of module names in BERT and its kin, in T5 and in GPT-2, whose c_attn is query, key and value in one.
+# Ends of module names in BERT and similar encoders, in T5 and in GPT-2, whose c_attn is query, key and value in one.
 QUERY_VALUE = "query|value|q|v|c_attn"
 KEY_VALUE = "key|value|k|v|c_attn"
 MLP_OUTPUT = r"layer\.\d+\.output\.dense|wo|mlp\.c_proj"  # a BERT's attention has an output.dense too
@@ -18,13 +18,13 @@ def adapt(model: nn.Module, kind: Literal["lora", "ia3"], rank: int = 8) -> nn.M
     """Put an untrained adapter on a model: it computes what it did before, and only the adapter is trainable.
 
         LoRA   W + 2 B A on queries and values; A (rank, in) is drawn from torch's global generator, B (out, rank) is 0
-        IA³    keys and values times vectors, the input of each MLP's second matrix times a vector; all are 1
+        IA³    keys, values, and the input of each MLP's second matrix, each times a vector; all vectors are 1
 
     Source: Hu et al., arXiv 2106.09685, section 4; Liu et al., arXiv 2205.05638, section 3.3.
 
     Args:
-        model: is changed in place, as peft does it: pass a copy where the model is still needed.
-        kind: of the adapter.
+        model: it is changed in place, as peft does it; pass a copy if the model is still needed.
+        kind: "lora" or "ia3".
         rank: of LoRA's updates; IA³ has none.
 
     Returns:
@@ -57,7 +57,7 @@ def save(adapted: nn.Module, folder: str | Path) -> None:
         adapted: what `adapt` returned.
         folder: is made if it does not exist.
     """
-    # else peft asks the hub whether the vocabulary has grown, where the base came from a repository
+    # with the default, peft asks the hub whether the vocabulary has grown, if the base came from a repository
     adapted.save_pretrained(folder, save_embedding_layers=False)
 
 

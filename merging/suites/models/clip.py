@@ -36,7 +36,7 @@ def clip_vision(model_id: str) -> ClipVision:
     """Load the image side of a base CLIP, in float32 and evaluation mode.
 
     Raises:
-        HubError: the repository cannot be had.
+        HubError: the repository is not available.
         ValueError: the checkpoint lacks tensors of the model.
     """
     clip = load_model("CLIPModel", model_folder(model_id), model_id)
@@ -51,8 +51,8 @@ def clip_expert_state(model_id: str, like: Mapping[str, Tensor]) -> dict[str, Te
         like: the state dict of the base's tower, `clip_vision(base).tower.state_dict()`.
 
     Raises:
-        HubError: the repository cannot be had.
-        ValueError: the first tensor that is missing, additional or of another shape than the base's.
+        HubError: the repository is not available.
+        ValueError: a tensor is missing, additional or of another shape than the base's; the message names the first.
     """
     state = dict(load_model("CLIPVisionModel", model_folder(model_id), model_id).state_dict())
     check_fits(model_id, state, like)
@@ -63,7 +63,7 @@ def clip_expert_state(model_id: str, like: Mapping[str, Tensor]) -> dict[str, Te
 def zero_shot_head(
     model_id: str, class_names: Sequence[str], templates: Sequence[str], device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Return the frozen head (C, embed) of CLIP's recipe times exp(logit_scale); logits = unit image features @ head.T.
+    """Return CLIP's zero-shot head (C, embed), times exp(logit_scale): logits are unit image features @ head.T.
 
     Per class: the text features of all its prompts are normalised, averaged and normalised again.
 
@@ -73,7 +73,7 @@ def zero_shot_head(
         templates: prompts with one `{}` each.
 
     Raises:
-        HubError: the repository cannot be had.
+        HubError: the repository is not available.
         ValueError: no class, no template, or a template without `{}`.
     """
     if not class_names or not templates:

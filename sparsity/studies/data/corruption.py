@@ -67,10 +67,10 @@ def corrupt(rows: Tensor, indices: Sequence[int], shape: Shape, sentinels: int, 
 
     Args:
         rows: (B, raw) token ids.
-        indices: B numbers, one per row.
+        indices: B numbers, one per row, such as its place in the data set.
         shape: of the rows.
-        sentinels: the id after the first sentinel's; span k is marked by id `sentinels` − 1 − k.
-        seed: another one gives other spans.
+        sentinels: the id after that of the first sentinel; span k is marked by the id `sentinels` − 1 − k.
+        seed: of the spans.
 
     Returns:
         Inputs (B, shape.input) and targets (B, shape.target), int64.

@@ -47,7 +47,7 @@ HELD_OUT_SEED = 0
 
 @dataclass(frozen=True)
 class PictureSet:
-    """One data set: where its images are, how they are cropped at training, what is not confirmed.
+    """One data set: where its images are, how they are cropped at training, what no source confirms.
 
     `mean` and `std` (one value per channel) normalise pixels of [0, 1]; `held_out` is the share of the training split
     that validates. Training crops: "none"; "shifted", by up to an eighth of the side, and flipped; "resized", a random
@@ -137,8 +137,9 @@ def _all_rows(pictures: PictureSet, split: str) -> Any:
 class Augmentation:
     """How training images vary beyond the crop of their data set.
 
-    mixup and cutmix are the parameters of their Beta laws, 0 is off (with both, each batch takes one of the two at
-    random); randaugment is the magnitude, from 1 to 30, 0 is off; repeats is how often a drawn image enters its batch.
+    mixup and cutmix are the parameters of their Beta distributions, 0 is off (with both, each batch takes one of the
+    two at random); randaugment is the magnitude, from 1 to 30, 0 is off; repeats is how often a drawn image enters its
+    batch.
     """
 
     mixup: float = 0.0
@@ -195,7 +196,15 @@ def workers(device: torch.device) -> int:
 def transform(
     pictures: PictureSet, pixels: int, normalised: bool, training: bool, randaugment: int = 0
 ) -> Callable[[Any], Tensor]:
-    """Return the function of a PIL image to (channels, pixels, pixels); draws come from torch's global generator."""
+    """Return a function that turns a PIL image into (channels, pixels, pixels); it draws from torch's global generator.
+
+    Args:
+        pictures: the data set.
+        pixels: image side.
+        normalised: False leaves pixels in [0, 1].
+        training: whether to crop and augment at random.
+        randaugment: its magnitude; 0 is off.
+    """
     steps: list[nn.Module] = []
     if pictures.crop == "resized":  # at 224 pixels the shorter side is 256
         steps = [v2.Resize(round(pixels * 8 / 7)), v2.RandomResizedCrop(pixels) if training else v2.CenterCrop(pixels)]
@@ -276,7 +285,7 @@ def _collate(mixers: Sequence[nn.Module], batch: Sequence[Mapping[str, Any]]) ->
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Within the block torch's global CPU generator starts from a seed; afterwards it is as it was before."""
+    """Seed torch's global CPU generator within the block, and restore it."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the accelerator's
         yield
