@@ -15,7 +15,7 @@ from torch import Tensor
 from common.spectral import working
 from merging.calibration import SVC
 from merging.lowrank import extract, fold, merge_and_calibrate, merge_low_rank, zero_like
-from merging.peft_files import Adapter, load_adapter, save_adapter
+from merging.peft_files import OF_MODULES, Adapter, load_adapter, save_adapter
 from merging.task_vectors import Predicate, TaskVector, check_finite, matrices_without
 
 __all__ = [
@@ -204,7 +204,8 @@ def extract_adapter(
         expert: a task vector, full-rank updates included.
         rank: of every module.
         matrices: which tensors become modules, of those that are named "….weight"; the others are lost as a whole.
-        layouts: name → "conv1d" or "embedding", for weights that peft has to transpose.
+        layouts: name → "transposed" (or "conv1d", after the modules that store it so) or "embedding"; all others are
+            "matrix".
         config: entries of adapter_config.json, such as base_model_name_or_path and task_type.
 
     Returns:
@@ -215,7 +216,8 @@ def extract_adapter(
         if not update.is_floating_point():
             continue
         if update.ndim == 2 and name.endswith(".weight") and matrices(name, update):
-            modules[name], lost[name] = extract(update, rank, (layouts or {}).get(name, "linear"))
+            layout = (layouts or {}).get(name, "matrix")
+            modules[name], lost[name] = extract(update, rank, OF_MODULES.get(layout, layout))
         else:
             lost[name] = float(bool(update.any()))
     return Adapter("lora", modules, config=dict(config or {})), lost

@@ -34,7 +34,7 @@ PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_ENDINGS = (".safetensors", *PICKLE_ENDINGS, ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".index.json")
 HUB_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
-COPIED = 2**21  # entries read at a time
+COPIED = 2**21  # entries that are read and converted at a time
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Entry:
 
     def _stored(self, start: int, stop: int) -> Tensor:
         """Return a range of the flattened tensor as the file holds it."""
-        if self.offset is None:  # opened anew each time: a file that stays open keeps every page that was read
+        if self.offset is None:  # opened anew each time: an open file keeps in memory what was read of it
             return _opened(self.path).get_tensor(self.name).reshape(-1)[start:stop]
         place, size = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
         return torch.from_numpy(np.fromfile(self.path, np.uint8, size, offset=place)).view(self.dtype)
@@ -238,7 +238,7 @@ def _opened(path: Path) -> safe_open:
 
 
 def _pickled_entries(path: Path) -> dict[str, Entry]:
-    """Return the tensors of a state dict that torch.save wrote, without running or even reading more than its index."""
+    """Return the tensors of a state dict that torch.save wrote; only its index is read, and no code in it is run."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:

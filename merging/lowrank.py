@@ -27,8 +27,8 @@ from merging.calibration import SVC, SVC_MATRICES, Diagnosis, calibrate, diagnos
 from merging.mergers import merger
 from merging.task_vectors import Predicate, TaskVector, check_choice
 
-LAYOUTS = ("linear", "conv1d", "embedding")  # how peft would store the two factors, see `merging.adapters`
-ON_WHOLE_TENSORS = ("split_qkv", "vectors", "flatten")  # options of SVC that a core knows nothing of
+LAYOUTS = ("matrix", "transposed", "embedding")  # weights stored as (out, in), as (in, out), as (vocabulary, width)
+ON_WHOLE_TENSORS = ("split_qkv", "vectors", "flatten")  # options of SVC that cores know nothing of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LowRank:
     b: Tensor  # (m, r)
     a: Tensor  # (r, n)
     scale: float = 1.0
-    layout: str = "linear"
+    layout: str = "matrix"  # how that weight is stored, one of LAYOUTS
 
     def __post_init__(self):
         check_choice("layout", self.layout, LAYOUTS)
@@ -69,7 +69,7 @@ class JointBasis:
     cores: list[Tensor]  # K × (p, q)
 
     def outside(self, core: Tensor, like: LowRank) -> LowRank:
-        """Return Q_B core Q_Aᵀ, the smaller side taking the core, in at least float32 and the layout of `like`."""
+        """Return Q_B core Q_Aᵀ, the core taken by the smaller side, in at least float32 and the layout of `like`."""
         b, a = self.left, self.right.T
         b, a = (b @ core, a) if core.shape[0] >= core.shape[1] else (b, core @ a)
         dtype = working(like.b).dtype
@@ -151,7 +151,7 @@ def diagnose_low_rank(
 
 
 def _cut_out_of(method: str, updates: Sequence[LowRank]) -> dict[str, Any]:
-    """Return what a merger of cores has to know of their matrices: it counts triplets by min(m, n), ranks by dtype."""
+    """Return what a merger of cores must know of their matrices: min(m, n), and the dtype for the rank rule."""
     wide = all(factor.dtype == torch.float64 for update in updates for factor in (update.b, update.a))
     return merger(method).known(side=min(updates[0].shape), precision=torch.float64 if wide else torch.float32)
 
@@ -170,12 +170,12 @@ def _options(svc: SVC | Mapping[str, Any] | None, refused: Sequence[str] = ()) -
 
 
 def oriented(update: LowRank) -> LowRank:
-    """Return the update in the orientation of its layer, (out, in), or from there as stored: the transpose of a conv1d.
+    """Transpose if the weight is stored (in, out), so that the update is that of the layer, (out, in); its own inverse.
 
     The output space of SVC is that of the layer everywhere in this package. GPT-2's Conv1D stores (in, out), which is
     turned for merging; an embedding (vocabulary, width) is taken as it is stored.
     """
-    return replace(update, b=update.a.T, a=update.b.T) if update.layout == "conv1d" else update
+    return replace(update, b=update.a.T, a=update.b.T) if update.layout == "transposed" else update
 
 
 def check_factored(method: str) -> None:
@@ -246,13 +246,14 @@ def truncate(update: LowRank, rank: int) -> tuple[LowRank, float]:
     return _truncated(basis.left @ left, singular, right @ basis.right.T, rank, update.layout, dtype)
 
 
-def extract(delta: Tensor, rank: int, layout: str = "linear") -> tuple[LowRank, float]:
+def extract(delta: Tensor, rank: int, layout: str = "matrix") -> tuple[LowRank, float]:
     """Return the rank-r update that is nearest to the dense ΔW of a full expert, and the share of ‖ΔW‖_F² it loses.
 
     Args:
         delta: (m, n), any floating dtype; this is the one place that decomposes a full matrix.
         rank: as for `truncate`.
-        layout: "conv1d" or "embedding" if an adapter of this weight has to be stored that way.
+        layout: how the weight is stored, one of LAYOUTS; adapters of "transposed" ones and embeddings are written
+            differently.
 
     Raises:
         ValueError: delta is no matrix, or rank is below 1.

@@ -3,7 +3,7 @@
 A LoRA module adds s B A to its weight, s = α/r, or α/√r with rsLoRA; r and α may differ by module (rank_pattern,
 alpha_pattern). A weight that is stored as (in, out), which peft calls fan_in_fan_out, gets s (B A)ᵀ, and so does an
 embedding. Here b and a have the orientation of the STORED weight, as all tensors in this package do: for the layouts
-"conv1d" and "embedding" b = Aᵀ and a = Bᵀ.
+"transposed" and "embedding" b = Aᵀ and a = Bᵀ.
 
 An IA³ module multiplies its output by a vector l, or its input if it is a feed-forward module. Biases and whole
 modules (modules_to_save) are held with their full values. Other kinds of adapters are no low-rank updates of the base's
@@ -29,11 +29,12 @@ from merging.lowrank import LowRank, numerical_rank_of, truncate
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTORS = {
-    "lora_A.weight": "linear",
-    "lora_B.weight": "linear",
+    "lora_A.weight": "matrix",
+    "lora_B.weight": "matrix",
     "lora_embedding_A": "embedding",
     "lora_embedding_B": "embedding",
 }
+OF_MODULES = {"linear": "matrix", "conv1d": "transposed"}  # how modules of these names store their weights
 KINDS = {"LORA": "lora", "IA3": "ia3"}
 VARIANTS = {  # settings of a LoRA configuration that make something else of it
     "use_dora": "DoRA",
@@ -48,7 +49,8 @@ VARIANTS = {  # settings of a LoRA configuration that make something else of it
     "target_parameters": "target_parameters",
     "trainable_token_indices": "trainable_token_indices",
 }
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # all others may change the base's weights
+# init_lora_weights of adapters whose base is left as it is; all others may change the base's weights
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,12 @@ class Factors:
     def shape(self) -> tuple[int, int]:
         """The shape of the base weight, as stored."""
         sizes = self.up.shape[0], self.down.shape[1]
-        return sizes if self.layout == "linear" else sizes[::-1]
+        return sizes if self.layout == "matrix" else sizes[::-1]
 
     def read(self, device: str | torch.device = "cpu") -> LowRank:
         """Return the update itself, in the dtype of the file."""
         down, up = read_finite(self.down, device), read_finite(self.up, device)
-        b, a = (up, down) if self.layout == "linear" else (down.T, up.T)
+        b, a = (up, down) if self.layout == "matrix" else (down.T, up.T)
         return LowRank(b, a, self.scale, self.layout)
 
     def entries(self, start: int, stop: int, device: torch.device) -> Tensor:
@@ -206,7 +208,9 @@ def _modules(factors: Mapping[str, Entry], config: Mapping[str, Any], file: Path
                 f"{file}, {module!r}: {down_name} {down.shape} and {up_name} {up.shape} are not of rank {rank}, which "
                 f"{CONFIG} states"
             )
-        layout = "conv1d" if FACTORS[down_name] == "linear" and config.get("fan_in_fan_out") else FACTORS[down_name]
+        layout = FACTORS[down_name]
+        if layout == "matrix" and config.get("fan_in_fan_out"):
+            layout = "transposed"
         modules[f"{name}.weight"] = Factors(down, up, scale, layout)
     return modules
 
@@ -254,8 +258,8 @@ def save_adapter(
     Args:
         adapter: it is left unchanged.
         folder: must not exist; it appears when it is complete.
-        rank: of every LoRA module, by truncated SVD in the joint rank. Default: the largest numerical rank of a module,
-            which loses nothing but rounding.
+        rank: of every LoRA module, by truncated SVD. Default: the largest numerical rank of a module, which loses
+            nothing but rounding.
         dtype: of the tensors in the file.
 
     Returns:
@@ -277,7 +281,7 @@ def save_adapter(
         modules[name], lost[name] = truncate(update, rank)
     tensors = {}
     for own in file_tensors(replace(adapter, modules=modules)).values():
-        tensors |= {key: tensor.to(dtype).contiguous().clone() for key, tensor in own.items()}  # none shares memory
+        tensors |= {key: tensor.to(dtype).contiguous().clone() for key, tensor in own.items()}  # no memory is shared
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -302,7 +306,7 @@ def _module_of(name: str) -> str:
 
 
 def _factor_tensors(module: str, update: LowRank) -> dict[str, Tensor]:
-    down, up = (update.a, update.b) if update.layout == "linear" else (update.b.T, update.a.T)
+    down, up = (update.a, update.b) if update.layout == "matrix" else (update.b.T, update.a.T)
     ends = (
         ("lora_embedding_A", "lora_embedding_B") if update.layout == "embedding" else ("lora_A.weight", "lora_B.weight")
     )
@@ -320,7 +324,7 @@ def written_config(adapter: Adapter, rank: int | None) -> dict[str, Any]:
     """Return adapter_config.json of an adapter: of one rank, with α = r, naming its modules one by one.
 
     Raises:
-        ValueError: its modules differ in what peft states once for all.
+        ValueError: its modules differ in what peft states once for all modules.
     """
     known = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save")
     config = {key: adapter.config.get(key) for key in known} | {"inference_mode": True}
@@ -340,6 +344,6 @@ def written_config(adapter: Adapter, rank: int | None) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "fan_in_fan_out": layouts == {"conv1d"},
+        "fan_in_fan_out": layouts == {"transposed"},
         "bias": (adapter.config.get("bias") or "none") if biases else "none",
     }

@@ -105,12 +105,12 @@ def _combined(trimmed: Tensor, majority: int, combine: str) -> Tensor:
 def elect(
     tensors: Sequence[Ranges], every: Callable[[Callable, Iterable], Iterable] = map, *, keep: float, **_: Any
 ) -> dict[str, Any]:
-    """Return the thresholds and the majority of TIES over some tensors together, exactly, reading them three times.
+    """Return TIES' global state: one threshold per task, and the sign for undecided entries.
 
-    The threshold of a task is the k-th smallest of its d magnitudes, k = d − ⌊keep · d⌋. Non-negative floats are
-    ordered like the integers with the same bits: a first pass counts the upper 16 bits, a second one the lower 16 bits
-    of those magnitudes that share the upper half of the threshold. The majority, which needs the thresholds, takes a
-    third pass.
+    It is exact, over all given tensors together, which are read three times. The threshold of a task is the k-th
+    smallest of its d magnitudes, k = d − ⌊keep · d⌋. Non-negative floats are ordered like the integers with the same
+    bits: a first pass counts the upper 16 bits, a second one the lower 16 bits of those magnitudes that share the upper
+    half of the threshold. The majority, which needs the thresholds, takes a third pass.
 
     Args:
         tensors: for each tensor a function that reads its float32 updates, range by range, each time it is called.

@@ -1,24 +1,26 @@
 """What --dry-run prints: what would become of each tensor, and memory and time to expect."""
 
+import math
 import time
 
 import torch
 
 from merging.calibration import calibrate
-from merging.command.changes import RANGE
+from merging.command.changes import RANGE, Step
 from merging.command.outputs import AdapterOutput, ModelOutput
+from merging.command.plan import Plan
 from merging.command.recipe import dtype_name
-from merging.command.storage import Piece, Plan, Step
+from merging.command.storage import Piece
 from merging.command.stream import Streamer, svc_of, takes, treatment
 from merging.mergers import merger, weight_average
 
 PROGRAM = 600 * 2**20  # bytes: the interpreter with PyTorch
 SAMPLE = 256  # side of the matrix that is timed
-DISK = 300e6  # bytes a second that are assumed for reading and writing
+DISK = 300e6  # bytes per second that are assumed for reading and writing
 
 
 def expected_memory(plan: Plan, jobs: int = 1) -> int:
-    """Return the peak of the resident memory to expect, in bytes, for the largest tensors of all jobs.
+    """Return the peak of resident memory to expect, in bytes: when all jobs have the largest tensors.
 
     A matrix m × n that is calibrated, or merged as a matrix, takes a few copies of it in float32 (`Merger.copies`),
     however many experts there are (they are read one by one), and its eigenproblem 32 r² bytes, r = min(m, n). The rest
@@ -31,8 +33,8 @@ def expected_memory(plan: Plan, jobs: int = 1) -> int:
 
 def _peak(streamer: Streamer, step: Step, piece: Piece) -> int:
     if streamer.is_factored(step, piece):
-        rank = sum(expert.up.shape[1] for expert in step.experts if expert)
-        return 8 * 4 * rank * sum(piece.shape) + 4 * RANGE * 4  # factors and bases in float64, a few of each
+        factors = step.change.rank * sum(piece.shape)
+        return 8 * 4 * factors + 4 * RANGE * 4  # factors and their bases in float64, a few of each
     if streamer.is_whole(step, piece) and piece.count > RANGE:
         side = min(piece.seen[0], piece.count // piece.seen[0])
         return 4 * streamer.merger.copies * piece.count + 32 * side**2
@@ -40,7 +42,7 @@ def _peak(streamer: Streamer, step: Step, piece: Piece) -> int:
 
 
 def expected_seconds(plan: Plan, device: torch.device) -> float:
-    """Return the time to expect on one job: small matrices are timed with the same functions, the disk is assumed.
+    """Return the seconds to expect with one job: a small matrix is timed, the speed of the disk is assumed.
 
     What is done entry by entry grows with the number of entries, what is done on matrices with m · n · min(m, n).
     """
@@ -93,7 +95,7 @@ def describe(output: ModelOutput | AdapterOutput, jobs: int, device: torch.devic
 
 
 def _what(plan: Plan, step: Step) -> str:
-    if not step.experts:
+    if not step.change:
         return "the base's value"
     piece, method = step.pieces[0], plan.recipe.method
     parts = [method if takes(merger(method), piece) else f"mean ({method} leaves it)"]
@@ -101,10 +103,11 @@ def _what(plan: Plan, step: Step) -> str:
         parts.append({"calibrated": "SVC", "vector rule": "SVC, vector rule"}.get(treatment(step, piece), "no SVC"))
     if step.options["final_scale"] != 1:
         parts.append(f"× {step.options['final_scale']:g}")
-    if step.layout not in ("matrix", "vector"):
-        parts.append(f"{step.layout} of {len(step.pieces)}" if len(step.pieces) > 1 else step.layout)
-    if step.kind == "values" and piece.name != step.name and len(step.pieces) == 1:
+    if step.change.label or step.layout not in ("matrix", "vector"):
+        stored = step.change.label or step.layout
+        parts.append(f"{stored} of {len(step.pieces)}" if len(step.pieces) > 1 else stored)
+    if piece.name != step.name and len(step.pieces) == 1 and not step.repeats:
         parts.append(f"tied to {piece.name}")
-    if step.kind == "values" and sum(each.count for each in step.pieces) < step.base.count:
+    if sum(each.count for each in step.pieces) < math.prod(step.change.shape(step.base)):
         parts.append(f"rows 0 to {piece.rows - 1}")
     return ", ".join(parts)

@@ -5,17 +5,17 @@
 Models are folders of safetensors (single or sharded), single files of safetensors, state dicts of torch.save (loaded
 with weights_only), or ids of the Hub. Experts may instead all be adapters of peft (LoRA, IA³): they are merged in
 factored form and folded into the base. With --output adapter the merge is written as one adapter; from full experts
-that is the best approximation of --rank, and report and card say what it loses.
+that is the best approximation of rank --rank, and energy_lost.csv and the model card say what it loses.
 
 A merge that was interrupted continues when the same command is given again: finished shards stay, the others are made.
-Under `accelerate launch` the processes share the shards. Memory: below 1 GB and, for each of --jobs, a few of the
-largest tensors with SVC, TSV-M, Iso or STAR, and next to nothing otherwise; --dry-run estimates it.
+Under `accelerate launch` the processes share the shards. Memory: below 1 GB; SVC, TSV-M, Iso and STAR need a few copies
+of the largest tensor in addition, for each of --jobs. --dry-run estimates it.
 
 Storage: SVC's output space is the layer's, also where weights are stored (in, out), as GPT-2's are; stacks of experts
 are merged matrix by matrix; convolution kernels are (out, rest) for methods that take them, and not calibrated without
 --kernels. Heads that only some models have are the base's, vocabularies of different size share their first rows: both
-are reported, and refused with --strict. How all that is told from names and shapes stands in `merging/command/plan.py`,
-`merging/command/storage.py` and `merging/command/adapter_plan.py`.
+are reported, and refused with --strict. The rules by which names and shapes tell all that stand at the top of
+`merging/command/plan.py`, `merging/command/storage.py` and `merging/command/adapter_plan.py`.
 """
 
 import contextlib
@@ -41,10 +41,9 @@ from merging.checkpoints import Checkpoint, locate, open_checkpoint
 from merging.command.dry_run import describe
 from merging.command.model_card import write_companions
 from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
-from merging.command.plan import make_plan
+from merging.command.plan import Plan, make_plan
 from merging.command.recipe import Recipe, identity, read_recipe
 from merging.command.shards import Output, Shard, Write, begin, remove_leftovers, write_text
-from merging.command.storage import Plan
 from merging.command.stream import Streamer
 from merging.command.thresholds import decided_together
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
@@ -58,7 +57,7 @@ class Flags(Recipe):
     out: str = ""
     """Folder of the merged model; it must not exist, be empty, or hold what the same recipe made."""
     recipe: Path | None = None
-    """File with a recipe, such as the merging.yaml of an earlier output; further flags go before it."""
+    """File with a recipe, such as the merging.yaml of an earlier output; flags of the command line override it."""
     jobs: int = 1
     """How many tensors are merged at the same time, in threads; each needs its own memory."""
     device: str = "cpu"
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> Flags:
-    """Return the flags; those of a file named by --recipe stand where the command line has none."""
+    """Return the flags; what the command line leaves out is taken from the file of --recipe, if one is given."""
     arguments = _joined(list(arguments))
     start = Flags()
     if "--recipe" in arguments[:-1]:
@@ -89,7 +88,7 @@ def parse(arguments: Sequence[str]) -> Flags:
 
 
 def _joined(arguments: list[str]) -> list[str]:
-    """Return the arguments with the values of a repeated --set or --experts behind its first occurrence."""
+    """Collect the values of --set, and of --experts, behind the first of them where the flag is given several times."""
     for flag in ("--set", "--experts"):
         values: list[str] = []
         while arguments.count(flag) > 1:
@@ -124,19 +123,18 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
         raise ValueError("give --out, the folder of the merged model")
     base, *experts = open_checkpoint(recipe.base), *map(_open_expert, recipe.experts)
     plan = make_plan(recipe, base, experts)
-    kind = adapter_output(plan) if recipe.output == "adapter" else ModelOutput(plan)
+    output = adapter_output(plan) if recipe.output == "adapter" else ModelOutput(plan)
     made_from = identity(recipe, (base, *experts))
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on = _device(device)
-    for note in (*plan.notes, *plan.remarks) if rank == 0 else ():
+    for note in (*plan.notes, *plan.remarks) if _process()[0] == 0 else ():
         print(f"note: {note}", file=sys.stderr)
     if dry_run:
-        print("\n".join(describe(kind, jobs, on)))
+        print("\n".join(describe(output, jobs, on)))
     elif _is_complete(out := Path(os.path.abspath(out)), made_from):
         remove_leftovers(out, made_from)  # of a merge that was killed after its last step
         print(f"{out}: this recipe has made it already; nothing to do")
     else:
-        _carry_out(kind, out, made_from, jobs, on, rank, ranks)
+        _carry_out(output, out, made_from, jobs, on)
 
 
 def _open_expert(given: str) -> Checkpoint | Adapter:
@@ -144,25 +142,30 @@ def _open_expert(given: str) -> Checkpoint | Adapter:
     return open_adapter(path) if (path / ADAPTER_CONFIG).is_file() else open_checkpoint(given, path)
 
 
-def _carry_out(
-    kind: ModelOutput | AdapterOutput, out: Path, made_from: str, jobs: int, device: torch.device, rank: int, ranks: int
-) -> None:
+def _process() -> tuple[int, int]:
+    """Return the rank of this process, and how many share the work, as `accelerate launch` says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _carry_out(output: ModelOutput | AdapterOutput, out: Path, made_from: str, jobs: int, device: torch.device) -> None:
+    """Merge shard by shard, those of this process that are not there yet; rank 0 adds the other files at the end."""
     _hand_back_freed_memory()
-    shards = kind.shards
+    rank, ranks = _process()
+    shards = output.shards
     own = sorted(shards, key=lambda shard: -shard.size)[rank::ranks] if ranks > 1 else shards
     if rank == 0 and len(shards) < ranks:
         print(f"note: {len(shards)} shards keep as many of {ranks} processes busy; see --shard-size", file=sys.stderr)
-    with begin(out, made_from, shards, rank) as output:
-        left = [shard for shard in own if not output.is_finished(shard)]
+    with begin(out, made_from, shards, rank) as files:
+        left = [shard for shard in own if not files.is_finished(shard)]
         if left or rank == 0:
-            streamer = Streamer(kind.plan, device, _decided(kind.plan, output, device, jobs, rank))
+            streamer = Streamer(output.plan, device, _decided(output.plan, files, device, jobs, rank))
         with _progress(own, left, rank) as bar:
             for shard in left:
-                output.write(shard, partial(_merged, kind, shard, streamer, jobs, bar))
+                files.write(shard, partial(_merged, output, shard, streamer, jobs, bar))
         if rank == 0:
-            notes = [note for shard_notes in output.notes() for note in shard_notes]
-            write_companions(kind, output.folder, made_from, notes)
-            output.finish()
+            notes = [note for shard_notes in files.notes() for note in shard_notes]
+            write_companions(output, files.folder, made_from, notes)
+            files.finish()
             sizes = [tensor.size for shard in shards for tensor in shard.tensors]
             print(f"{out}: {len(sizes)} tensors, {sum(sizes) / 1e9:.3f} GB")
 
@@ -175,11 +178,11 @@ def _progress(own: Sequence[Shard], left: Sequence[Shard], rank: int) -> tqdm:
 
 
 def _merged(
-    kind: ModelOutput | AdapterOutput, shard: Shard, streamer: Streamer, jobs: int, bar: tqdm, write: Write
+    output: ModelOutput | AdapterOutput, shard: Shard, streamer: Streamer, jobs: int, bar: tqdm, write: Write
 ) -> list[dict[str, Any]]:
     """Merge and write the tensors of one shard; returns one note per step."""
     notes = {}
-    for step, note in _in_threads(lambda step: (step, kind.write(step, streamer, write)), shard.steps, jobs):
+    for step, note in _in_threads(lambda step: (step, output.write(step, streamer, write)), shard.steps, jobs):
         notes[step.name] = note
         bar.set_postfix_str(step.name, refresh=False)
         bar.update(step.size)
@@ -192,9 +195,9 @@ def _hand_back_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
 
 
-def _decided(plan: Plan, output: Output, device: torch.device, jobs: int, rank: int) -> Any | None:
-    """Return what the method decides over all tensors together, which rank 0 does once, also for later attempts."""
-    path = output.work / "decided.json"
+def _decided(plan: Plan, files: Output, device: torch.device, jobs: int, rank: int) -> Any | None:
+    """Return what the method decides over all tensors together; rank 0 computes it once and keeps it for a restart."""
+    path = files.work / "decided.json"
     every = lambda function, items: _in_threads(function, list(items), jobs)  # noqa: E731
     if rank == 0 and not path.exists():
         write_text(path, json.dumps(decided_together(plan, device, every)))

@@ -10,9 +10,9 @@ import yaml
 
 from merging.checkpoints import WEIGHT_ENDINGS
 from merging.command.outputs import AdapterOutput, ModelOutput
+from merging.command.plan import Plan, some
 from merging.command.recipe import write_recipe
 from merging.command.shards import write_text
-from merging.command.storage import Plan, some
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter
 
@@ -105,7 +105,7 @@ def card(output: ModelOutput | AdapterOutput, remarks: Sequence[str] = ()) -> st
     kept = {key: value for key, value in recipe.plain().items() if key not in ("base", "experts")}
     table = [f"| base | {models[0]} |", *(f"| expert | {name} |" for name in models[1:])]
     table += [f"| {key} | {value} |" for key, value in kept.items()]
-    merged = sum(bool(step.experts) for step in plan.steps)
+    merged = sum(bool(step.change) for step in plan.steps)
     sentence = f"{len(recipe.experts)} {experts} fine-tuned from {models[0]}, merged by {recipe.method}" + (
         " with singular value calibration (SVC, arXiv 2602.05536)" if recipe.svc else ""
     )
@@ -127,7 +127,7 @@ def _from_adapters(plan: Plan) -> bool:
 
 
 def _public_name(given: str) -> str:
-    """Return a Hub id as it is, of a local folder its name, and of a local file that with the folder's: "a/b.bin"."""
+    """Return a name safe to publish: no local paths."""
     path = Path(given).resolve()
     if path.is_file():
         return f"{path.parent.name}/{path.name}"

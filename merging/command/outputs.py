@@ -1,11 +1,11 @@
 """What a merge is written as: a whole model, or an adapter of peft of one rank.
 
-Linear layers become LoRA modules: the merged update of each, of full or low rank, by its truncated SVD. What a full
-expert changes elsewhere (embeddings, norms, biases) has no place in the adapter; all of its energy is lost, and said to
-be. From adapters come adapters: LoRA of the chosen rank, or IA³, with what they hold whole.
+Linear layers become LoRA modules: the merged update of each, of full or low rank, is cut to the adapter's rank by SVD.
+What full experts change elsewhere (embeddings, norms, biases) has no place in the adapter; it is lost, and reported.
+Adapters become an adapter of their kind, LoRA of the chosen rank or IA³, which also holds whole what they hold whole.
 
-Which weights belong to linear layers is told by the model's own class, built without memory from config.json; without
-one, all matrices NAME.weight are taken whose name does not say "embed".
+The model's own class, built from config.json without memory for weights, says which weights belong to linear layers;
+without config.json they are all matrices NAME.weight whose name does not contain "embed".
 """
 
 import math
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from merging.adapters import MODULES, joint_config, rename_to_base
+from merging.command.changes import IA3, Step
+from merging.command.plan import Plan
 from merging.command.recipe import shard_bytes
 from merging.command.shards import Shard, TensorSpec, Write, arrange
-from merging.command.storage import Plan, Step
 from merging.command.stream import Streamer, rounded
 from merging.lowrank import LowRank, extract, truncate
 from merging.peft_files import Adapter, file_tensors, written_config
@@ -55,16 +56,16 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class AdapterOutput:
-    """What an adapter will hold, before anything is merged; `sketch` is the adapter on the meta device."""
+    """An adapter: what it will hold is known before anything is merged."""
 
     plan: Plan
-    sketch: Adapter
-    names: Mapping[str, str]  # of the base's tensors → their names in the adapter; lost are those that are not here
+    sketch: Adapter  # its tensors have shapes and no data (meta device)
+    names: Mapping[str, str]  # base's name → name in the adapter; tensors without an entry cannot be expressed in it
 
     @property
     def steps(self) -> list[Step]:
         """What is merged; for the rest of the base an adapter says nothing."""
-        return [step for step in self.plan.steps if step.experts and not step.repeats]
+        return self.plan.merged
 
     def tensors(self, step: Step) -> list[TensorSpec]:
         """Return the tensors of the adapter's file that a step makes: two factors, a vector, a value, or none."""
@@ -87,42 +88,37 @@ class AdapterOutput:
     def write(self, step: Step, streamer: Streamer, write: Write) -> dict[str, Any]:
         """Merge one step and write its tensors; returns its report, and how much of its energy they lose."""
         rows = [] if self.plan.recipe.report else None
-        module = self.sketch.modules.get(self.names.get(step.name, ""))
-        if module:
-            energy, lost = self._module(step, module.layout, streamer, write, rows)
+        name, energy, lost = self.names.get(step.name), 0.0, 0.0
+        if name in self.sketch.modules:
+            energy, lost = self._write_factors(step, name, streamer, write, rows)
+        elif name in self.sketch.vectors:
+            (tensor,) = self.tensors(step)
+            write(tensor.name, [rounded(step.name, 1 + streamer.update(step, rows), tensor.dtype)])
+        elif name in self.sketch.values:
+            (tensor,) = self.tensors(step)
+            write(tensor.name, streamer.tensor(step, rows))
         else:
-            energy, lost = self._value(step, streamer, write, rows)
+            update = streamer.update(step, rows)
+            energy = sum(float(part.double().square().sum()) for part in update.reshape(-1).split(2**21))
+            lost = float(energy > 0)
         shape = "×".join(map(str, step.base.shape))
         return {"report": rows, "lost": dict(tensor=step.name, shape=shape, energy=energy, lost=lost)}
 
-    def _module(
-        self, step: Step, layout: str, streamer: Streamer, write: Write, rows: list[dict] | None
+    def _write_factors(
+        self, step: Step, name: str, streamer: Streamer, write: Write, rows: list[dict] | None
     ) -> tuple[float, float]:
         """Write the two factors of a module; returns the energy of its update, and the share that its rank loses."""
-        name, rank = self.names[step.name], self.plan.recipe.rank
+        rank = self.plan.recipe.rank
         if streamer.is_factored(step, step.pieces[0]):
             merged = streamer.low_rank(step, rows)
             update, lost = truncate(replace(merged, scale=merged.scale * step.options["final_scale"]), rank)
         else:
-            update, lost = extract(streamer.update(step, rows), rank, layout)
+            update, lost = extract(streamer.update(step, rows), rank, self.sketch.modules[name].layout)
         factors = file_tensors(Adapter("lora", {name: update}))[name]
         for tensor in self.tensors(step):
             write(tensor.name, [rounded(step.name, factors[tensor.name], tensor.dtype)])
         kept = float(update.b.double().square().sum(0).square().sum())  # Σ σ²: the columns of b have the lengths √σ
         return kept / (1 - lost), lost
-
-    def _value(self, step: Step, streamer: Streamer, write: Write, rows: list[dict] | None) -> tuple[float, float]:
-        """Write what is held whole, if the adapter has a place for it; returns energy, and the share that is lost."""
-        tensors = self.tensors(step)
-        if step.kind == "values" and tensors:
-            write(tensors[0].name, streamer.tensor(step, rows))
-            return 0.0, 0.0
-        update = streamer.update(step, rows)
-        if tensors:
-            write(tensors[0].name, [rounded(step.name, 1 + update, tensors[0].dtype)])
-            return 0.0, 0.0
-        energy = sum(float(part.double().square().sum()) for part in update.reshape(-1).split(2**21))
-        return energy, float(energy > 0)
 
 
 def adapter_output(plan: Plan) -> AdapterOutput:
@@ -138,18 +134,19 @@ def adapter_output(plan: Plan) -> AdapterOutput:
     names, modules, vectors, values = {}, {}, {}, {}
     if from_adapters:
         names = _names_of_adapters(plan)
-        layouts = {step.name: next(filter(None, step.experts)).layout for step in plan.steps if step.kind == "low rank"}
+        layouts = {step.name: step.layout for step in plan.merged if step.change.factored}
     else:
         layouts, names = linear_layers(plan)
     dtype = plan.recipe.output_dtype(torch.float32)
-    for step in plan.steps:
+    for step in plan.merged:
         name = names.get(step.name)
-        if not step.experts or step.repeats or name is None:
+        if name is None:
             continue
         if step.name in layouts:
             modules[name] = _sketched(step.base.shape, plan.recipe.rank, layouts[step.name], dtype)
-        elif step.kind == "vector":
-            vectors[name] = torch.empty(next(filter(None, step.experts)).shape, dtype=dtype, device="meta")
+        elif isinstance(step.change, IA3):
+            shape = next(filter(None, step.experts)).shape
+            vectors[name] = torch.empty(shape, dtype=dtype, device="meta")
         else:
             values[name] = torch.empty(step.base.shape, dtype=step.dtype, device="meta")
     if not (modules or vectors or values):
@@ -166,7 +163,7 @@ def _sketched(shape: tuple[int, int], rank: int, layout: str, dtype: torch.dtype
 
 
 def _names_of_adapters(plan: Plan) -> dict[str, str]:
-    """Return the base's names → those that the adapters have, the first adapter's going before."""
+    """Return base's name → name in the adapters; where they differ, that in the first adapter which has it."""
     names = {}
     for adapter in reversed(plan.experts):
         renamed = rename_to_base(adapter, plan.base.entries)
@@ -179,22 +176,22 @@ def linear_layers(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
     """Return which merged tensors are weights of linear layers.
 
     Returns:
-        name → "linear" or "conv1d", of the kind that more of them have (peft states it once for all modules); and
-        name → the weight's name in the model's class.
+        name → "matrix" or "transposed", of these two the one that more weights have (peft states it once for all
+        modules); and name → the weight's name in the model's class.
     """
     known = dict(_linear_modules(plan.base.config))
     layouts, names = {}, {}
-    for step in plan.steps:
-        matrix = step.experts and step.layout in ("matrix", "transposed") and step.name.endswith(".weight")
+    for step in plan.merged:
+        matrix = step.layout in ("matrix", "transposed") and step.name.endswith(".weight")
         if not matrix or (not known and not MODULES(step.name, torch.empty(step.base.shape, device="meta"))):
             continue
         longer = (each for each in known if each.endswith(f".{step.name}"))
         own = step.name if step.name in known else next(longer, None)
         if own or not known:
-            layouts[step.name] = known[own] if own else {"matrix": "linear", "transposed": "conv1d"}[step.layout]
+            layouts[step.name] = known[own] if own else step.layout
             names[step.name] = own or step.name
-    kinds = list(layouts.values())
-    most = max(("linear", "conv1d"), key=kinds.count)
+    found = list(layouts.values())
+    most = max(("matrix", "transposed"), key=found.count)
     kept = {name: layout for name, layout in layouts.items() if layout == most}
     return kept, {name: names[name] for name in kept}
 
@@ -210,6 +207,6 @@ def _linear_modules(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         model = kind(transformers.AutoConfig.for_model(**config))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            yield f"{name}.weight", "linear"
+            yield f"{name}.weight", "matrix"
         elif isinstance(module, transformers.pytorch_utils.Conv1D):
-            yield f"{name}.weight", "conv1d"
+            yield f"{name}.weight", "transposed"

@@ -10,23 +10,41 @@ Missing     a tensor that no expert has (another head) keeps the base's value; o
 Vocabulary  tensors that differ in their number of rows alone: the rows that all have are merged, the base's other
             rows are kept. With config.json on both sides the rows must be their vocab_size, else it is refused.
 Integers    keep the base's value; where experts differ in more than a single counter, that is refused.
-Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told in `merging.command.storage`.
+Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told by `merging.command.storage`.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from merging.checkpoints import Checkpoint, Entry
 from merging.command.adapter_plan import adapter_steps
+from merging.command.changes import Full, Step
 from merging.command.recipe import Recipe
-from merging.command.storage import Plan, Step, pieces, some, storage
+from merging.command.storage import pieces, storage
 from merging.peft_files import Adapter
 
 COMPARED = 2**22  # entries compared at a time
+
+
+@dataclass
+class Plan:
+    """All tensors of the base, in the order of its files, and what has to be said about them."""
+
+    recipe: Recipe
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...] | tuple[Adapter, ...]
+    steps: list[Step] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what differs between the models, and is refused by --strict
+    remarks: list[str] = field(default_factory=list)  # tied tensors
+
+    @property
+    def merged(self) -> list[Step]:
+        """The steps that merge something, each update once."""
+        return [step for step in self.steps if step.change and not step.repeats]
 
 
 def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | Sequence[Adapter]) -> Plan:
@@ -40,17 +58,17 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
     if any(adapters) and not all(adapters):
         odd = recipe.experts[adapters.index(False)]
         raise ValueError(f"{odd}: is no adapter, and other experts are; fold those into the base first, one by one")
-    plan.steps = adapter_steps(plan) if any(adapters) else _steps(plan)
+    plan.steps = adapter_steps(recipe, base, experts, plan.notes) if any(adapters) else _model_steps(plan)
     if odd := recipe.unmatched(base.entries):
         raise ValueError(f"--set {odd[0]!r}: matches no tensor of {base.given}")
-    if not any(step.experts for step in plan.steps):
+    if not any(step.change for step in plan.steps):
         raise ValueError(f"{base.given}: no tensor is merged; the experts share none with it")
     if recipe.strict and plan.notes:
         raise ValueError(f"--strict: {plan.notes[0]}" + _more(len(plan.notes) - 1))
     return plan
 
 
-def _steps(plan: Plan) -> list[Step]:
+def _model_steps(plan: Plan) -> list[Step]:
     recipe, base, experts = plan.recipe, plan.base, plan.experts
     names = [_match(base, expert, plan) for expert in experts]
     layouts, steps = storage(base.entries), []
@@ -59,8 +77,8 @@ def _steps(plan: Plan) -> list[Step]:
         found = _partners(name, entry, base, experts, names, plan.notes) if options["merge"] else ()
         rows = _common_rows(entry, found, base, experts, plan.notes)
         layout = options["layout"] or layouts[name]
-        parts = pieces(entry, layout, rows) if found else ()
-        steps.append(Step(name, entry, found, parts, recipe.output_dtype(entry.dtype), layout, options))
+        change, parts = (Full(found), pieces(entry, layout, rows)) if found else (None, ())
+        steps.append(Step(entry, change, parts, recipe.output_dtype(entry.dtype), layout, options))
     return _with_ties(steps, plan.remarks)
 
 
@@ -138,7 +156,7 @@ def _same_integers(entry: Entry, found: Sequence[Entry]) -> tuple[Entry, ...]:
 
 
 def _twin(entry: Entry, base: Checkpoint, known: Mapping[str, str]) -> str | None:
-    """Return the name of the base's tensor with the same bytes that an expert has, where it lacks this one (tied)."""
+    """Return the name of a tensor that is tied to this one, with the same bytes in the base, and that an expert has."""
     others = [base.entries[name] for name in known if name != entry.name]
     copy = _copy_of(entry, others)
     return copy.name if copy else None
@@ -167,7 +185,7 @@ def _with_ties(steps: list[Step], remarks: list[str]) -> list[Step]:
     """Give tied tensors, those with the same bytes in the base and in every expert, the name of the first of them."""
     groups: dict[Any, list[Step]] = {}
     for step in steps:
-        if step.experts and len(step.base.shape) > 1:
+        if step.change and len(step.base.shape) > 1:
             start = step.base.read(0, min(64, step.base.count)).view(torch.uint8)
             groups.setdefault((step.base.shape, step.base.dtype, bytes(start.numpy())), []).append(step)
     renamed = {}
@@ -185,7 +203,7 @@ def _merged_as(step: Step, first: Step) -> Step:
 
 
 def _tied(first: Step, second: Step) -> bool:
-    ours, theirs = (first.base, *first.experts), (second.base, *second.experts)
+    ours, theirs = ((step.base, *step.experts) for step in (first, second))
     return all(_equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
@@ -218,6 +236,14 @@ def _vocabulary(checkpoint: Checkpoint) -> int | None:
     config = checkpoint.config
     nested = next((part for part in config.values() if isinstance(part, dict) and "vocab_size" in part), {})
     return config.get("vocab_size", nested.get("vocab_size"))
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first few names, for messages."""
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _more(count: int) -> str:

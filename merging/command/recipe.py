@@ -1,7 +1,7 @@
 """Recipes: what is merged, by which method, with which options, and where single tensors differ from the rest.
 
 A recipe is a handful of plain values, the same on the command line and in `merging.yaml`. Options of single tensors
-come from patterns over their names ("*.mlp.*:scale=0.5"), the later one going before the earlier.
+come from patterns over their names ("*.mlp.*:scale=0.5"); of two that match a name, the later one wins.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ import yaml
 
 from merging.calibration import SVC, published_alpha
 from merging.checkpoints import Checkpoint
+from merging.command.storage import LAYOUTS
 from merging.mergers import MERGERS, merger
 from merging.peft_files import Adapter
 from merging.task_vectors import check_choice
 
-LAYOUTS = ("matrix", "transposed", "stack", "transposed stack", "kernel")
 OUTPUT_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -47,17 +47,17 @@ class Recipe:
     """The models fine-tuned from it, likewise."""
     method: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(MERGERS)}.")] = ""
     scale: float | None = None
-    """The merger's own factor (task_arithmetic, ties), BEFORE calibration, where it is only another alpha."""
+    """The merger's own factor, if it has one; it acts BEFORE calibration, where changing it is like changing alpha."""
     seed: int | None = None
-    """Of the masks (dare); they depend on it, the expert and the tensor's name alone."""
+    """Of random masks, which depend on the seed, the expert's position and the tensor's name alone."""
     svc: bool = False
     """Calibrate singular values after merging."""
     alpha: float | None = None
-    """SVC: floor of the coefficients; by default 1 on tsv_m and 1/K on the other mergers."""
+    """SVC: floor of the coefficients; by default the one that the paper uses for the merger, 1/K for most."""
     space: Literal["output", "input"] = "output"
     """SVC: compare responses of the layer's output or input side."""
     rule: Literal["current", "legacy"] = "current"
-    """SVC: the authors' rule, or theirs until March 2026."""
+    """SVC: the authors' rule, or the one that they used until March 2026."""
     target: int | None = None
     """SVC: calibrate for the expert of this index alone."""
     split_qkv: bool = False
@@ -70,12 +70,12 @@ class Recipe:
     """Factor of the finished update, AFTER calibration: the scale to tune on validation data."""
     set: tuple[str, ...] = ()
     """Options of single tensors: 'PATTERN:OPTION=VALUE', OPTION being one of the merger's (scale, keep, drop, …), of
-    SVC's (svc, alpha, …), final_scale, merge (false keeps the base's tensor) or layout (matrix, transposed, stack,
-    transposed stack, kernel)."""
+    SVC's (svc, alpha, …), final_scale, merge (false keeps the base's tensor) or layout, how the tensor is stored
+    (matrix, transposed, stack, transposed stack, kernel)."""
     output: Literal["model", "adapter"] = "model"
     """A whole model, into which adapters are folded, or an adapter of peft (LoRA of --rank, or IA³)."""
     rank: int | None = None
-    """Of all modules of a LoRA adapter; report/energy_lost.csv says what it loses of each tensor."""
+    """The rank of all modules of a LoRA adapter; energy_lost.csv says how much of each tensor's energy it loses."""
     dtype: str | None = None
     """Of the output: float32, bfloat16, float16 or float64; by default that of the base, tensor by tensor, and float32
     for the factors of an adapter."""
@@ -201,7 +201,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def identity(recipe: Recipe, checkpoints: Iterable[Checkpoint | Adapter]) -> str:
-    """Return the hash of a recipe and of the files it is applied to, known by size and time of change."""
+    """Return the hash of a recipe and of the files it is applied to: their paths, sizes and times of change."""
     facts = [recipe.plain()]
     for checkpoint in checkpoints:
         for path in checkpoint.files:

@@ -1,13 +1,13 @@
 """Writing a checkpoint shard by shard: the header first, then each tensor at its place, in any order, by any thread.
 
 Names, dtypes and shapes are known beforehand, so that every shard and its header are laid out before the first tensor
-is there. Until everything is in place one folder stands beside the output NAME:
+is merged. Until everything is in place one folder stands beside the output NAME:
 
     .NAME.partial/merge.json        the hash of what is being merged, by which the same command continues it
     .NAME.partial/SHARD             a shard that is being written; whatever a killed merge left there is written again
     .NAME.partial/SHARD.json        what was noted while its tensors were merged, for the report and the model card
     .NAME.partial/NAME/SHARD        a finished shard: it was moved here when its last byte was on the disk
-    .NAME.partial/…lock             who writes the merge, and each shard of it
+    .NAME.partial/…lock             held by the process that writes the merge, or that shard
 
 The inner folder gets its place and name when it is complete, so that a half-written model never looks like one.
 """
@@ -85,7 +85,7 @@ class Shard:
 
 
 def arrange(made: Iterable[tuple[Any, Sequence[TensorSpec]]], shard_size: float, stem: str = "model") -> list[Shard]:
-    """Return the files in which tensors are written; one exceeds `shard_size` by what one step makes at most.
+    """Return the files in which tensors are written; one exceeds `shard_size` only if a single step makes more.
 
     Args:
         made: each step with the tensors that it makes, in the order in which they are written.

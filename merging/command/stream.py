@@ -3,14 +3,14 @@
 Arithmetic is in float32 whatever the files hold; one rounding takes the result to the output's dtype. The methods are
 those of `merging.mergers`, called on dicts of one tensor. What a method does entry by entry (linear ones, TIES, DARE)
 is done on ranges of rows, so that no tensor need be in memory as a whole; what needs matrices (TSV-M, Iso, STAR, SVC)
-reads the task vectors of one tensor one after the other, and has a few more tensors of that size
+reads the task vectors of one tensor one after the other, and holds a few more tensors of that size
 (`merging.command.dry_run`).
 LoRA updates are merged in factored form, where a method has one.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from merging.calibration import SVC, Diagnosis, calibrate, diagnose, own_bases
 from merging.command import changes
-from merging.command.changes import differences, oriented, row_ranges, task_vectors, width
+from merging.command.changes import Step, differences, joined, ranges, row_ranges, task_vectors
+from merging.command.plan import Plan
 from merging.command.recipe import SVC_FLAGS
-from merging.command.storage import Piece, Plan, Step
-from merging.command.thresholds import ranges
+from merging.command.storage import Piece
 from merging.diagnosis import totals
-from merging.lowrank import LowRank, diagnose_low_rank, merge_low_rank, zero_like
+from merging.lowrank import LowRank, diagnose_low_rank, merge_low_rank
 from merging.mergers import Merger, merger, weight_average
-from merging.task_vectors import TaskVector, apply
+from merging.task_vectors import TaskVector
 
 Rule = Callable[[Sequence[Tensor]], Tensor]
 
@@ -46,7 +46,7 @@ class Streamer:
 
     @property
     def merger(self) -> Merger:
-        """The recipe's."""
+        """The merger that the recipe names."""
         return merger(self.plan.recipe.method)
 
     def tensor(self, step: Step, rows: list[dict[str, Any]] | None = None) -> Iterator[Tensor]:
@@ -59,49 +59,34 @@ class Streamer:
         Raises:
             ValueError: an expert holds NaN or infinite entries, or the result overflows the output's dtype.
         """
-        if step.kind == "vector":
-            yield from self._rescaled(step, rows)
-            return
         position = 0
-        for piece in step.pieces:
-            for start, update in self._updates(step, piece, rows):
-                position = start + update.numel()
-                base = step.base.read(start, position, torch.float32, self.device).reshape(update.shape)
-                merged = apply({step.name: base}, {step.name: update}, step.options["final_scale"])[step.name]
+        if step.change:
+            updates, scale = self._updates(step, rows), step.options["final_scale"]
+            for merged in step.change.applied(step.base, updates, scale, self.device):
+                position += merged.numel()
                 yield rounded(step.name, merged, step.dtype)
         for start in range(position, step.base.count, changes.RANGE):  # what is kept from the base
             yield step.base.read(start, min(start + changes.RANGE, step.base.count), step.dtype)
 
     def update(self, step: Step, rows: list[dict[str, Any]] | None = None) -> Tensor:
-        """Return the merged update of a whole tensor, final scale included, float32, in the shape of the base."""
-        whole = torch.zeros(math.prod(step.spread or step.base.shape), device=self.device)
-        for piece in step.pieces:
-            for start, update in self._updates(step, piece, rows):
-                whole[start : start + update.numel()] = update.reshape(-1)
-        return whole.mul_(step.options["final_scale"]).reshape(step.spread or step.base.shape)
+        """Return the merged update of a whole tensor, final scale included, float32, in the shape of the change."""
+        update = joined(self._updates(step, rows), step.change.shape(step.base), self.device)
+        return update.mul_(step.options["final_scale"])
 
     def low_rank(self, step: Step, rows: list[dict[str, Any]] | None = None) -> LowRank:
         """Return the merged update of a step of LoRA in factored form, before the final scale."""
-        read = [expert and expert.read(self.device) for expert in step.experts]
-        nothing = zero_like(next(update for update in read if update))
-        options = step.of_merger(self.plan.recipe.method)
+        read, options = step.change.read(self.device), step.of_merger(self.plan.recipe.method)
         svc = replace(svc_of(step), split_qkv=False, vectors=False, flatten=False)  # there are matrices only
-        (piece,), method, read = step.pieces, self.plan.recipe.method, [update or nothing for update in read]
+        (piece,), method = step.pieces, self.plan.recipe.method
         if rows is not None and treatment(step, piece) == "calibrated":
             rows.append(_numbers(piece, diagnose_low_rank(read, method, svc, name=step.name, **options)))
         return merge_low_rank(read, method, svc if step.options["svc"] else None, name=step.name, **options)
 
-    def _rescaled(self, step: Step, rows: list[dict[str, Any]] | None) -> Iterator[Tensor]:
-        """Yield the base's tensor times the merged vector of IA³."""
-        factor = (1 + self.update(step, rows)).expand(step.base.shape)
-        whole = Piece(step.name, 0, step.base.shape)
-        for part in row_ranges(whole):
-            start, stop = (row * width(whole) for row in (part.start, part.stop))
-            base = step.base.read(start, stop, torch.float32, self.device)
-            yield rounded(step.name, base.reshape(factor[part].shape) * factor[part], step.dtype)
+    def _updates(self, step: Step, rows: list[dict] | None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first entry, merged update) for consecutive ranges of a tensor, as stored."""
+        return chain.from_iterable(self._updates_of(step, piece, rows) for piece in step.pieces)
 
-    def _updates(self, step: Step, piece: Piece, rows: list[dict] | None) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first entry, merged update) for consecutive ranges of a piece, as stored."""
+    def _updates_of(self, step: Step, piece: Piece, rows: list[dict] | None) -> Iterator[tuple[int, Tensor]]:
         if self.is_factored(step, piece):
             merged = self.low_rank(step, rows)
             rule = lambda part: merged.scale * (merged.b[part] @ merged.a)  # noqa: E731
@@ -112,7 +97,7 @@ class Streamer:
             by_rows = self._rule(step, piece)
             rule = lambda part: by_rows(differences(step, piece, part, self.device))  # noqa: E731
         for part in row_ranges(piece):
-            yield piece.start + part.start * width(piece), rule(part)
+            yield piece.start + part.start * piece.width, rule(part)
 
     def _whole(self, step: Step, piece: Piece, rows: list[dict] | None) -> Tensor:
         """Merge and calibrate a piece as a matrix in the orientation of the layer; the result is as stored."""
@@ -121,15 +106,15 @@ class Streamer:
         if rule is None:
             merged = self.merger(tasks, **step.of_merger(self.plan.recipe.method))[piece.name]
         elif piece.count <= changes.RANGE:
-            merged = oriented(piece, rule([oriented(piece, task[piece.name]) for task in tasks]))
+            merged = piece.oriented(rule([piece.oriented(task[piece.name]) for task in tasks]))
         else:
             merged = torch.empty(piece.shape, device=self.device)
             for part in row_ranges(piece):
                 merged[part] = rule(differences(step, piece, part, self.device))
-            merged = oriented(piece, merged)
+            merged = piece.oriented(merged)
         if treatment(step, piece) != "merged value":
             merged = self._calibrated(step, piece, merged, tasks, rows)
-        return oriented(piece, merged)
+        return piece.oriented(merged)
 
     def _calibrated(
         self, step: Step, piece: Piece, merged: Tensor, tasks: list[TaskVector], rows: list[dict] | None
@@ -151,7 +136,7 @@ class Streamer:
     def is_factored(self, step: Step, piece: Piece) -> bool:
         """Return whether a piece is merged in factored form; parts of a fused weight have no factors of their own."""
         split = step.options["svc"] and svc_of(step).splits(piece.name)
-        return step.kind == "low rank" and self.merger.factored and not split
+        return step.change.factored and self.merger.factored and not split
 
     def is_spectral(self, step: Step, piece: Piece) -> bool:
         """Return whether a piece is merged or calibrated as a matrix, not entry by entry."""

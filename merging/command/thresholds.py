@@ -1,15 +1,13 @@
 """What a merger decides over all tensors together before it can merge one, as TIES does: read from the plan's files."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
 
-from merging.command.changes import differences, row_ranges
-from merging.command.storage import Piece, Plan, Step
+from merging.command.changes import ranges
+from merging.command.plan import Plan
 from merging.mergers import merger
-from merging.ties_dare import Ranges
 
 
 def decided_together(
@@ -28,7 +26,7 @@ def decided_together(
     own = merger(plan.recipe.method)
     if own.by_rows is None or own.by_rows.decide is None:
         return None
-    steps = [step for step in plan.steps if step.experts and not step.repeats]
+    steps = plan.merged
     options = [own.options | step.of_merger(plan.recipe.method) for step in steps]
     together = [own.by_rows.together(**each) for each in options]
     if not any(together):
@@ -38,8 +36,3 @@ def decided_together(
         raise ValueError(f"{odd[0]!r}: global {own.title} has one {same} for all tensors; set them with '*'")
     tensors = [ranges(step, piece, device) for step in steps for piece in step.pieces]
     return own.by_rows.decide(tensors, every, **options[0])
-
-
-def ranges(step: Step, piece: Piece, device: torch.device) -> Ranges:
-    """Return what reads the experts' updates of a piece, one range of rows after the other."""
-    return lambda: map(partial(differences, step, piece, device=device), row_ranges(piece))

@@ -123,16 +123,20 @@ def measure_suites(
         for seed in settings.seeds
         for part in parts
     ]
-    function = partial(_measure_unit, kind, settings, context.device, measure)
+    function = partial(_measure_unit, kind.suite, settings, context.device, measure)
     with context.stage("merge and measure"):
         for rows in context.map(function, list(dict.fromkeys(units)), "merge and measure"):
             yield from rows
 
 
 def _measure_unit(
-    kind: ModuleType, settings: Any, device: torch.device, measure: Callable[..., Iterable[dict[str, Any]]], unit: tuple
+    build: Callable[..., Suite],
+    settings: Any,
+    device: torch.device,
+    measure: Callable[..., Iterable[dict[str, Any]]],
+    unit: tuple,
 ) -> list[dict[str, Any]]:
     backbone, tasks, seed, part = unit
-    suite = kind.suite(backbone, tasks, seed, settings.recipe, device)
+    suite = build(backbone, tasks, seed, settings.recipe, device)
     rows = measure(settings, suite, backbone, seed, *part)
     return [{"seed": seed, "suite": tasks, "backbone": backbone, **row} for row in rows]

@@ -295,7 +295,7 @@ def test_the_files_have_the_names_that_peft_gives_them(tmp_path):
     assert config["target_modules"] == ["layers.0.fc", "layers.0.q"] and config["base_model_name_or_path"] == "base"
 
 
-@pytest.mark.parametrize("layout", ["conv1d", "embedding"])
+@pytest.mark.parametrize("layout", ["transposed", "embedding"])
 def test_transposed_layouts_survive_a_round_trip(tmp_path, layout):
     update = LowRank(random(9, 2), random(2, 4), 1.5, layout)
     save_adapter(Adapter("lora", {"wte.weight": update}), tmp_path / "a", 2)
@@ -309,7 +309,7 @@ def test_writing_refuses_what_it_would_destroy_or_cannot_express(tmp_path):
     save_adapter(adapter, tmp_path / "a")
     with pytest.raises(FileExistsError, match="choose another folder"):
         save_adapter(adapter, tmp_path / "a")
-    mixed = Adapter("lora", {**adapter.modules, "b.weight": LowRank(random(3, 1), random(1, 3), layout="conv1d")})
+    mixed = Adapter("lora", {**adapter.modules, "b.weight": LowRank(random(3, 1), random(1, 3), layout="transposed")})
     with pytest.raises(ValueError, match="linear and conv1d"):
         save_adapter(mixed, tmp_path / "b")
     with pytest.raises(ValueError, match="'proj': peft adapts the weights of modules"):
@@ -321,7 +321,7 @@ def test_a_full_expert_becomes_an_adapter_and_says_what_it_loses(tmp_path):
     expert = {name: tensor for name, tensor in make_base().items() if "head" not in name} | {"proj": random(3, 3)}
     adapter, lost = extract_adapter(expert, 2, layouts={"layers.0.fc.weight": "conv1d"})
     assert adapter.modules.keys() == {"layers.0.q.weight", "layers.0.fc.weight"}
-    assert adapter.modules["layers.0.fc.weight"].layout == "conv1d"
+    assert adapter.modules["layers.0.fc.weight"].layout == "transposed"
     assert lost["embed.weight"] == lost["layers.0.norm.weight"] == lost["proj"] == 1 and "steps" not in lost
     for name, update in adapter.modules.items():
         difference = (expert[name] - update.dense()).square().sum() / expert[name].square().sum()

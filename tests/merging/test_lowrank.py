@@ -19,7 +19,7 @@ FACTORED = [name for name, own in MERGERS.items() if own.factored]
 SHAPES = [(17, 23), (40, 13), (31, 31)]
 
 
-def random_updates(ranks, shape=(17, 23), seed=0, dtype=torch.float64, layout="linear"):
+def random_updates(ranks, shape=(17, 23), seed=0, dtype=torch.float64, layout="matrix"):
     generator = torch.Generator().manual_seed(seed)
 
     def factor(*size):
@@ -119,10 +119,10 @@ def test_options_of_the_merger_and_names_reach_it():
 
 @pytest.mark.parametrize("space", ["output", "input"])
 def test_the_output_space_is_that_of_the_layer_also_where_weights_are_stored_in_by_out(space):
-    updates = random_updates((3, 2, 4), layout="conv1d")
+    updates = random_updates((3, 2, 4), layout="transposed")
     turned = [LowRank(update.a.T, update.b.T, update.scale) for update in updates]
     found = merge_low_rank(updates, "plain_sum", {"space": space})
-    assert found.layout == "conv1d" and found.shape == (17, 23)
+    assert found.layout == "transposed" and found.shape == (17, 23)
     assert error(found.dense(), dense_path(turned, "plain_sum", {"space": space}).T) < 1e-8
     assert error(found.dense(), dense_path(updates, "plain_sum", {"space": space})) > 1e-3
 

@@ -76,7 +76,7 @@ def test_ties_is_undecided_at_its_thresholds_and_where_survivors_cancel():
     assert merged[decided].tolist() == [0, 0, 4]
 
 
-def low_rank_updates(layout="linear"):
+def low_rank_updates(layout="matrix"):
     generator = torch.Generator().manual_seed(0)
     shapes = {"q.weight": (20, 14), "v.weight": (9, 30)}
 
@@ -88,7 +88,7 @@ def low_rank_updates(layout="linear"):
 
 @pytest.mark.parametrize("method", [name for name, own in MERGERS.items() if own.factored])
 @pytest.mark.parametrize("svc", [None, {"alpha": 1 / 3}], ids=str)
-@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("layout", ["matrix", "transposed"])
 def test_factored_errors_are_those_of_rounding(method, svc, layout):
     errors = factored_errors(low_rank_updates(layout), method, svc)
     assert errors.keys() == {"q.weight", "v.weight"}

@@ -172,6 +172,13 @@ def test_overflow_is_refused_and_infinite_bases_can_be_kept(tmp_path):
     assert torch.equal(weights(tmp_path / "three")["mask"], base["mask"])
 
 
+def test_a_difference_beyond_float32_is_refused_though_both_ends_are_finite(tmp_path):
+    base = {"w.weight": torch.full((2, 2), -3e38)}
+    where, others = models(tmp_path, base, [{"w.weight": -base["w.weight"]}])
+    with pytest.raises(ValueError, match=r"e0/model\.safetensors: 'w\.weight': its difference from the base overflows"):
+        merge(Recipe(where, others, "weight_average"), tmp_path / "out")
+
+
 # Models of transformers -----------------------------------------------------------------------------------------------
 
 
