@@ -67,7 +67,7 @@ def faults(tree: ast.AST) -> list[str]:
     return found
 
 
-# What a module may call when it is imported, beside classes: calls that build small constants.
+# What a module may call when it is imported, besides classes: calls that build small constants.
 CALLS_AT_IMPORT = {
     "Path", "TypeVar", "frozenset", "tuple", "dict", "set", "range", "sorted", "field", "partial", "MappingProxyType",
     "re.compile", "matplotlib.rc_context", "resolve", "logging.getLogger", "dataclass", "replace",

@@ -279,7 +279,7 @@ def test_a_function_without_a_file_is_refused():
         code.code_of(scope["build"])
 
 
-# A script outside of the clone, in processes -------------------------------------------------------------------------
+# A script outside the clone, in processes ----------------------------------------------------------------------------
 
 OUTSIDE = '''\
 """Cubes (no figure of any paper)."""
