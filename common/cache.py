@@ -60,7 +60,7 @@ def _plain(value: Any) -> Any:
 
 
 def is_cached(kind: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> bool:
-    """Return whether `artefact` of the same arguments would find it; asking is not recorded."""
+    """Return whether `artefact`, called with the same arguments, would find it; asking is not recorded."""
     return (CACHE / kind / cache_key(inputs, build)).is_dir()
 
 

@@ -63,10 +63,12 @@ class Risk:
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters are."""
         return next(iter(self.parameters.values())).device
 
     @property
     def dimension(self) -> int:
+        """The size of the curvature matrix: the number of entries of all parameters."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
 

@@ -68,7 +68,7 @@ class SVC:
         """Return what becomes of a tensor: "calibrated", "vector rule" or "merged value".
 
         Raises:
-            ValueError: `matrices` selects a tensor that is no matrix.
+            ValueError: `matrices` selects a tensor that is not a matrix.
         """
         if not tensor.numel():
             return "merged value"

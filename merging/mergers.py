@@ -375,8 +375,8 @@ def iso_basis(
     """Return the left basis in which Iso-C or Iso-CTS built each matrix, for `calibrate(..., bases=…)`.
 
     All singular values of their result are equal, so that the result alone does not determine a basis, and SVC gives a
-    different matrix in each. Iso-C's basis is U of Σ τ_i; that of Iso-CTS is polar(Û), or,
-    where Û has no full rank, an orthonormal basis of the same columns.
+    different matrix in each. Iso-C's basis is U of Σ τ_i; that of Iso-CTS is polar(Û), or, if Û has no full rank, an
+    orthonormal basis of the space that its columns span.
 
     Args:
         task_vectors: the K task vectors that were merged.
@@ -430,7 +430,12 @@ def check_methods(names: Sequence[str]) -> None:
 
 
 def merge(method: str, task_vectors: Sequence[TaskVector], seed: int = 0) -> dict[str, Tensor]:
-    """Return what a merger makes of the task vectors with its defaults; `seed` is for those that draw masks (DARE).
+    """Return the merged task vector of a merger with its default options.
+
+    Args:
+        method: name of the merger.
+        task_vectors: the K task vectors.
+        seed: for the mergers that draw masks (DARE).
 
     Raises:
         ValueError: there is no such merger; the message names the nearest one.

@@ -153,7 +153,7 @@ def _checked_shapes(label: str, task: TaskVector) -> dict[str, torch.Size]:
 
 
 def check_choice(option: str, given: str, allowed: Iterable[str]) -> None:
-    """Raise a ValueError that names the nearest allowed value, unless `given` is one of them."""
+    """Raise a ValueError that names the option and the nearest allowed value, unless `given` is one of them."""
     allowed = list(allowed)
     if given in allowed:
         return

@@ -57,7 +57,7 @@ def imports(path: Path) -> set[str]:
 
 
 def faults(tree: ast.AST) -> list[str]:
-    """Star imports, edits of sys.path, and imports of numbered scripts by machinery."""
+    """Star imports, and uses of sys.path."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
@@ -67,7 +67,7 @@ def faults(tree: ast.AST) -> list[str]:
     return found
 
 
-# What a module may call when it is imported, beside classes: calls that build small constants.
+# What a module may call when it is imported, besides classes: calls that build small constants.
 CALLS_AT_IMPORT = {
     "Path", "TypeVar", "frozenset", "tuple", "dict", "set", "range", "sorted", "field", "partial", "MappingProxyType",
     "re.compile", "matplotlib.rc_context", "resolve", "logging.getLogger", "dataclass", "replace",
@@ -78,7 +78,7 @@ CALLS_AT_IMPORT = {
 
 
 def calls(node: ast.AST) -> list[ast.Call]:
-    """The calls that executing a statement makes: those inside a lambda wait for their own call."""
+    """The calls that executing a statement makes; those inside a lambda come later."""
     children = [] if isinstance(node, ast.Lambda) else ast.iter_child_nodes(node)
     return [node] * isinstance(node, ast.Call) + [call for child in children for call in calls(child)]
 
@@ -123,14 +123,14 @@ def test_what_a_paper_invented_needs_neither_its_workbench_nor_its_command(path)
 
 
 def test_the_core_knows_neither_paper():
-    """No number of a paper, no name of a merger's, a plug-in's or a suite's own."""
+    """Neither a paper's arXiv number nor the name of a merger, a plug-in or a suite."""
     own = re.compile(r"2602\.05536|2605\.25612|task_arithmetic|tsv_m|iso_c|glyph-\d|zeroth|jsrelu", re.IGNORECASE)
     core = [path for path in LIBRARY if module(path).startswith("common") and path.name != "__init__.py"]
     assert {name(path): sorted(set(found)) for path in core if (found := own.findall(path.read_text()))} == {}
 
 
 def named_mergers(tree: ast.AST) -> list[str]:
-    """Texts that are the name of a merger: to compare with one, or to look one up, is to know it elsewhere."""
+    """Strings that are a merger's name: code that compares with one, or looks one up, knows that merger."""
     texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return [f"line {node.lineno}: {node.value}" for node in texts if node.value in MERGERS]
 

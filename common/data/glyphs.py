@@ -140,14 +140,14 @@ def glyphs(tasks: Sequence[str], split: str) -> Glyphs:
 
 
 def photographs(data: Glyphs, style: Style, copies: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Photograph every glyph `copies` times with a fixed seed: images (copies·N, 3, 24, 24) float and labels."""
+    """Photograph every glyph `copies` times with a fixed seed: images (copies·N, 3, 24, 24) float and their labels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.cat([photograph(data.images, style, generator) for _ in range(copies)])
     return images, data.labels.repeat(copies)
 
 
 def photograph(images: Tensor, style: Style, generator: Generator) -> Tensor:
-    """Turn drawings (B, 64, 64) uint8 into photographs (B, 3, 24, 24), about in [−1, 1], one random view each."""
+    """Turn drawings (B, 64, 64) uint8 into photographs (B, 3, 24, 24), about in [−1, 1], one random view of each."""
     ink = images[:, None].float() / 255  # (B, 1, 64, 64)
     uniform = _Uniform(len(images), generator, images.device)
     ink = _stroke(ink, uniform(0, 1), style.stroke)

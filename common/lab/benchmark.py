@@ -49,7 +49,7 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def warm_up(function: Callable[[], Any], device: torch.device) -> float:
-    """Call a function three times; return how many seconds longer the first call took, compilation, than the last."""
+    """Call a function three times; return how many seconds the first call, which compiles, took beyond the last."""
     seconds = [seconds_of(function, device) for _ in range(3)]
     return seconds[0] - seconds[-1]
 
@@ -75,7 +75,7 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_mib(prepare: Callable[[], Any], function: Callable[[Any], Any], device: torch.device, threads: int) -> float:
-    """Return how many MiB `function(inputs)` takes at its peak, beside `inputs = prepare()` and all that was there.
+    """Return how many MiB `function(inputs)` takes at its peak, on top of `inputs = prepare()` and all that was there.
 
     On a CPU this is resident memory of a fresh process (in this one, memory that an earlier call freed would be reused
     without being counted), on CUDA the allocator's peak on the device.

@@ -1,8 +1,8 @@
-"""The peak of what a call allocates, to the byte, beside what is alive already; for calls that were warmed up.
+"""The peak of what a call allocates, to the byte, on top of what is alive already; for calls that were warmed up.
 
 `common.lab.benchmark.peak_mib` asks the operating system instead. That sees all memory, but only in a fresh process,
-since memory that an earlier call freed is reused without being counted. So it cannot tell the memory that compiles a
-function from the memory that the function needs.
+since memory that an earlier call freed is reused without being counted. So it counts what a
+function's compilation takes as a part of what the function takes.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_allocated_mib(function: Callable[[], Any], device: torch.device) -> float:
-    """Return how many MiB of tensors `function()` has in torch's allocator at its peak, beside those alive before.
+    """Return how many MiB of tensors `function()` has in torch's allocator at its peak, besides those alive before.
 
     On a CPU torch's profiler lists every allocation and release. The list has neither the memory that libraries
     allocate themselves (MKL's buffers) nor the release of what was alive before. On CUDA it is the allocator's peak.

@@ -163,7 +163,7 @@ def _run_line(experiment: Experiment, provenance: Mapping[str, Any]) -> str:
 
 
 def _earlier(provenance: Mapping[str, Any]) -> str:
-    """Return how many artefacts came from the cache, so that the run's time does not include building them."""
+    """Return a text that says how many artefacts came from the cache: the run's time does not include building them."""
     hits, built = (len(provenance.get(name, ())) for name in ("cache_hits", "cache_built"))
     return f" (beside {hits} of {hits + built} artefacts that earlier runs had left in the cache)" if hits else ""
 

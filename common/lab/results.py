@@ -265,7 +265,11 @@ def verify(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> 
 
 
 def render(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> None:
-    """Write every README, figure and the index again from data.csv, after a change of wording or style: no rerun."""
+    """Write every README, every figure and the index again from data.csv, after a change of wording or style: no rerun.
+
+    Raises:
+        SystemExit: a data.csv is not the one that was measured.
+    """
     for folder in _finished(results_dir):
         csv = (folder / "data.csv").read_bytes()
         if _sha256(csv) != _facts(folder)["data_sha256"]:

@@ -60,7 +60,7 @@ class Flags:
 
 @dataclass
 class Context:
-    """What `measure` gets beside its settings."""
+    """What `measure` gets besides its settings."""
 
     settings: Any
     device: torch.device
@@ -122,7 +122,7 @@ class Context:
 
 
 def _call(script: Path | None, index: int, pickled: bytes, threads: int) -> tuple[int, Any, list[dict[str, Any]]]:
-    """Call a function on an item in a process of `Context.map`; both are pickled by name, after their script is known.
+    """Call a function on an item in a process of `Context.map`; both were pickled by name, so the script comes first.
 
     Functions of a script that were sent by value would have no file, so that their code could not be found.
     """
@@ -146,6 +146,9 @@ def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> Path 
     Args:
         experiment: what to run.
         arguments: of the command line; by default those of this process.
+
+    Raises:
+        SystemExit: as said above; status 2.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if experiment.measure.__module__ == "__main__":  # the script as a module under its own name: see load_experiment

@@ -37,8 +37,13 @@ def model_folder(model_id: str) -> Path:
 def configuration(folder: Path, model_id: str, model_type: str) -> dict[str, Any]:
     """Return what the folder's config.json says.
 
+    Args:
+        folder: as `model_folder` returns it.
+        model_id: what errors call the model.
+        model_type: the type that it has to be: "bert", "gpt2", "t5", …
+
     Raises:
-        ValueError: it describes a model of another type ("bert", "gpt2", "t5", …).
+        ValueError: it describes a model of another type.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != model_type:

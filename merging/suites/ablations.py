@@ -1,6 +1,7 @@
 """Variants of SVC: its space, its target, its floor α, the scale of the update, the basis of its directions.
 
-Every function here yields the rows of one merger on one suite; experiments 23, 24 and 25 choose among them.
+The functions `…_rows(suite, method, seed)` yield the rows of one merger on one suite, with the seed of DARE's masks.
+Experiments 23, 24 and 25 choose among them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -198,7 +199,7 @@ def scaled_separately(update: TaskVector, scale: float, others: float) -> TaskVe
 
 
 def perturbed(update: TaskVector, size: float, seed: int) -> TaskVector:
-    """Return the update with normal noise of `size` times the Frobenius norm of each tensor added."""
+    """Return the update plus normal noise, whose Frobenius norm is about `size` times that of each tensor."""
     generator, noisy = torch.Generator().manual_seed(seed), {}
     for name, tensor in update.items():
         noise = torch.randn(tensor.shape, generator=generator).to(tensor)

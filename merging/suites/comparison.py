@@ -29,7 +29,7 @@ from merging.task_vectors import TaskVector, apply, combine, task_vector
 Forms = Mapping[float | None, TaskVector]  # α → calibrated update; None → the merged update itself
 
 REFERENCES = ("pretrained", "expert")
-CONDITIONS = {  # beside the mergers, in figures
+CONDITIONS = {  # what figures show besides mergers
     "pretrained": Style("pretrained", "#B3B3B3"),
     "expert": Style("experts", INK),
     "none": Style("base", MUTED),
@@ -143,7 +143,13 @@ def merger_rows(
 def scored(
     suite: Suite, labelled: Sequence[tuple[dict[str, Any], TaskVector]], pairs: Sequence[dict[str, int]] = ()
 ) -> Rows:
-    """Yield the rows of labelled updates, each applied at its label `scale`, or 1; `pairs` as in `Suite.rows`."""
+    """Yield the rows of labelled updates, each applied at its label `scale` (1 if it has none); see `Suite.rows`.
+
+    Args:
+        suite: whose tasks are scored.
+        labelled: labels (columns) of each update, and the update.
+        pairs: as for `Suite.rows`.
+    """
     states = [(labels, apply(suite.pretrained, update, labels.get("scale", 1.0))) for labels, update in labelled]
     yield from suite.rows(states, pairs)
 
@@ -323,10 +329,8 @@ def draw(data: pd.DataFrame, panel: str = "{backbone}, {suite} tasks", off_scale
 
 # Beside the paper ----------------------------------------------------------------------------------------------------
 
-OURS_AND_PAPER = {
-    BASE: ("", "none"),
-    SVC: (" + SVC", "output"),
-}  # variant → suffix in `compared`, `svc` of the published table
+# variant → suffix of the merger's name in `compared`, and `svc` in the published table
+OURS_AND_PAPER = {BASE: ("", "none"), SVC: (" + SVC", "output")}
 
 
 def published_accuracy(

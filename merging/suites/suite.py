@@ -54,7 +54,13 @@ class Suite:
     def answers(
         self, states: Sequence[State], split: str = "test", tasks: Sequence[str] | None = None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Return for each task what the S models predict, (S, n), and the labels, (n,)."""
+        """Return for each task what the S models predict, (S, n), and the labels, (n,).
+
+        Args:
+            states: S states of the encoder.
+            split: "test" or "validation".
+            tasks: names of those to answer; None: all.
+        """
         return [
             evaluation.predictions(network, states, self.batches(task, split))
             for task, network in zip(self.tasks, self.networks, strict=True)
@@ -62,7 +68,7 @@ class Suite:
         ]
 
     def scores(self, states: Sequence[State], split: str = "test", tasks: Sequence[str] | None = None) -> list[float]:
-        """Return the mean score (%) over the tasks, or some of them, of each of the S models."""
+        """Return the mean score (%) of each of the S models over the tasks; arguments as for `answers`."""
         answers = self.answers(states, split, tasks)
         by_task = [[evaluation.score(own, labels) for own in predicted] for predicted, labels in answers]
         return [sum(values) / len(values) for values in zip(*by_task, strict=True)]

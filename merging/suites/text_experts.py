@@ -181,6 +181,12 @@ def probe(base: Base, task: TextTask, recipe: TextRecipe, device: torch.device) 
 
     It is a logistic regression on pooled features; its penalty is chosen on validation data. The artefact holds
     head.safetensors (weight (C, d), bias (C,)) and scores.json (chance and probe in %, test: number of test texts).
+
+    Args:
+        base: with an encoder.
+        task: of classes.
+        recipe: how many texts the probe is fitted and scored on.
+        device: where the features are computed.
     """
     texts = (recipe.probe_texts, recipe.test_texts)
     inputs = {"base": base.name, "task": task.key, "texts": texts, "device": device.type}

@@ -58,7 +58,7 @@ def suite(backbone: str, tasks: int, seed: int, recipe: "GlyphRecipe", device: t
         device: of the states.
 
     Raises:
-        ValueError: the backbone is unknown, or has no suite of so many tasks.
+        ValueError: the backbone is unknown, or has fewer tasks.
         OSError: the hub cannot be reached, or lacks a repository.
     """
     check_suites([backbone], [tasks])
@@ -147,7 +147,11 @@ class GlyphRecipe:
     halftone: float = 0.3
 
     def at(self, backbone: str) -> "GlyphRecipe":
-        """Return the recipe at the width of a backbone "glyph-WIDTH"."""
+        """Return the recipe at the width of a backbone "glyph-WIDTH".
+
+        Raises:
+            ValueError: the backbone is named otherwise, or its width is not a multiple of 32.
+        """
         width = backbone.removeprefix("glyph-")
         if not width.isdigit() or int(width) % 32 or not int(width):
             raise ValueError(f"a glyph backbone is named glyph-WIDTH, WIDTH a multiple of 32, got {backbone!r}")
@@ -155,14 +159,17 @@ class GlyphRecipe:
 
     @property
     def pretraining(self) -> training.Recipe:
+        """How the base is trained."""
         return training.Recipe(self.pretraining_steps, 128, 1.5e-3, warmup=0.06)
 
     @property
     def expert(self) -> training.Recipe:
+        """How each expert is trained."""
         return training.Recipe(self.expert_steps, 64, self.expert_learning_rate)
 
     @property
     def style(self) -> glyphs.Style:
+        """How the images of downstream tasks look."""
         return glyphs.shifted_style(self.slant, self.halftone)
 
 
@@ -308,6 +315,11 @@ def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
     """Return a suite of the paper: CLIP's image encoder, the hub's experts, zero-shot heads and test sets.
 
     The states are those of the vision tower; the projection behind it is frozen, as in the experts' fine-tuning.
+
+    Args:
+        backbone: an entry of CLIP.
+        tasks: how many, in the order of VISION_TASKS.
+        device: of the states.
 
     Raises:
         OSError: the hub cannot be reached or a repository is missing; the message says what to do.

@@ -72,7 +72,7 @@ def function(where: str):
 
 SWEEP, BASIS = "merging.suites.ablations:sweep_rows", "merging.suites.ablations:basis_rows"
 TRAINED, MERGER = "sparsity.studies.training:_train", "merging.suites.comparison:variant_rows"
-REACHED = [  # what builds, the file and the function in it that the result depends on
+REACHED = [  # the function that builds, a file, and a function in it that the result depends on
     (BASIS, "merging/suites/reference.py", "relative_distance"),
     (BASIS, "merging/suites/ablations.py", "perturbed"),
     (SWEEP, "merging/suites/ablations.py", "scaled"),
@@ -85,7 +85,7 @@ REACHED = [  # what builds, the file and the function in it that the result depe
     (MERGER, "merging/mergers.py", "star"),  # in a table of functions
     (MERGER, "merging/calibration.py", "_divisor"),
     (MERGER, "common/spectral.py", "projection_coefficients"),
-    (MERGER, "merging/task_vectors.py", "matrices_without"),  # makes a constant
+    (MERGER, "merging/task_vectors.py", "matrices_without"),  # builds a constant
     (MERGER, "merging/suites/suite.py", "Suite.rows"),  # of a class that only an annotation names
     (MERGER, "common/evaluation.py", "score"),
     ("merging.suites.vision:_pretrain", "common/data/glyphs.py", "photograph"),
@@ -279,7 +279,7 @@ def test_a_function_without_a_file_is_refused():
         code.code_of(scope["build"])
 
 
-# A script outside of the clone, in processes -------------------------------------------------------------------------
+# A script outside the clone, in processes ----------------------------------------------------------------------------
 
 OUTSIDE = '''\
 """Cubes (no figure of any paper)."""

@@ -1,4 +1,4 @@
-"""A small experiment, written as a script of its own, and a git clone-like folder around it."""
+"""A small experiment, written as a script of its own, in a folder that is laid out as a clone is."""
 
 from pathlib import Path
 
@@ -99,5 +99,5 @@ def experiment(script):
 
 @pytest.fixture
 def clean(monkeypatch):
-    """Runs believe that they come from a clean commit."""
+    """Let runs believe that they come from a clean commit."""
     monkeypatch.setattr("common.lab.run.git_state", lambda: {"commit": "0123456789abcdef", "dirty": False})

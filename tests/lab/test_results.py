@@ -88,7 +88,7 @@ def test_a_failing_run_leaves_the_previous_result_as_it_was(folder, experiment, 
     with pytest.raises(RuntimeError, match="stopped"):
         start(dataclasses.replace(experiment, **{part: fail}), results_dir)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    rows = set() if part == "measure" else {folder.with_name(".workstation-rows.csv")}  # measured: kept for a look
+    rows = set() if part == "measure" else {folder.with_name(".workstation-rows.csv")}  # what was measured is kept
     assert set(folder.parent.iterdir()) == {folder} | rows
     assert check(results_dir) == []
 

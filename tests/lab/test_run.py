@@ -110,7 +110,7 @@ def test_experiments_are_checked_when_they_are_defined(experiment):
 
 
 def work(item: int) -> tuple[int, int, int]:
-    """Later items finish first; each asks the artefact cache for something."""
+    """Return item, process and threads; later items finish first, and each leaves a record in the artefact cache's."""
     time.sleep(0.05 * (3 - item))
     cache.RECORDS.append({"kind": "test", "key": str(item), "hit": item % 2 == 0})
     return item, os.getpid(), torch.get_num_threads()

@@ -71,6 +71,7 @@ def zero_shot_head(
         model_id: the base CLIP, whose text side and tokenizer are used.
         class_names: C names in label order.
         templates: prompts with one `{}` each.
+        device: on which the text side runs, and the head is returned.
 
     Raises:
         HubError: the repository is not available.
@@ -98,6 +99,10 @@ def preprocessing(model_id: str) -> Callable[[Any], Tensor]:
     """Return the function of a PIL image to (3, H, W) which the base's preprocessor_config.json describes.
 
     RGB, shortest side resized (bicubic), centre crop, scaled to [0, 1], normalised per channel: CLIP's own.
+
+    Raises:
+        HubError: the repository is not available.
+        ValueError: the file asks for another interpolation.
     """
     folder = snapshot(model_id, "model", ["preprocessor_config.json"])
     config = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ READ = ("input_ids", "attention_mask", "token_type_ids")  # what encoders read; 
 
 
 class Classifier(nn.Module):
-    """Predicts a class from an encoder's hidden states: a linear head on what the pooling makes of them.
+    """Predicts a class from an encoder's hidden states: a linear head on the pooled states.
 
     Args:
         encoder: a BERT or GPT-2 without head (what is fine-tuned and merged).

@@ -32,10 +32,12 @@ class Shape:
 
     @property
     def input(self) -> int:
+        """Tokens of an input."""
         return self.raw - self.noise + self.spans + 1
 
     @property
     def target(self) -> int:
+        """Tokens of a target."""
         return self.noise + self.spans + 1
 
 
@@ -43,6 +45,11 @@ def shape_for(length: int, noise: float = NOISE, mean_span: float = MEAN_SPAN) -
     """Return the shape of the longest rows whose inputs have at most `length` tokens (568 raw tokens for 512).
 
     noise tokens = round(noise · raw), spans = round(noise tokens / mean_span), at least one of each.
+
+    Args:
+        length: largest number of tokens of an input, sentinels and END included.
+        noise: share of the raw tokens that is replaced, in (0, 1).
+        mean_span: mean length of a span that is replaced, in tokens; at least 1.
 
     Raises:
         ValueError: not even one span fits, or a share or length is out of range.

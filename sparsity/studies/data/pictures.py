@@ -189,7 +189,7 @@ def evaluation_loader(name: str, split: str, pixels: int, normalised: bool, work
 
 
 def workers(device: torch.device) -> int:
-    """Return how many processes should read for a device: none beside a model that itself runs on the CPU."""
+    """Return how many processes should read for a device: none if the model itself runs on the CPU."""
     return 0 if device.type == "cpu" else min(16, len(os.sched_getaffinity(0)))
 
 
