@@ -271,9 +271,10 @@ def _module(name: str, beside: Path) -> tuple[Path | None, tuple[str, ...]] | No
     if known := sys.modules.get(name):
         origin, folders = getattr(known, "__file__", None), getattr(known, "__path__", ())
     else:
-        above = _module(parent, beside) if parent else (None, (str(_root_folder(beside)), *sys.path))
+        above = _module(parent, beside) if parent else (None, (str(_root_folder(beside)),))
         spec = PathFinder.find_spec(name, list(above[1])) if above else None
-        spec = spec or (None if parent else importlib.util.find_spec(name))
+        if not parent and not (spec and spec.origin):  # a folder without __init__.py comes after all modules
+            spec = importlib.util.find_spec(name) or spec
         origin, folders = (spec.origin, spec.submodule_search_locations) if spec else (None, ())
     folders = tuple(folders or ())
     if origin:
