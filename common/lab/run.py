@@ -128,6 +128,7 @@ def _call(script: Path | None, index: int, pickled: bytes, threads: int) -> tupl
     """
     if script and script.stem not in sys.modules:
         load_experiment(script)
+        code.remember()
     function, item = pickle.loads(pickled)
     torch.set_num_threads(threads)
     before = len(cache.RECORDS)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +60,8 @@ class Backbone:
 
 
 def _minilm(recipe: TextRecipe) -> Base:
-    return Base("minilm", *language.minilm())
+    model, tokenizer = language.minilm()
+    return Base(f"{language.MINILM} {metadata.version(language.MINILM)}", model, tokenizer)
 
 
 def _bert(recipe: TextRecipe) -> Base:
@@ -157,7 +159,7 @@ def suite(name: str, tasks: int, seed: int, recipe: TextRecipe, device: torch.de
     networks = tuple(_network(base, text, expert.head).to(device) for text, expert in zip(texts, experts, strict=True))
     limits = {"test": recipe.test_texts or None, "validation": recipe.validation_texts or None}
     facts = {"base": base.name, "experts": [expert.key for expert in experts], "tasks": [text.key for text in texts]}
-    key = cache_key(facts | {"limits": limits}, suite)
+    key = cache_key(facts | {"limits": limits, "device": device.type}, suite)
     return Suite(
         key,
         tuple(text.name for text in texts),
@@ -171,7 +173,9 @@ def suite(name: str, tasks: int, seed: int, recipe: TextRecipe, device: torch.de
 
 @lru_cache(maxsize=1)
 def _base(name: str, recipe: TextRecipe) -> Base:
-    return BACKBONES[name].base(recipe)
+    load = BACKBONES[name].base
+    base = load(recipe)
+    return replace(base, name=f"{base.name}, {cache_key({}, load)}")  # weights, and the code that reads them
 
 
 def _own_expert(

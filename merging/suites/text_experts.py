@@ -61,7 +61,7 @@ class Base:
     """A pretrained model with its tokenizer, and how texts become its inputs.
 
     Args:
-        name: of the model, for cache keys: it must change with the weights.
+        name: of the model; it stands for its weights and tokenizer in cache keys.
         model: an encoder, or a T5.
         tokenizer: one of transformers.
         pooling: of an encoder's hidden states ("mean", "cls", "last"); "" for a T5, which answers in text.

@@ -335,7 +335,7 @@ def clip_suite(backbone: str, tasks: int, device: torch.device) -> Suite:
         batches(row.name, "test"), batches(row.name, "validation")
     models = [CLIP[backbone], *(row.expert_id(CLIP[backbone]) for row in rows)]
     commits = [hub.commit(model, "model") for model in models] + [hub.commit(row.repo, "dataset") for row in rows]
-    inputs = {"models": models, "tasks": [row.name for row in rows], "commits": commits}
+    inputs = {"models": models, "tasks": [row.name for row in rows], "commits": commits, "device": device.type}
     inputs |= {"prompts": [(row.class_names, row.templates) for row in rows]}  # they make the heads
     key = cache_key(inputs, clip_suite)
     networks = tuple(ZeroShot(base, head).to(device) for head in heads)

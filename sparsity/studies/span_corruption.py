@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from common.cache import cache_key
-from common.data import text
+from common.data import hub, text
 from common.models import t5 as models
 from common.models.t5 import IGNORED
 from common.training import Recipe, ShuffledBatches
@@ -110,10 +110,11 @@ def _c4_task(settings: SpanCorruption, device: torch.device) -> Task:
     if shape.spans > models.SENTINELS:
         most = f"{models.SENTINELS} sentinels of the tokenizer"
         raise ValueError(f"length={settings.length} has {shape.spans} spans, more than the {most}")
+    commits = [hub.commit(c4.REPOSITORY, "dataset"), hub.commit(settings.model, "model")]
     rows = partial(DocumentRows, tokenizer, shape)
     count = settings.evaluation_rows
     return Task(
-        key=cache_key({"task": settings}, _c4_task),
+        key=cache_key({"task": settings, "commits": commits}, _c4_task),
         model=partial(models.t5_like, settings.model, len(tokenizer)),
         loss=loss,
         loader=partial(_c4_loader, rows, settings.documents, 0 if device.type == "cpu" else c4.WORKERS),

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -279,7 +280,136 @@ def test_a_function_without_a_file_is_refused():
         code.code_of(scope["build"])
 
 
-# A script outside the clone, in processes ----------------------------------------------------------------------------
+# Kinds of Python that once hid code: script.py, and the files beside it; build() depends on 111 or 222 ---------------
+
+F = {"helper.py": "def f():\n    return 111\n"}
+HIDDEN = {
+    "a module imported, and changed": ("import helper\nhelper.SIZE = 3\ndef build():\n    return helper.f()", F),
+    "an import that may fail": (
+        "try:\n    from helper import f\nexcept ImportError:\n    f = None\ndef build():\n    return f()", F
+    ),
+    "two imports of one name": (
+        "def build():\n    from helper import f\n    return f()\ndef other():\n    from other import f\n    return f()",
+        F | {"other.py": "def f():\n    return 0\n"},
+    ),
+    "import *": ("from helper import *\ndef build():\n    return f()", F),
+    "a package": (
+        "from lib import helper\ndef build():\n    return helper.f()",
+        {"lib/__init__.py": "", "lib/helper.py": F["helper.py"]},
+    ),
+    "a package without __init__, imported late and relatively": (
+        "def build():\n    from lib.other import g\n    return g()",
+        {"lib/other.py": "from .helper import f\ndef g():\n    return f()\n", "lib/helper.py": F["helper.py"]},
+    ),
+    "a module that is a value": (
+        "import functools, helper\ndef rows(module):\n    return module.f()\nbuild = functools.partial(rows, helper)", F
+    ),
+    "an import of the script itself": (
+        "import script\ndef f():\n    return 111\ndef build():\n    return script.f()", {}
+    ),
+    "another function of the same name": (
+        "from helper import f\nfrom other import f as g\ndef build():\n    return f() - g()",
+        F | {"other.py": "def f():\n    return 222\n"},
+    ),
+    "a function named like a builtin": ("def sum():\n    return 111\ndef build():\n    return sum()", {}),
+    "a global of a function": ("SIZE = 111\ndef build():\n    global SIZE\n    SIZE = SIZE + 1\n    return SIZE", {}),
+    "a global that another function sets": (
+        "SIZE = 1\ndef setup():\n    global SIZE\n    SIZE = 111\nsetup()\ndef build():\n    return SIZE", {}
+    ),
+    "a comprehension over its own variable's name": (
+        "def x():\n    return [111]\ndef build():\n    return [x for x in x()]", {}
+    ),
+    "a name bound in a comprehension": ("ALL = [LAST := x for x in (1, 111)]\ndef build():\n    return LAST", {}),
+    "the rest of a match": (
+        "match {'a': 111}:\n    case {**rest}:\n        pass\ndef build():\n    return rest", {}
+    ),
+    "a call that changes its argument": ("ORDER = [3]\nlist.append(ORDER, 111)\ndef build():\n    return ORDER", {}),
+    "a function of the main guard": (
+        "if __name__ != '__main__':\n    def f():\n        return 111\ndef build():\n    return f()", {}
+    ),
+    "what an instance holds": (
+        "import functools\nclass A:\n    def __init__(self, f):\n        self.f = f\ndef f():\n    return 111\n"
+        "def rows(a):\n    return a.f()\nbuild = functools.partial(rows, A(f))", {}
+    ),
+    "what a torch module holds": (
+        "import functools, torch\nclass A(torch.nn.Module):\n    def forward(self):\n        return 111\n"
+        "def rows(a):\n    return a()\nbuild = functools.partial(rows, torch.nn.Sequential(A()))", {}
+    ),
+    "what is registered by decorators": (
+        "import functools\n@functools.singledispatch\ndef f(x):\n    return 0\n@f.register\ndef _(x: int):\n"
+        "    return 111\ndef build():\n    return f(3)", {}
+    ),
+    "a class that another file changes": (
+        "import helper, other\ndef build():\n    return helper.A().f()",
+        {"helper.py": "class A:\n    pass\n", "other.py": "import helper\nhelper.A.f = lambda self: 111\n"},
+    ),
+    "a function that another file replaces": (
+        "import helper, other\ndef build():\n    return helper.f()",
+        {"helper.py": "def f():\n    return 0\n", "other.py": "import helper\nhelper.f = lambda: 111\n"},
+    ),
+    "a text within an annotation": ("class A:\n    size = 111\ndef build() -> list['A']:\n    return []", {}),
+}  # fmt: skip
+
+
+def code_of_script(folder: Path, files: dict, monkeypatch) -> tuple[str, ...]:
+    """Return the code of build() in script.py, one of these files, which lie in a folder outside of the clone."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = set(sys.modules)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(folder)
+        try:
+            return code.code_of(importlib.import_module("script").build)
+        finally:
+            for name in set(sys.modules) - before:
+                if str(folder) in str(getattr(sys.modules[name], "__spec__", "")):
+                    del sys.modules[name]
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_no_kind_of_python_hides_code(kind, tmp_path, monkeypatch):
+    script, others = HIDDEN[kind]
+    files = {"script.py": script} | others
+    swap = {"111": "222", "222": "111"}
+    edited = {name: re.sub("111|222", lambda found: swap[found[0]], text) for name, text in files.items()}
+    first = code_of_script(tmp_path / "first", files, monkeypatch)
+    assert first != code_of_script(tmp_path / "second", edited, monkeypatch)
+    assert first == code_of_script(tmp_path / "with spaces", files, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("files", "old", "new"),
+    [
+        ({"script.py": b"\xef\xbb\xbfdef build():\n    return 1\n"}, "", ""),  # a byte order mark
+        ({"script.py": "# coding: latin-1\ndef build():\n    return '\xe9'\n".encode("latin-1")}, "", ""),
+        ({"script.py": "def build(x: 'in cm' = 1) -> 'number of rows':\n    return x\n"}, "", ""),
+        ({"script.py": "import functools, os\nbuild = functools.partial(print, os.path.join)\n"}, "", ""),  # frozen
+        (
+            {
+                "script.py": "import helper\ndef build():\n    return helper.x\n",
+                "helper.py": "try:\n    from other import x\nexcept ImportError:\n    pass\n",
+                "other.py": "try:\n    from helper import x\nexcept ImportError:\n    pass\n",
+            },
+            "",
+            "",
+        ),
+        ({"script.py": "class A:\n    size = 1\n    'In cm.'\ndef build():\n    return A\n"}, "cm", "mm"),
+        (
+            {"script.py": "def run(x):\n    return x\nbuild = run\nif __name__ == '__main__':\n    run(111)\n"},
+            "111",
+            "222",
+        ),
+    ],
+    ids=["byte order mark", "latin-1", "remark as annotation", "frozen", "circle", "text under a field", "main guard"],
+)
+def test_nothing_else_counts_and_all_python_is_read(files, old, new, tmp_path, monkeypatch):
+    edited = {name: text.replace(old, new) if old else text for name, text in files.items()}
+    first = code_of_script(tmp_path / "first", files, monkeypatch)
+    assert first == code_of_script(tmp_path / "second", edited, monkeypatch)
+
+
+# A script outside of the clone, in processes -------------------------------------------------------------------------
 
 OUTSIDE = '''\
 """Cubes (no figure of any paper)."""
