@@ -29,7 +29,7 @@ PACKAGES = ("common", "merging", "sparsity")  # of this project, wherever they a
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-PLAIN = (str, bytes, int, float, complex, type(None))
+PLAIN = (str, bytes, int, float, complex, types.NoneType)
 Place = tuple[Path, str]  # a file, and a name that its top level defines; "" for what binds none
 
 
