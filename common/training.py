@@ -21,7 +21,7 @@ CHECKPOINT_STEPS = 500  # between two checkpoints of a run that keeps any
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """How a model is trained: AdamW under a schedule of the learning rate. `batch_size` is global.
 
     `warmup` is a share of the steps, W of them. The rate rises linearly to `learning_rate` and then falls as a half
@@ -65,7 +65,7 @@ class RandomBatches(Sampler[list[int]]):
 
     drop_last = False  # read by accelerate when it shares batches among processes; no batch is incomplete here
 
-    def __init__(self, labels: Tensor, recipe: Recipe, seed: int):
+    def __init__(self, labels: Tensor, recipe: TrainingRecipe, seed: int):
         self.labels, self.batch_size, self.steps, self.seed = labels, recipe.batch_size, recipe.steps, seed
         self.members = [(labels == label).nonzero().flatten() for label in labels.unique()]
 
@@ -91,7 +91,7 @@ class ShuffledBatches(Sampler[list[int]]):
 
     drop_last = True  # read by accelerate when it shares batches among processes
 
-    def __init__(self, length: int, recipe: Recipe, seed: int):
+    def __init__(self, length: int, recipe: TrainingRecipe, seed: int):
         if length < recipe.batch_size:
             raise ValueError(f"a batch holds {recipe.batch_size} samples, but there are only {length}")
         self.length, self.batch_size, self.steps, self.seed = length, recipe.batch_size, recipe.steps, seed
@@ -112,7 +112,7 @@ def fit(
     model: nn.Module,
     loss: Callable[[nn.Module, Any], Tensor],
     loader: DataLoader,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     device: torch.device,
     description: str | None = None,
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,

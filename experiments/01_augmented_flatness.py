@@ -31,7 +31,7 @@ from common.lab import figures
 from common.lab.results import published as published_table
 from common.lab.run import Experiment, run
 from common.lab.statistics import change_from_one, significant, spread
-from common.training import Recipe
+from common.training import TrainingRecipe
 from sparsity.studies import snapshots
 from sparsity.studies.images import IMAGENET, ImageTask
 from sparsity.studies.measurement import curve, curve_rows, measure_all
@@ -71,10 +71,10 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[str, ...] = ("vanilla", "modified")
     task: ImageTask = VIT["laptop"]["task"]
-    recipe: Recipe = VIT["laptop"]["recipe"]
+    recipe: TrainingRecipe = VIT["laptop"]["recipe"]
     log_every: int = VIT["laptop"]["log_every"]
     study_task: ImageTask = VIT["laptop"]["task"]
-    study_recipe: Recipe = VIT["laptop"]["recipe"]
+    study_recipe: TrainingRecipe = VIT["laptop"]["recipe"]
     learning_rates: tuple[float, ...] = ()
     batch_sizes: tuple[int, ...] = ()  # at the same number of training images
 
@@ -102,7 +102,9 @@ SCALES = {
         seeds=(0,),
         **VIT["paper"],
         study_task=replace(IMAGENET, data="cifar10", pixels=224, patch=16, randaugment=0),
-        study_recipe=Recipe(58_500, 128, 1e-4, warmup=0, weight_decay=0.05, betas=ADAMW, stairs=150, precision="fp16"),
+        study_recipe=TrainingRecipe(
+            58_500, 128, 1e-4, warmup=0, weight_decay=0.05, betas=ADAMW, stairs=150, precision="fp16"
+        ),
         learning_rates=(1e-3, 1e-4, 1e-5),
         batch_sizes=(64, 256),
     ),

@@ -28,7 +28,7 @@ from matplotlib.patches import Patch
 from common.lab import figures
 from common.lab.run import Experiment, run
 from common.lab.statistics import relative_change
-from common.training import Recipe
+from common.training import TrainingRecipe
 from sparsity.activations import Mixture, derivative, make, shifted_name
 from sparsity.studies import density_tables
 from sparsity.studies.images import ImageTask
@@ -48,7 +48,9 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)  # of S, shifted or not
     single_seeds: tuple[int, ...] = (0,)  # of σ₀ itself and of ReLU
     task: ImageTask = ImageTask("digits")
-    recipe: Recipe = Recipe(1400, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant")
+    recipe: TrainingRecipe = TrainingRecipe(
+        1400, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"
+    )
     log_every: int = 100
 
 
@@ -56,20 +58,20 @@ SCALES = {
     "smoke": Settings(
         seeds=(0,),
         task=ImageTask("digits", width=16, depth=2),
-        recipe=Recipe(6, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
+        recipe=TrainingRecipe(6, 16, 3e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
         log_every=3,
     ),
     "laptop": Settings(),
     "workstation": Settings(
         task=ImageTask("glyphs"),
-        recipe=Recipe(5500, 32, 1e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
+        recipe=TrainingRecipe(5500, 32, 1e-3, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
         log_every=250,
     ),
     "paper": Settings(
         task=ImageTask(
             "cifar10", pixels=224, patch=16, width=768, depth=12, heads=12, pooling="token", normalised=False
         ),
-        recipe=Recipe(70_300, 64, 1e-4, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
+        recipe=TrainingRecipe(70_300, 64, 1e-4, warmup=0.05, weight_decay=0.0, betas=ADAMW, schedule="constant"),
         log_every=100,
     ),
 }

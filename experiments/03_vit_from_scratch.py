@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from common.lab.run import Experiment, run
-from common.training import Recipe
+from common.training import TrainingRecipe
 from sparsity.studies import density_tables, recipes
 from sparsity.studies.images import IMAGENET, ImageTask
 from sparsity.studies.runs import STYLES, plan_density_tables
@@ -31,7 +31,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)  # of vanilla, modified and the controls
     single_seeds: tuple[int, ...] = (0,)  # of each plug-in alone and of the rivals
     task: ImageTask = ImageTask("digits")  # in the sizes below
-    recipe: Recipe = recipes.DIGITS_RECIPE  # with the weight decays below
+    recipe: TrainingRecipe = recipes.DIGITS_RECIPE  # with the weight decays below
     sizes: tuple[tuple[int, int], ...] = ((64, 2),)  # width and depth of each setting
     weight_decays: tuple[float, ...] = (recipes.DIGITS_DECAY,)  # of each setting
     l1: tuple[float, ...] = (0.3, 1.0)  # weights of the penalty

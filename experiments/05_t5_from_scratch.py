@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from common.lab.run import Experiment, run
-from common.training import Recipe
+from common.training import TrainingRecipe
 from sparsity.plugins import PROTOCOLS
 from sparsity.studies import density_tables
 from sparsity.studies.recipes import T5
@@ -33,7 +33,7 @@ class Settings:
     single_seeds: tuple[int, ...] = (0,)  # of each plug-in alone and of the rivals
     task: SpanCorruption = T5["laptop"]["task"]
     # the first recipe with all variants, the others with vanilla, modified and one control
-    recipes: tuple[Recipe, ...] = T5["laptop"]["recipes"]
+    recipes: tuple[TrainingRecipe, ...] = T5["laptop"]["recipes"]
     l1: tuple[float, ...] = (0.003, 0.01)  # weights of the penalty
     log_every: int = T5["laptop"]["log_every"]
 

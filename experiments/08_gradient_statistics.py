@@ -27,7 +27,7 @@ import pandas as pd
 from common.lab import figures
 from common.lab.run import Experiment, run
 from common.lab.statistics import change_from_one, relative_change, significant, spread
-from common.training import Recipe
+from common.training import TrainingRecipe
 from sparsity.studies import snapshots
 from sparsity.studies.gradients import histogram_rows, measure_gradients
 from sparsity.studies.images import ImageTask
@@ -67,7 +67,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)  # histograms are kept of the first one, quantiles of all
     variants: tuple[str, ...] = BOTH
     task: ImageTask = VIT["laptop"]["task"]
-    recipe: Recipe = VIT["laptop"]["recipe"]
+    recipe: TrainingRecipe = VIT["laptop"]["recipe"]
     log_every: int = VIT["laptop"]["log_every"]
 
     def __post_init__(self):

@@ -38,7 +38,7 @@ from common.lab.curvature import curvature_rows, evenly_spaced
 from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from common.lab.statistics import Interval, relative_change, spread
-from common.training import Recipe
+from common.training import TrainingRecipe
 from merging import MERGERS, apply, calibrate, mergers, tuning
 from merging.calibration import SVC_MATRICES, published_alpha
 from merging.suites import comparison, vision
@@ -61,7 +61,7 @@ class Settings:
     training_seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[str, ...] = ("vanilla", "modified", "vanilla, MLP norms undecayed")  # of sparsity.studies.runs
     task: ImageTask = VIT["laptop"]["task"]
-    training: Recipe = VIT["laptop"]["recipe"]
+    training: TrainingRecipe = VIT["laptop"]["recipe"]
     training_images: int = 64  # test images on which each snapshot is measured
     log_every: int = VIT["laptop"]["log_every"]
     probes: int = 16  # random vectors per Hessian trace, draws of labels for a sampled Fisher

@@ -54,7 +54,7 @@ def _train(steps: int, folder: Path) -> None:
         rows += zip(map(task.prompt, examples.texts), map(task.answer, examples.targets), strict=True)
     text.train_bpe(itertools.chain.from_iterable(rows), VOCABULARY, ending=True).save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
-    model, recipe = t5.t5(VOCABULARY, *SIZES), training.Recipe(steps, 32, 2e-3)
+    model, recipe = t5.t5(VOCABULARY, *SIZES), training.TrainingRecipe(steps, 32, 2e-3)
     network = language.Generator(model, _tokenizer(folder), ())
     sampler = training.ShuffledBatches(len(rows), recipe, seed=0)
     loader = DataLoader(rows, batch_sampler=sampler, collate_fn=partial(_collate, network.tokenizer))

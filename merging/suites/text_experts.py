@@ -50,10 +50,10 @@ class TextRecipe:
     validation_texts: int = 32
     test_texts: int = 80
 
-    def training(self, base: "Base", tuning: FineTuning) -> training.Recipe:
+    def training(self, base: "Base", tuning: FineTuning) -> training.TrainingRecipe:
         """Return the recipe of an expert; adapters have no weight decay, since IA³'s vectors start from 1."""
         steps, decay = self.steps if base.pooling else self.t5_steps, 0.01 if tuning.tuned == "full" else 0.0
-        return training.Recipe(steps, self.batch_size, tuning.learning_rate, weight_decay=decay)
+        return training.TrainingRecipe(steps, self.batch_size, tuning.learning_rate, weight_decay=decay)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class LengthGroupedBatches(Sampler[list[int]]):
 
     drop_last = False
 
-    def __init__(self, labels: Tensor, lengths: Sequence[int], recipe: training.Recipe, seed: int):
+    def __init__(self, labels: Tensor, lengths: Sequence[int], recipe: training.TrainingRecipe, seed: int):
         pools = replace(recipe, steps=math.ceil(recipe.steps / POOL), batch_size=POOL * recipe.batch_size)
         self.pools, self.lengths = training.RandomBatches(labels, pools, seed), lengths
         self.batch_size, self.steps, self.seed = recipe.batch_size, recipe.steps, seed
@@ -164,7 +164,7 @@ class LengthGroupedBatches(Sampler[list[int]]):
             left -= POOL
 
 
-def training_batches(base: Base, task: TextTask, recipe: training.Recipe, seed: int) -> DataLoader:
+def training_batches(base: Base, task: TextTask, recipe: training.TrainingRecipe, seed: int) -> DataLoader:
     """Return a loader of `recipe.steps` batches of inputs, targets: texts of similar length, classes equally often."""
     examples = task.split("train")
     rows = list(zip(examples.texts, examples.targets, strict=True))

@@ -158,14 +158,14 @@ class GlyphRecipe:
         return replace(self, width=int(width))
 
     @property
-    def pretraining(self) -> training.Recipe:
+    def pretraining(self) -> training.TrainingRecipe:
         """How the base is trained."""
-        return training.Recipe(self.pretraining_steps, 128, 1.5e-3, warmup=0.06)
+        return training.TrainingRecipe(self.pretraining_steps, 128, 1.5e-3, warmup=0.06)
 
     @property
-    def expert(self) -> training.Recipe:
+    def expert(self) -> training.TrainingRecipe:
         """How each expert is trained."""
-        return training.Recipe(self.expert_steps, 64, self.expert_learning_rate)
+        return training.TrainingRecipe(self.expert_steps, 64, self.expert_learning_rate)
 
     @property
     def style(self) -> glyphs.Style:
@@ -235,7 +235,7 @@ def _fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device, 
     )
 
 
-def _loader(drawn: glyphs.Glyphs, recipe: training.Recipe, seed: int) -> DataLoader:
+def _loader(drawn: glyphs.Glyphs, recipe: training.TrainingRecipe, seed: int) -> DataLoader:
     dataset = TensorDataset(drawn.images, drawn.labels)
     return DataLoader(dataset, batch_sampler=training.RandomBatches(drawn.labels, recipe, seed))
 

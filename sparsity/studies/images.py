@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.cache import cache_key
 from common.data import glyphs, hub
-from common.training import Recipe, ShuffledBatches
+from common.training import ShuffledBatches, TrainingRecipe
 from sparsity.studies.data import digits, pictures
 from sparsity.studies.models.vit import vit
 from sparsity.studies.task import Batch, Task, as_it_is
@@ -181,7 +181,7 @@ class FixedImages(Dataset):
         return {"images": self.images[indices], "labels": self.labels[indices]}
 
 
-def _fixed_loader(read: Callable[[str], tuple[Tensor, Tensor]], recipe: Recipe, seed: int) -> DataLoader:
+def _fixed_loader(read: Callable[[str], tuple[Tensor, Tensor]], recipe: TrainingRecipe, seed: int) -> DataLoader:
     images, labels = read("train")
     sampler = ShuffledBatches(len(labels), recipe, seed)
     return DataLoader(FixedImages(images, labels), batch_sampler=sampler, collate_fn=as_it_is)

@@ -7,17 +7,17 @@ last minutes, weight decay is larger, so that E = Σ learning rate × weight dec
 
 from dataclasses import replace
 
-from common.training import Recipe
+from common.training import TrainingRecipe
 from sparsity.studies.images import IMAGENET, ImageTask
 from sparsity.studies.span_corruption import SpanCorruption
 
 ADAMW = (0.9, 0.999)  # β₁ and β₂, the defaults of AdamW, which the authors keep
 
 # Vision Transformers: weight decay goes with the size of the network, and so it stands beside the recipes.
-SMOKE_RECIPE = Recipe(6, 16, 3e-3, betas=ADAMW)
-DIGITS_RECIPE = Recipe(2400, 16, 3e-3, warmup=0.07, betas=ADAMW)
-GLYPHS_RECIPE = Recipe(5500, 32, 3e-3, warmup=0.036, betas=ADAMW)
-IMAGENET_RECIPE = Recipe(187_500, 2048, 3e-3, warmup=0, betas=ADAMW, stairs=300, precision="fp16")
+SMOKE_RECIPE = TrainingRecipe(6, 16, 3e-3, betas=ADAMW)
+DIGITS_RECIPE = TrainingRecipe(2400, 16, 3e-3, warmup=0.07, betas=ADAMW)
+GLYPHS_RECIPE = TrainingRecipe(5500, 32, 3e-3, warmup=0.036, betas=ADAMW)
+IMAGENET_RECIPE = TrainingRecipe(187_500, 2048, 3e-3, warmup=0, betas=ADAMW, stairs=300, precision="fp16")
 DIGITS_DECAY = 1.25
 GLYPHS_DECAY = 0.48
 LARGER_GLYPHS_DECAY = 0.96  # of width 96 and 6 layers
@@ -50,28 +50,30 @@ VIT = {
 T5 = {
     "smoke": dict(
         task=SpanCorruption(width=16, depth=1, heads=2, d_ff=32, megabytes=0.5, evaluation_rows=32),
-        recipes=(Recipe(4, 4, 3e-3), Recipe(4, 4, 1e-2, schedule="inverse_sqrt")),
+        recipes=(TrainingRecipe(4, 4, 3e-3), TrainingRecipe(4, 4, 1e-2, schedule="inverse_sqrt")),
         log_every=2,
     ),
     "laptop": dict(
         task=SpanCorruption(depth=1),
         recipes=(
-            Recipe(1200, 16, 3e-3, warmup=0.07, weight_decay=1.4, betas=ADAMW),
-            Recipe(1200, 16, 1e-2, warmup=0.1, weight_decay=0.5, betas=ADAMW, schedule="inverse_sqrt"),
+            TrainingRecipe(1200, 16, 3e-3, warmup=0.07, weight_decay=1.4, betas=ADAMW),
+            TrainingRecipe(1200, 16, 1e-2, warmup=0.1, weight_decay=0.5, betas=ADAMW, schedule="inverse_sqrt"),
         ),
         log_every=50,
     ),
     "workstation": dict(
         task=SpanCorruption(depth=2),
         recipes=(
-            Recipe(3000, 16, 3e-3, warmup=0.05, weight_decay=0.92, betas=ADAMW),
-            Recipe(3000, 16, 1e-2, warmup=0.1, weight_decay=0.27, betas=ADAMW, schedule="inverse_sqrt"),
+            TrainingRecipe(3000, 16, 3e-3, warmup=0.05, weight_decay=0.92, betas=ADAMW),
+            TrainingRecipe(3000, 16, 1e-2, warmup=0.1, weight_decay=0.27, betas=ADAMW, schedule="inverse_sqrt"),
         ),
         log_every=100,
     ),
     "paper": dict(
         task=SpanCorruption("c4", length=512, model="google-t5/t5-base"),
-        recipes=(Recipe(100_000, 256, 1e-2, warmup=0.1, weight_decay=1e-3, betas=ADAMW, schedule="inverse_sqrt"),),
+        recipes=(
+            TrainingRecipe(100_000, 256, 1e-2, warmup=0.1, weight_decay=1e-3, betas=ADAMW, schedule="inverse_sqrt"),
+        ),
         log_every=50,
     ),
 }

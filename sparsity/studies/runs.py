@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.lab.figures import INK, MUTED, Style
-from common.training import Recipe
+from common.training import TrainingRecipe
 from sparsity.studies.images import ImageTask
 from sparsity.studies.span_corruption import SpanCorruption
 
@@ -78,7 +78,7 @@ class Run:
     """
 
     task: ImageTask | SpanCorruption
-    recipe: Recipe
+    recipe: TrainingRecipe
     variant: Variant = Variant()
     seed: int = 0
     exempt: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ def check_variants(names: Iterable[str]) -> None:
 def plan_setting(
     setting: str,
     task: ImageTask | SpanCorruption,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     seeds: Mapping[str, Sequence[int]],
     variants: Mapping[str, Variant] = VARIANTS,
     **options: Any,
@@ -125,7 +125,7 @@ def plan_setting(
 
 
 def plan_density_tables(
-    settings: Sequence[tuple[str, ImageTask | SpanCorruption, Recipe]],
+    settings: Sequence[tuple[str, ImageTask | SpanCorruption, TrainingRecipe]],
     seeds: Sequence[int],
     single_seeds: Sequence[int],
     l1: Sequence[float],

@@ -17,7 +17,7 @@ from common.cache import cache_key
 from common.data import hub, text
 from common.models import t5 as models
 from common.models.t5 import IGNORED
-from common.training import Recipe, ShuffledBatches
+from common.training import ShuffledBatches, TrainingRecipe
 from sparsity.studies.data import c4, corruption
 from sparsity.studies.task import Batch, Task, as_it_is
 
@@ -98,7 +98,9 @@ class Windows(Dataset):
         return _batch(*corruption.corrupt(rows, indices, self.shape, self.sentinels, self.seed))
 
 
-def _python_loader(tokens: Tensor, shape: corruption.Shape, sentinels: int, recipe: Recipe, seed: int) -> DataLoader:
+def _python_loader(
+    tokens: Tensor, shape: corruption.Shape, sentinels: int, recipe: TrainingRecipe, seed: int
+) -> DataLoader:
     windows = Windows(tokens, shape, sentinels, max(1, shape.raw // OVERLAP), seed)
     return DataLoader(windows, batch_sampler=ShuffledBatches(len(windows), recipe, seed), collate_fn=as_it_is)
 
@@ -151,7 +153,7 @@ class DocumentRows(Dataset):
 
 
 def _c4_loader(
-    rows: Callable[[c4.Documents, int], DocumentRows], count: int, workers: int, recipe: Recipe, seed: int
+    rows: Callable[[c4.Documents, int], DocumentRows], count: int, workers: int, recipe: TrainingRecipe, seed: int
 ) -> DataLoader:
     documents = c4.Documents("train", count)
     order = c4.ShardedBatches(documents, recipe, seed)

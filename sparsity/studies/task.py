@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.training import Recipe
+from common.training import TrainingRecipe
 
 Batch = Mapping[str, Tensor]
 
@@ -33,7 +33,7 @@ class Task:
     key: str
     model: Callable[[], nn.Module]
     loss: Callable[[nn.Module, Batch], Tensor]
-    loader: Callable[[Recipe, int], DataLoader]
+    loader: Callable[[TrainingRecipe, int], DataLoader]
     batches: Callable[[str], Iterable[Batch]]
     score: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
     metric: str

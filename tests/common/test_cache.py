@@ -5,7 +5,7 @@ import types
 import pytest
 
 from common import cache
-from common.training import Recipe
+from common.training import TrainingRecipe
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,9 @@ def test_a_second_call_finds_the_artefact_and_does_not_build_again(tmp_path):
 
 
 def test_every_input_counts(tmp_path):
-    keys = {cache.cache_key({"seed": seed, "recipe": Recipe(steps, 2, 0.1)}) for seed in (0, 1) for steps in (1, 2)}
+    keys = {
+        cache.cache_key({"seed": seed, "recipe": TrainingRecipe(steps, 2, 0.1)}) for seed in (0, 1) for steps in (1, 2)
+    }
     assert len(keys) == 4
 
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common import training
-from common.training import RandomBatches, Recipe, ShuffledBatches, decay_groups, fit
+from common.training import RandomBatches, ShuffledBatches, TrainingRecipe, decay_groups, fit
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(steps=60, batch_size=16, learning_rate=0.05)
+RECIPE = TrainingRecipe(steps=60, batch_size=16, learning_rate=0.05)
 
 
 def cross_entropy(model, batch):
@@ -46,11 +46,11 @@ def test_a_diverged_loss_names_the_step_and_the_recipe():
 
 def test_batches_hold_different_classes_or_all_classes_equally_often():
     labels = torch.arange(40) % 20
-    for batch in RandomBatches(labels, Recipe(5, 12, 0.1), seed=0):
+    for batch in RandomBatches(labels, TrainingRecipe(5, 12, 0.1), seed=0):
         assert len(labels[batch].unique()) == 12
-    for batch in RandomBatches(labels % 4, Recipe(5, 12, 0.1), seed=0):
+    for batch in RandomBatches(labels % 4, TrainingRecipe(5, 12, 0.1), seed=0):
         assert (labels % 4)[batch].bincount().tolist() == [3, 3, 3, 3]
-    assert len(list(RandomBatches(labels, Recipe(7, 12, 0.1), seed=0))) == 7
+    assert len(list(RandomBatches(labels, TrainingRecipe(7, 12, 0.1), seed=0))) == 7
 
 
 def test_only_matrices_decay():
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path, monkeypatc
 
 
 def test_shuffled_batches_are_epochs_of_seeded_orders():
-    recipe = Recipe(7, 4, 0.1)
+    recipe = TrainingRecipe(7, 4, 0.1)
     batches = list(ShuffledBatches(14, recipe, seed=0))
     assert len(batches) == 7 and {len(batch) for batch in batches} == {4}
     first, second = [[i for batch in epoch for i in batch] for epoch in (batches[:3], batches[3:6])]
@@ -126,15 +126,15 @@ def test_shuffled_batches_are_epochs_of_seeded_orders():
 
 
 def test_schedules():
-    cosine = Recipe(100, 1, 1.0, warmup=0.1)
+    cosine = TrainingRecipe(100, 1, 1.0, warmup=0.1)
     assert [cosine.rate(step) for step in (0, 5, 10, 55, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-9)
-    root = Recipe(100, 1, 1.0, warmup=0.1, schedule="inverse_sqrt")
+    root = TrainingRecipe(100, 1, 1.0, warmup=0.1, schedule="inverse_sqrt")
     # the T5 protocol: lr · min(t/W, √(W/t)) with t counted from 1
     assert [root.rate(t - 1) for t in range(1, 101)] == pytest.approx(
         [min(t / 10, (10 / t) ** 0.5) for t in range(1, 101)]
     )
-    assert Recipe(100, 1, 1.0, schedule="constant").rate(99) == 1
-    stairs = Recipe(100, 1, 1.0, warmup=0, stairs=4)
+    assert TrainingRecipe(100, 1, 1.0, schedule="constant").rate(99) == 1
+    stairs = TrainingRecipe(100, 1, 1.0, warmup=0, stairs=4)
     assert [stairs.rate(step) for step in (0, 24, 25, 49, 99)] == pytest.approx(
         [1, 1, *[0.5 * (1 + math.cos(math.pi * t / 4)) for t in (1, 1, 3)]]
     )
@@ -150,7 +150,7 @@ def test_parameter_groups_of_ones_own():
         rates.append(optimizer.param_groups[0]["lr"])
 
     data = TensorDataset(torch.eye(4)[:, :3], torch.arange(4) % 3)
-    recipe = Recipe(steps=20, batch_size=4, learning_rate=0.05)
+    recipe = TrainingRecipe(steps=20, batch_size=4, learning_rate=0.05)
     loader = DataLoader(data, batch_sampler=ShuffledBatches(4, recipe, 0))
     fit(nn.Linear(3, 3), cross_entropy, loader, recipe, CPU, groups=groups, after_step=after)
     assert max(rates) == 0.5

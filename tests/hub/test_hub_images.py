@@ -11,13 +11,13 @@ from fake_images import ROWS, label_names, write_pictures
 from PIL import Image as Picture
 
 from common.data.hub import HubError
-from common.training import Recipe, fit
+from common.training import TrainingRecipe, fit
 from sparsity.studies import images
 from sparsity.studies.data import pictures
 from sparsity.studies.images import ImageTask, image_task
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(steps=2, batch_size=12, learning_rate=1e-3)
+RECIPE = TrainingRecipe(steps=2, batch_size=12, learning_rate=1e-3)
 SMALL = dict(width=16, depth=1, heads=2)
 TASKS = {
     "fashion_mnist": ImageTask("fashion_mnist", **SMALL),
@@ -90,7 +90,7 @@ def test_evaluation_takes_the_centre_of_the_image_resized_to_256():
 
 
 def test_an_epoch_has_every_image_as_often_as_it_is_repeated():
-    recipe = Recipe(steps=10, batch_size=9, learning_rate=1.0)
+    recipe = TrainingRecipe(steps=10, batch_size=9, learning_rate=1.0)
     batches = list(pictures.RepeatedBatches(30, recipe, seed=0, repeats=3))
     items = [item for batch in batches for item in batch]
     assert torch.tensor([index for index, _ in items]).bincount().tolist() == [3] * 30
@@ -101,7 +101,7 @@ def test_an_epoch_has_every_image_as_often_as_it_is_repeated():
 
 
 def test_epochs_follow_each_other_without_a_gap():
-    recipe = Recipe(steps=6, batch_size=5, learning_rate=1.0)
+    recipe = TrainingRecipe(steps=6, batch_size=5, learning_rate=1.0)
     indices = [index for batch in pictures.RepeatedBatches(10, recipe, seed=0) for index, _ in batch]
     assert all(sorted(indices[start : start + 10]) == list(range(10)) for start in (0, 10, 20))
 
@@ -162,7 +162,7 @@ def test_a_network_trains_and_is_scored(whole, name):
     torch.manual_seed(0)
     model = task.model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    recipe = Recipe(steps=3, batch_size=12, learning_rate=1e-2, warmup=0.0)
+    recipe = TrainingRecipe(steps=3, batch_size=12, learning_rate=1e-2, warmup=0.0)
     model = fit(model, task.loss, task.loader(recipe, 0), recipe, CPU)
     changed = [key for key, value in model.state_dict().items() if not value.equal(before[key])]
     assert "head.weight" in changed and "blocks.0.mlp.fc1.weight" in changed

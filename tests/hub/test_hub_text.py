@@ -13,14 +13,14 @@ from fake_text import CONFIG, MODEL, write_model, write_shards
 from common.data.hub import HubError
 from common.data.text import END
 from common.models.t5 import t5_like, t5_tokenizer
-from common.training import Recipe, fit
+from common.training import TrainingRecipe, fit
 from sparsity.studies.data import c4
 from sparsity.studies.span_corruption import SpanCorruption, span_corruption_task
 
 CPU = torch.device("cpu")
 SHARD, COUNT = 12, 30  # documents of a shard, documents of the task: two shards and a half
 SETTINGS = SpanCorruption("c4", length=32, documents=COUNT, evaluation_rows=10, model=MODEL)
-RECIPE = Recipe(steps=2, batch_size=6, learning_rate=1e-2, schedule="inverse_sqrt")
+RECIPE = TrainingRecipe(steps=2, batch_size=6, learning_rate=1e-2, schedule="inverse_sqrt")
 
 
 @pytest.fixture
@@ -88,13 +88,13 @@ def test_rows_are_the_batchs_documents_joined_and_cut(hub):
 
 def test_documents_come_shard_by_shard_each_once_an_epoch(hub):
     documents = c4.Documents("train", COUNT)
-    batches = list(c4.ShardedBatches(documents, Recipe(steps=10, batch_size=6, learning_rate=1.0), 0))
+    batches = list(c4.ShardedBatches(documents, TrainingRecipe(steps=10, batch_size=6, learning_rate=1.0), 0))
     numbers = [number for batch in batches for number in batch]
     assert sorted(numbers[:COUNT]) == sorted(numbers[COUNT:]) == list(range(COUNT))
     visited = [number // SHARD for number in numbers[:COUNT]]
     assert sum(one != other for one, other in pairwise(visited)) == len(documents.shards) - 1
     assert numbers[:COUNT] != numbers[COUNT:]
-    other = list(c4.ShardedBatches(documents, Recipe(steps=10, batch_size=6, learning_rate=1.0), 1))
+    other = list(c4.ShardedBatches(documents, TrainingRecipe(steps=10, batch_size=6, learning_rate=1.0), 1))
     assert other != batches
     names = [c4.shard_name("train", shard) for shard in documents.shards]
     for number, text in zip(range(COUNT), documents.texts(range(COUNT)), strict=True):
@@ -146,7 +146,7 @@ def test_bad_repositories_and_settings_are_named(hub):
     with pytest.raises(ValueError, match="length=4096 has 227 spans, more than the 100 sentinels"):
         span_corruption_task(SpanCorruption("c4", length=4096, model=MODEL), CPU)
     with pytest.raises(ValueError, match=r"1 documents have .* tokens, fewer than a row of 568"):
-        few = Recipe(steps=1, batch_size=1, learning_rate=1.0)
+        few = TrainingRecipe(steps=1, batch_size=1, learning_rate=1.0)
         next(iter(span_corruption_task(SpanCorruption("c4", length=512, documents=1, model=MODEL), CPU).loader(few, 0)))
 
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from common.data import glyphs
-from common.training import Recipe, fit
+from common.training import TrainingRecipe, fit
 from sparsity.studies.data import digits
 from sparsity.studies.images import IMAGENET, ImageTask, image_task
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(steps=40, batch_size=32, learning_rate=3e-3)
+RECIPE = TrainingRecipe(steps=40, batch_size=32, learning_rate=3e-3)
 DIGITS = ImageTask("digits", width=32, depth=2)
 GLYPHS = ImageTask("glyphs", ("digits", "math"), copies=2, width=32, depth=1)
 
@@ -54,7 +54,7 @@ def test_an_epoch_of_glyphs_is_the_fixed_photographs_of_the_training_faces():
     task = image_task(GLYPHS, CPU)
     drawn = glyphs.glyphs(GLYPHS.glyph_tasks, "train")
     length = 2 * len(drawn.labels)
-    epoch = Recipe(steps=2, batch_size=length, learning_rate=1.0)
+    epoch = TrainingRecipe(steps=2, batch_size=length, learning_rate=1.0)
     first, second = (batch["images"].flatten(1) for batch in task.loader(epoch, 0))
     assert first.unique(dim=0).equal(second.unique(dim=0)) and len(first.unique(dim=0)) == length
     counts = task.loader(epoch, 0).dataset.labels.bincount()

@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 
 from common.lab.results import load_experiment
-from common.training import Recipe
+from common.training import TrainingRecipe
 from sparsity.studies.images import ImageTask
 from sparsity.studies.runs import CONTROLS, VARIANTS, Run, check_variants, plan_density_tables, plan_setting
 
 DIGITS = ImageTask("digits", width=16, depth=2, heads=2)
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-RECIPE = Recipe(12, 16, 3e-3, weight_decay=1.0)
+RECIPE = TrainingRecipe(12, 16, 3e-3, weight_decay=1.0)
 
 
 def test_a_setting_is_run_with_each_variant_and_seed():

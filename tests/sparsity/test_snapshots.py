@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import cache
-from common.training import Recipe
+from common.training import TrainingRecipe
 from sparsity.studies import snapshots
 from sparsity.studies.images import ImageTask
 from sparsity.studies.runs import Run
@@ -72,7 +72,7 @@ def test_relative_divides_each_run_by_its_own_first_step():
 
 def test_every_saved_step_is_measured_once_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CACHE", tmp_path)
-    run = Run(ImageTask("digits", width=16, depth=1), Recipe(2, 16, 1e-3, warmup=0), snapshots=3)
+    run = Run(ImageTask("digits", width=16, depth=1), TrainingRecipe(2, 16, 1e-3, warmup=0), snapshots=3)
     trained = train(run, CPU)
     found = snapshots.measure_snapshots("validation", run, trained, CPU)
     assert tuple(found) == run.snapshot_steps

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from common import cache
 from common.data import text
 from common.models.t5 import t5
-from common.training import Recipe, fit
+from common.training import TrainingRecipe, fit
 from sparsity.studies.data.corruption import Shape, corrupt, shape_for
 from sparsity.studies.span_corruption import SpanCorruption, Windows, span_corruption_task
 
 CPU = torch.device("cpu")
 TINY = SpanCorruption(length=24, width=16, depth=1, heads=2, d_ff=32, megabytes=0.05, evaluation_rows=150)
-RECIPE = Recipe(steps=30, batch_size=8, learning_rate=1e-2)
+RECIPE = TrainingRecipe(steps=30, batch_size=8, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import cache, training
-from common.training import Recipe
+from common.training import TrainingRecipe
 from sparsity.studies.images import ImageTask
 from sparsity.studies.measurement import curve, load, measure_snapshot
 from sparsity.studies.runs import VARIANTS, Run, Variant
@@ -16,7 +16,7 @@ from sparsity.studies.training import Recorder, build, make_task, train
 
 CPU = torch.device("cpu")
 DIGITS = ImageTask("digits", width=16, depth=2, heads=2)
-RECIPE = Recipe(12, 16, 3e-3, weight_decay=1.0)
+RECIPE = TrainingRecipe(12, 16, 3e-3, weight_decay=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +112,7 @@ def test_a_snapshot_is_measured_as_a_naive_count_says():
 
 
 def test_the_l1_penalty_lowers_activations():
-    strong = Run(DIGITS, Recipe(60, 16, 3e-3, weight_decay=0.0), Variant(l1=30.0), log_every=60, snapshots=2)
+    strong = Run(DIGITS, TrainingRecipe(60, 16, 3e-3, weight_decay=0.0), Variant(l1=30.0), log_every=60, snapshots=2)
     norms = []
     for run in (strong, replace(strong, variant=Variant())):
         rows = pd.DataFrame(measure_snapshot(run, train(run, CPU), CPU))
@@ -121,7 +121,7 @@ def test_the_l1_penalty_lowers_activations():
 
 
 def test_exemptions_keep_the_norms_where_they_are():
-    recipe = Recipe(40, 16, 1e-2, weight_decay=5.0)
+    recipe = TrainingRecipe(40, 16, 1e-2, weight_decay=5.0)
     weights = {}
     for name in ("vanilla", "vanilla, MLP norms undecayed", "vanilla, all norms undecayed"):
         run = Run(DIGITS, recipe, VARIANTS[name], log_every=40, snapshots=2)
@@ -132,7 +132,7 @@ def test_exemptions_keep_the_norms_where_they_are():
 
 
 def test_text_runs_leave_padding_out():
-    run = Run(TEXT, Recipe(4, 4, 3e-3), VARIANTS["modified"], exempt=("biases",), log_every=2, snapshots=2)
+    run = Run(TEXT, TrainingRecipe(4, 4, 3e-3), VARIANTS["modified"], exempt=("biases",), log_every=2, snapshots=2)
     rows = pd.DataFrame(measure_snapshot(run, train(run, CPU), CPU))
     layers = [name for name in rows.layer.unique() if name != "all"]
     assert [name.split(".")[0] for name in layers] == ["encoder", "decoder"]

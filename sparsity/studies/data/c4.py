@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import Sampler
 
 from common.data import hub
-from common.training import Recipe
+from common.training import TrainingRecipe
 
 REPOSITORY = "allenai/c4"
 SHARDS = {"train": 1024, "validation": 8}
@@ -100,7 +100,7 @@ class ShardedBatches(Sampler[list[int]]):
 
     drop_last = True
 
-    def __init__(self, documents: Documents, recipe: Recipe, seed: int):
+    def __init__(self, documents: Documents, recipe: TrainingRecipe, seed: int):
         if len(documents) < recipe.batch_size:
             raise ValueError(f"a batch holds {recipe.batch_size} documents, but there are only {len(documents)}")
         self.count, self.shards = len(documents), len(documents.shards)

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
 from common.data import hub
-from common.training import Recipe
+from common.training import TrainingRecipe
 
 EVALUATION_BATCH = 128
 HELD_OUT_SEED = 0
@@ -149,7 +149,13 @@ class Augmentation:
 
 
 def training_loader(
-    name: str, pixels: int, augmentation: Augmentation, normalised: bool, workers: int, recipe: Recipe, seed: int
+    name: str,
+    pixels: int,
+    augmentation: Augmentation,
+    normalised: bool,
+    workers: int,
+    recipe: TrainingRecipe,
+    seed: int,
 ) -> DataLoader:
     """Return a loader of `recipe.steps` batches {"images": (B, channels, pixels, pixels), "labels": (B,) or (B, C)}.
 
@@ -236,7 +242,7 @@ class RepeatedBatches(Sampler[list[tuple[int, int]]]):
 
     drop_last = True
 
-    def __init__(self, length: int, recipe: Recipe, seed: int, repeats: int = 1):
+    def __init__(self, length: int, recipe: TrainingRecipe, seed: int, repeats: int = 1):
         self.length, self.repeats, self.seed = length, repeats, seed
         self.batch_size, self.steps = recipe.batch_size, recipe.steps
 
