@@ -190,6 +190,17 @@ def test_an_unreachable_file_ends_in_one_line(experiment, tmp_path, monkeypatch,
     assert capsys.readouterr().err == "error: no connection to the hub: set HF_HOME to a filled cache\n"
 
 
+@pytest.mark.parametrize("error", [OSError("could not get source code"), FileNotFoundError("step-3.safetensors")])
+def test_a_mistake_of_this_project_is_not_dressed_up_as_the_users(experiment, tmp_path, monkeypatch, error):
+    def measure(settings, context):
+        raise error
+        yield
+
+    monkeypatch.setattr(Experiment, "script", experiment.script)
+    with pytest.raises(type(error), match=str(error)):
+        start(dataclasses.replace(experiment, measure=measure), tmp_path)
+
+
 def test_dirty_means_changes_outside_results(tmp_path, monkeypatch):
     monkeypatch.setattr("common.lab.results.ROOT", tmp_path)
     assert git_state() == {"commit": "unknown", "dirty": True}
