@@ -155,8 +155,6 @@ SCRIPT = """
 import functools
 from functools import partial
 
-{line}
-
 class Base:
     def inherited(self):
         return 1
@@ -200,7 +198,7 @@ def shadowed():
     return 10
 
 SIZE = 11
-TABLE = {{"one": in_a_table, "two": partial(in_a_partial, 1), "three": lambda: 12}}
+TABLE = {"one": in_a_table, "two": partial(in_a_partial, 1), "three": lambda: 12}
 TABLE["four"] = added_later
 
 @decorator
@@ -228,7 +226,7 @@ def load(folder: Path, text: str, name: str):
     "number", [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13], ids=lambda number: f"returns {number}, another time {100 * number}"
 )
 def test_each_way_of_reaching_code_is_followed(number, tmp_path):
-    text = SCRIPT.format(line="")
+    text = SCRIPT
     edit = next(f"{word}{number}" for word in ("return ", "+ ", "= ", "lambda: ") if f"{word}{number}\n" in text + "\n"
                 or f"{word}{number}}}" in text or f"{word}{number} " in text)  # fmt: skip
     first = load(tmp_path, text, "first")
@@ -239,20 +237,20 @@ def test_each_way_of_reaching_code_is_followed(number, tmp_path):
 @pytest.mark.parametrize("edit", ["return 9", "return 10"])
 def test_what_is_not_reached_does_not_count(edit, tmp_path):
     """A function that nobody calls, and one whose name is only that of a local variable."""
-    text = SCRIPT.format(line="")
+    text = SCRIPT
     first, second = load(tmp_path, text, "first"), load(tmp_path, text.replace(edit, "return 0"), "second")
     assert code.code_of(first.build) == code.code_of(second.build)
 
 
 def test_an_annotation_that_is_a_text_names_a_class(tmp_path):
-    text = SCRIPT.format(line="")
+    text = SCRIPT
     first, second = load(tmp_path, text, "first"), load(tmp_path, text.replace("factor = 2", "factor = 3"), "second")
     assert code.code_of(first.texts) != code.code_of(second.texts)
 
 
 def test_objects_hold_code_too(tmp_path):
     """Partials and what they are given, bound methods, tables that another file has filled."""
-    module = sys.modules["held"] = load(tmp_path, SCRIPT.format(line=""), "held")
+    module = sys.modules["held"] = load(tmp_path, SCRIPT, "held")
     try:
         whole = code.code_of(module.build)
         assert set(whole) <= set(code.code_of(functools.partial(print, module.build)))
