@@ -113,7 +113,8 @@ def test_what_is_saved_comes_back_on_a_fresh_base_and_folds_into_it(name, kind, 
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=0)
     folded = loaded.merge_and_unload()
     assert folded.state_dict().keys() == build(MAKERS[name]).state_dict().keys()
-    torch.testing.assert_close(logits(folded), expected, rtol=1e-4, atol=1e-5)
+    # two roundings of one product; the adapter itself moves logits by more than 1e-2 (the test above)
+    torch.testing.assert_close(logits(folded), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_lora_is_two_b_a_and_its_start_follows_torchs_generator():
