@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from merging.checkpoints import Checkpoint, locate, open_checkpoint
 from merging.command.dry_run import describe
-from merging.command.model_card import write_companions
+from merging.command.model_card import companions, write_companions
 from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
 from merging.command.plan import Plan, make_plan
 from merging.command.recipe import Recipe, identity, read_recipe
@@ -67,7 +67,11 @@ class Flags(Recipe):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status, after one line on stderr where something is wrong."""
+    """Run the command; returns its exit status, after one line on stderr where something is wrong.
+
+    Returns:
+        0, or 1 for what is wrong, or 130 after Ctrl-C, as shells have it.
+    """
     try:
         flags = parse(sys.argv[1:] if arguments is None else arguments)
         values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Recipe)}
@@ -75,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"python -m merging: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("python -m merging: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -123,6 +130,9 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
         raise ValueError("give --out, the folder of the merged model")
     base, *experts = open_checkpoint(recipe.base), *map(_open_expert, recipe.experts)
     plan = make_plan(recipe, base, experts)
+    plan.remarks += [note for each in (base, *experts) for note in each.notes]
+    if base.folder:
+        companions(base.folder)  # refuses now what could not be copied at the end
     output = adapter_output(plan) if recipe.output == "adapter" else ModelOutput(plan)
     made_from = identity(recipe, (base, *experts))
     on = _device(device)
@@ -155,7 +165,7 @@ def _carry_out(output: ModelOutput | AdapterOutput, out: Path, made_from: str, j
     own = sorted(shards, key=lambda shard: -shard.size)[rank::ranks] if ranks > 1 else shards
     if rank == 0 and len(shards) < ranks:
         print(f"note: {len(shards)} shards keep as many of {ranks} processes busy; see --shard-size", file=sys.stderr)
-    with begin(out, made_from, shards, rank) as files:
+    with begin(out, made_from, shards, rank, ranks) as files:
         left = [shard for shard in own if not files.is_finished(shard)]
         if left or rank == 0:
             streamer = Streamer(output.plan, device, _decided(output.plan, files, device, jobs, rank))

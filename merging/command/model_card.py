@@ -1,6 +1,7 @@
 """What stands beside the weights of a merged model: the base's other files, the model card, recipe, and diagnostics."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from merging.checkpoints import WEIGHT_ENDINGS
 from merging.command.outputs import AdapterOutput, ModelOutput
 from merging.command.plan import Plan, some
 from merging.command.recipe import write_recipe
 from merging.command.shards import write_text
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter
+from merging.weight_files import ENDINGS, parts, subfolders, within
 
 LEFT_OUT = ("README.md", "merging.yaml", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt")
 SMALL_FOLDERS = ("*.json", "*.txt")  # what is taken from subfolders: configurations, no weights
@@ -70,17 +71,29 @@ def _write_losses(rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
     return said + ([f"{len(gone)} tensors have no place in it: {some(gone)}"] if gone else [])
 
 
+def companions(folder: Path) -> list[str]:
+    """Return what the output takes from the base's folder beside weights, as paths relative to it.
+
+    All files of the folder itself and of the parts of the model (`merging.weight_files.parts`), and the configurations
+    of other sub-folders; no weights, no card, nothing of the training.
+
+    Raises:
+        ValueError: one of them is a link that leads outside.
+    """
+    known = parts(folder)
+    found = [path for path in folder.iterdir() if path.name not in LEFT_OUT]
+    found += [path for part in known for path in (folder / part).rglob("*") if path.name not in LEFT_OUT]
+    others = [path for path in subfolders(folder) if path.name not in (*known, "report")]
+    found += [path for other in others for pattern in SMALL_FOLDERS for path in other.glob(pattern)]
+    names = sorted({str(path.relative_to(folder)) for path in found if path.is_file()})
+    hidden = re.compile(r"(^|/)\.")
+    return [name for name in names if not name.endswith(ENDINGS) and not hidden.search(name) and within(folder, name)]
+
+
 def _copy(source: Path, target: Path) -> None:
-    for path in sorted(source.iterdir()):
-        if path.name.startswith(".") or path.name in LEFT_OUT or path.name.endswith(WEIGHT_ENDINGS):
-            continue
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
-        elif path.is_dir() and path.name != "report":
-            for text in (found for pattern in SMALL_FOLDERS for found in sorted(path.glob(pattern))):
-                if not text.name.endswith(WEIGHT_ENDINGS):
-                    (target / path.name).mkdir(exist_ok=True)
-                    shutil.copyfile(text, target / path.name / text.name)
+    for name in companions(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def _set_dtype(config: Path, plan: Plan) -> None:

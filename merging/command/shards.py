@@ -8,8 +8,13 @@ is merged. Until everything is in place one folder stands beside the output NAME
     .NAME.partial/SHARD.json        what was noted while its tensors were merged, for the report and the model card
     .NAME.partial/NAME/SHARD        a finished shard: it was moved here when its last byte was on the disk
     .NAME.partial/…lock             held by the process that writes the merge, or that shard
+    .NAME.partial/refused           why the merge cannot be made, if some process found that out on the way
 
 The inner folder gets its place and name when it is complete, so that a half-written model never looks like one.
+
+A killed merge, or one whose disk was full, stays for the same command to continue, and is never overwritten by another.
+A refused one (NaN in an expert, an entry that overflows) can never be continued, for the command that mends it is
+another one: it is removed at once, or, if other processes may still be writing it, by the next merge into NAME.
 """
 
 import json
@@ -30,7 +35,7 @@ from torch import Tensor
 
 from merging.checkpoints import dtype_code
 
-MARK = "merge.json"
+MARK, REFUSED = "merge.json", "refused"
 Write = Callable[[str, Iterable[Tensor]], None]  # write(name, consecutive pieces of the flattened tensor)
 
 
@@ -109,8 +114,12 @@ def arrange(made: Iterable[tuple[Any, Sequence[TensorSpec]]], shard_size: float,
     return shards
 
 
+class Busy(ValueError):
+    """Another process is writing the same."""
+
+
 @contextmanager
-def begin(out: Path, identity: str, shards: Sequence[Shard], rank: int = 0) -> Iterator["Output"]:
+def begin(out: Path, identity: str, shards: Sequence[Shard], rank: int = 0, ranks: int = 1) -> Iterator["Output"]:
     """Begin a checkpoint, or continue one of the same identity; ranks other than 0 wait until 0 has begun it.
 
     Args:
@@ -118,6 +127,7 @@ def begin(out: Path, identity: str, shards: Sequence[Shard], rank: int = 0) -> I
         identity: hash of everything that decides what is written.
         shards: what will be written.
         rank: of this process; rank 0 calls `finish`.
+        ranks: how many processes share the work.
 
     Raises:
         ValueError: an unfinished merge of another identity is there, or another process is writing it.
@@ -128,15 +138,46 @@ def begin(out: Path, identity: str, shards: Sequence[Shard], rank: int = 0) -> I
         while _identity(output.work) is None and not any(map(output.is_finished, shards)):
             time.sleep(0.1)
         _check_identity(output.work, identity)
-        yield output
+        with _refusals(output, alone=False):
+            yield output
         return
     output.work.mkdir(parents=True, exist_ok=True)
     with _alone(output.work / "lock", out):
+        if (output.work / REFUSED).exists():
+            _clear(output)
         _check_identity(output.work, identity)
         _check_space(output)
         output.folder.mkdir(exist_ok=True)
         write_text(output.work / MARK, json.dumps({"identity": identity}))
-        yield output
+        with _refusals(output, alone=ranks == 1):
+            yield output
+
+
+@contextmanager
+def _refusals(output: "Output", alone: bool) -> Iterator[None]:
+    """Remove a merge that turns out to be impossible, or mark it as such if other processes may be writing it."""
+    try:
+        yield
+    except Busy:
+        raise
+    except ValueError as refusal:
+        if alone:
+            shutil.rmtree(output.work)
+        else:
+            write_text(output.work / REFUSED, str(refusal))
+        raise
+
+
+def _clear(output: "Output") -> None:
+    """Remove a refused merge, except for the lock that this process holds; no process may be writing it still."""
+    for lock in sorted(output.work.glob("*.lock")):
+        with _alone(lock, output.out):
+            pass
+    for path in output.work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
 
 
 @dataclass(frozen=True)
@@ -169,7 +210,7 @@ class Output:
                 threads if it likes; pieces are on the CPU, in the output's dtype. It returns JSON to keep as a note.
 
         Raises:
-            ValueError: another process is writing this shard.
+            Busy: another process is writing this shard.
             OSError: the disk is full, or cannot be written; names file and tensor.
         """
         path, written = self.work / shard.file, set()
@@ -195,8 +236,14 @@ class Output:
         return self.work / f"{shard.file}.json"
 
     def notes(self, pause: float = 0.2) -> list[Any]:
-        """Return the notes of all shards, after waiting until all of them are written, by whatever rank."""
+        """Return the notes of all shards, after waiting until all of them are written, by whatever rank.
+
+        Raises:
+            ValueError: another rank found that the merge cannot be made; this is what it said.
+        """
         while not all(map(self.is_finished, self.shards)):
+            if (self.work / REFUSED).is_file():
+                raise ValueError((self.work / REFUSED).read_text(encoding="utf-8"))
             time.sleep(pause)
         return [json.loads(self._note(shard).read_text(encoding="utf-8")) for shard in self.shards]
 
@@ -231,7 +278,7 @@ def _alone(lock: Path, out: Path) -> Iterator[None]:
         with FileLock(lock, timeout=0):
             yield
     except Timeout:
-        raise ValueError(f"{out}: another process is writing this merge") from None
+        raise Busy(f"{out}: another process is writing this merge") from None
 
 
 def _check_identity(work: Path, identity: str) -> None:
