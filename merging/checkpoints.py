@@ -178,11 +178,15 @@ def locate(given: str | Path) -> Path:
 
 
 def _from_hub(given: str) -> Path:
-    parts = given.split("/")
-    if len(parts) > 2 or not all(parts) or given.startswith((".", "~")) or given.endswith(ENDINGS):
+    names = given.split("/")
+    if len(names) > 2 or not all(names) or given.startswith((".", "~")) or given.endswith(ENDINGS):
         raise ValueError(f"{given}: there is no such file or folder")
     folder = snapshot(given, "model", (*HUB_TEXTS, "*.safetensors"))
-    return folder if any(folder.glob("*.safetensors")) else snapshot(given, "model", (*HUB_TEXTS, "*.bin"))
+    if not any(folder.glob("*.safetensors")):
+        return snapshot(given, "model", (*HUB_TEXTS, "*.bin"))
+    if without := [part for part in parts(folder) if find_weights(folder, part) is None]:
+        snapshot(given, "model", [f"{part}/*.bin" for part in without])
+    return folder
 
 
 def file_entries(path: Path) -> dict[str, Entry]:

@@ -174,7 +174,7 @@ def _carry_out(output: ModelOutput | AdapterOutput, out: Path, made_from: str, j
                 files.write(shard, partial(_merged, output, shard, streamer, jobs, bar))
         if rank == 0:
             notes = [note for shard_notes in files.notes() for note in shard_notes]
-            write_companions(output, files.folder, made_from, notes)
+            write_companions(output, files.folder, made_from, out, notes)
             files.finish()
             sizes = [tensor.size for shard in shards for tensor in shard.tensors]
             print(f"{out}: {len(sizes)} tensors, {sum(sizes) / 1e9:.3f} GB")
@@ -239,7 +239,7 @@ def _is_complete(out: Path, made_from: str) -> bool:
         return False
     try:
         found = yaml.safe_load((out / "merging.yaml").read_text(encoding="utf-8"))["identity"]
-    except (OSError, yaml.YAMLError, TypeError, KeyError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError, TypeError, KeyError):
         raise ValueError(f"{out}: is there and holds no finished merge; choose another --out, or delete it") from None
     if found != made_from:
         raise ValueError(

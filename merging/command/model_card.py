@@ -35,7 +35,7 @@ Made with `python -m merging`; [merging.yaml](merging.yaml) is the recipe, and `
 
 
 def write_companions(
-    output: ModelOutput | AdapterOutput, folder: Path, made_from: str, notes: Sequence[dict[str, Any]] = ()
+    output: ModelOutput | AdapterOutput, folder: Path, made_from: str, out: Path, notes: Sequence[dict[str, Any]] = ()
 ) -> None:
     """Write everything but the weights into the folder of a merged model or adapter; the recipe comes last.
 
@@ -43,6 +43,7 @@ def write_companions(
         output: what was merged, and written as what.
         folder: where the weights are.
         made_from: the hash by which the same merge is known again.
+        out: what that folder will be called.
         notes: one per step, what was noted while its tensors were written.
     """
     plan = output.plan
@@ -56,7 +57,7 @@ def write_companions(
     if rows := [row for note in notes for row in note["report"] or ()]:
         write_report(rows, folder / "report")
     write_text(folder / "README.md", card(output, remarks))
-    write_text(folder / "merging.yaml", write_recipe(plan.recipe, made_from))
+    write_text(folder / "merging.yaml", write_recipe(plan.recipe, made_from, out))
 
 
 def _write_losses(rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
