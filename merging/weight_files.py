@@ -161,6 +161,8 @@ def _holds_weights(folder: Path) -> bool:
 
 def nothing_there(folder: Path) -> ValueError:
     """Return what to say of a folder without weights: the models and adapters in its sub-folders, if there are any."""
+    if any(path.name.startswith("adapter_model.") for path in folder.iterdir()):
+        return ValueError(f"{folder}: holds an adapter without adapter_config.json; put that beside it")
     inside = list(subfolders(folder))
     adapters = [path.name for path in inside if (path / "adapter_config.json").is_file()]
     models = [path.name for path in inside if path.name not in adapters and _holds_weights(path)]
