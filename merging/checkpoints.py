@@ -9,7 +9,7 @@ architectures: a checkpoint is names, dtypes, shapes, and where the bytes are.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,8 @@ class Entry:
     shape: tuple[int, ...]
     path: Path = field(repr=False, compare=False)
     offset: int | None = field(default=None, repr=False, compare=False)  # of its first byte in a file of torch.save
-    strides: tuple[int, ...] | None = field(
-        default=None, repr=False, compare=False
-    )  # there, if not one after the other
+    strides: tuple[int, ...] | None = field(default=None, repr=False, compare=False)  # there; None: one after the other
+    stored: str = field(default="", repr=False, compare=False)  # its name in the file, if that is another
 
     @property
     def count(self) -> int:
@@ -70,7 +69,7 @@ class Entry:
     @property
     def where(self) -> str:
         """File and tensor, for messages."""
-        return f"{self.path}: {self.name!r}"
+        return f"{self.path}: {(self.stored or self.name)!r}"
 
     def read(
         self, start: int = 0, stop: int | None = None, to: torch.dtype | None = None, device: str | torch.device = "cpu"
@@ -94,7 +93,7 @@ class Entry:
     def _stored(self, start: int, stop: int) -> Tensor:
         """Return a range of the flattened tensor as the file holds it."""
         if self.offset is None:  # opened anew each time: an open file keeps in memory what was read of it
-            return _opened(self.path).get_tensor(self.name).reshape(-1)[start:stop]
+            return _opened(self.path).get_tensor(self.stored or self.name).reshape(-1)[start:stop]
         if self.strides is not None:
             return self._strided(start, stop)
         place, size = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
@@ -118,12 +117,17 @@ class Checkpoint:
     folder: Path | None
     entries: Mapping[str, Entry]
     notes: tuple[str, ...] = ()  # what is in the folder and was left aside
+    parts: tuple[str, ...] = ()  # sub-folders whose tensors belong to the model, under the names PART/NAME
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json, or {} where there is none."""
         there = self.folder and (self.folder / "config.json").is_file()
         return read_config(self.folder) if there else {}
+
+    def part_of(self, name: str) -> str:
+        """Return the sub-folder that a tensor belongs to, "" for the folder itself."""
+        return max((part for part in self.parts if name.startswith(f"{part}/")), key=len, default="")
 
     @property
     def files(self) -> list[Path]:
@@ -156,15 +160,16 @@ def open_checkpoint(given: str | Path, path: Path | None = None) -> Checkpoint:
         raise ValueError(
             f"{path}: is a peft adapter, which only an expert can be; name the model that it was made for{hint}"
         )
-    entries, notes = {}, []
-    for part in ("", *parts(path)):
+    entries, notes, known = {}, [], tuple(parts(path))
+    for part in ("", *known):
         if found := find_weights(path, part):
             notes += found.notes
-            own = _complete(_entries(found), found.index or found.files[0])
-            entries |= {f"{part}/{name}": entry for name, entry in own.items()} if part else own
+            for name, entry in _complete(_entries(found), found.index or found.files[0]).items():
+                full = f"{part}/{name}" if part else name
+                entries[full] = replace(entry, name=full, stored=name)
     if not entries:
         raise nothing_there(path)
-    checkpoint = Checkpoint(str(given), path, entries, tuple(notes))
+    checkpoint = Checkpoint(str(given), path, entries, tuple(notes), known)
     if method := checkpoint.config.get("quantization_config"):
         kind = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
         raise ValueError(f"{path / 'config.json'}: the weights are quantised ({kind}); dequantise the model first")

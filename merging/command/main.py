@@ -48,6 +48,7 @@ from merging.command.stream import Streamer
 from merging.command.thresholds import decided_together
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter, open_adapter
+from merging.weight_files import other_weights
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,10 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
     plan.remarks += [note for each in (base, *experts) for note in each.notes]
     if base.folder:
         companions(base.folder)  # refuses now what could not be copied at the end
+        if aside := other_weights(base.folder) if recipe.output == "model" else ():
+            plan.remarks.append(
+                f"{base.given}: weights in {', '.join(aside)}: not named by modules.json; not in the output"
+            )
     output = adapter_output(plan) if recipe.output == "adapter" else ModelOutput(plan)
     made_from = identity(recipe, (base, *experts))
     on = _device(device)

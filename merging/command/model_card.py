@@ -53,7 +53,8 @@ def write_companions(
         remarks += _write_losses([note["lost"] for note in notes], folder)
     elif plan.base.folder:
         _copy(plan.base.folder, folder)
-        _set_dtype(folder / "config.json", plan)
+        for part in ("", *plan.base.parts):
+            _set_dtype(folder / part / "config.json", plan)
     if rows := [row for note in notes for row in note["report"] or ()]:
         write_report(rows, folder / "report")
     write_text(folder / "README.md", card(output, remarks))
@@ -114,8 +115,9 @@ def card(output: ModelOutput | AdapterOutput, remarks: Sequence[str] = ()) -> st
     front: dict[str, Any] = {"base_model": list(dict.fromkeys(models)), "base_model_relation": "merge"}
     front["tags"] = ["merge", "model-merging"] + ["singular-value-calibration"] * recipe.svc
     adapter, experts = isinstance(output, AdapterOutput), "adapters" if _from_adapters(plan) else "models"
-    if adapter or plan.base.config:
-        front["library_name"] = "peft" if adapter else "transformers"
+    if adapter or plan.base.config or plan.base.parts:
+        whole = "sentence-transformers" if plan.base.parts else "transformers"
+        front["library_name"] = "peft" if adapter else whole
     kept = {key: value for key, value in recipe.plain().items() if key not in ("base", "experts")}
     table = [f"| base | {models[0]} |", *(f"| expert | {name} |" for name in models[1:])]
     table += [f"| {key} | {value} |" for key, value in kept.items()]

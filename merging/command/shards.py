@@ -5,6 +5,7 @@ is merged. Until everything is in place one folder stands beside the output NAME
 
     .NAME.partial/merge.json        the hash of what is being merged, by which the same command continues it
     .NAME.partial/SHARD             a shard that is being written; whatever a killed merge left there is written again
+                                    (PART+SHARD for one in a sub-folder)
     .NAME.partial/SHARD.json        what was noted while its tensors were merged, for the report and the model card
     .NAME.partial/NAME/SHARD        a finished shard: it was moved here when its last byte was on the disk
     .NAME.partial/…lock             held by the process that writes the merge, or that shard
@@ -57,7 +58,7 @@ class TensorSpec:
 class Shard:
     """One file of the output, and what makes its tensors."""
 
-    file: str
+    file: str  # relative to the output's folder; parts of a model have sub-folders
     steps: tuple[Any, ...]
     tensors: tuple[TensorSpec, ...]
 
@@ -95,7 +96,7 @@ def arrange(made: Iterable[tuple[Any, Sequence[TensorSpec]]], shard_size: float,
     Args:
         made: each step with the tensors that it makes, in the order in which they are written.
         shard_size: bytes of data in one file.
-        stem: of the files' names.
+        stem: of the files' names, with the sub-folder if they are in one.
     """
     groups: list[list[tuple[Any, Sequence[TensorSpec]]]] = [[]]
     filled = 0
@@ -213,8 +214,8 @@ class Output:
             Busy: another process is writing this shard.
             OSError: the disk is full, or cannot be written; names file and tensor.
         """
-        path, written = self.work / shard.file, set()
-        with _alone(self.work / f"{shard.file}.lock", self.out):
+        path, written = self.unfinished(shard), set()
+        with _alone(path.with_name(f"{path.name}.lock"), self.out):
             with path.open("wb") as stream:
 
                 def write(name: str, pieces: Iterable[Tensor]) -> None:
@@ -230,10 +231,15 @@ class Output:
             if missing := shard.offsets.keys() - written:
                 raise RuntimeError(f"{path}: {sorted(missing)[0]!r} was not written")
             write_text(self._note(shard), json.dumps(note))
+            (self.folder / shard.file).parent.mkdir(exist_ok=True, parents=True)
             os.replace(path, self.folder / shard.file)
 
+    def unfinished(self, shard: Shard) -> Path:
+        """Return where a shard is while it is being written."""
+        return self.work / shard.file.replace("/", "+")
+
     def _note(self, shard: Shard) -> Path:
-        return self.work / f"{shard.file}.json"
+        return self.work / f"{self.unfinished(shard).name}.json"
 
     def notes(self, pause: float = 0.2) -> list[Any]:
         """Return the notes of all shards, after waiting until all of them are written, by whatever rank.
@@ -248,12 +254,14 @@ class Output:
         return [json.loads(self._note(shard).read_text(encoding="utf-8")) for shard in self.shards]
 
     def finish(self) -> None:
-        """Add the index and give the folder its place and name; rank 0 does it, when all shards are there."""
-        if len(self.shards) > 1:
-            files = {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
-            total = sum(tensor.size for shard in self.shards for tensor in shard.tensors)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-            write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        """Add the indices and give the folder its place and name; rank 0 does it, when all shards are there."""
+        for folder in dict.fromkeys((self.folder / shard.file).parent for shard in self.shards):
+            shards = [shard for shard in self.shards if (self.folder / shard.file).parent == folder]
+            if len(shards) > 1:
+                files = {tensor.name: Path(shard.file).name for shard in shards for tensor in shard.tensors}
+                total = sum(tensor.size for shard in shards for tensor in shard.tensors)
+                index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+                write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         os.replace(self.folder, self.out)  # over an empty folder too
         shutil.rmtree(self.work)
 
@@ -290,7 +298,7 @@ def _check_identity(work: Path, identity: str) -> None:
 
 def _check_space(output: Output) -> None:
     left = [shard for shard in output.shards if not output.is_finished(shard)]
-    begun = [path for shard in left if (path := output.work / shard.file).is_file()]  # they are written again
+    begun = [path for shard in left if (path := output.unfinished(shard)).is_file()]  # they are written again
     needed = sum(shard.size for shard in left)
     free = shutil.disk_usage(output.work).free + sum(path.stat().st_blocks * 512 for path in begun)
     if needed > free:
