@@ -39,9 +39,11 @@ from tqdm import tqdm
 
 from merging.checkpoints import Checkpoint, locate, open_checkpoint
 from merging.command.dry_run import describe
+from merging.command.licences import licence_warning, licences
 from merging.command.model_card import companions, write_companions
 from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
 from merging.command.plan import Plan, make_plan
+from merging.command.push import check_push, push
 from merging.command.recipe import Recipe, identity, read_recipe
 from merging.command.shards import Output, Shard, Write, begin, remove_leftovers, write_text
 from merging.command.stream import Streamer
@@ -63,6 +65,8 @@ class Flags(Recipe):
     """How many tensors are merged at the same time, in threads; each needs its own memory."""
     device: str = "cpu"
     """Where the arithmetic is done: cpu, cuda or cuda:N."""
+    push: str = ""
+    """Upload the finished merge to this repository of the Hub, OWNER/NAME, which is made if it does not exist."""
     dry_run: bool = False
     """Print what would become of each tensor, and memory and time to expect, and write nothing."""
 
@@ -76,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         flags = parse(sys.argv[1:] if arguments is None else arguments)
         values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Recipe)}
-        merge(Recipe(**values), flags.out, flags.jobs, flags.device, flags.dry_run)
+        merge(Recipe(**values), flags.out, flags.jobs, flags.device, flags.dry_run, flags.push)
     except (ValueError, TypeError, OSError) as error:
         print(f"python -m merging: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -111,7 +115,9 @@ def _joined(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", dry_run: bool = False) -> None:
+def merge(
+    recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", dry_run: bool = False, to: str = ""
+) -> None:
     """Merge by a recipe into a folder, continuing what an interrupted call has left.
 
     Args:
@@ -120,6 +126,7 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
         jobs: tensors merged at the same time.
         device: cpu, cuda or cuda:N.
         dry_run: print the plan only.
+        to: repository of the Hub, to which the finished merge is uploaded.
 
     Raises:
         ValueError, OSError: one line that names file and tensor, and says what to do.
@@ -129,9 +136,13 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     if not str(out) and not dry_run:
         raise ValueError("give --out, the folder of the merged model")
+    if to and not dry_run and _process()[0] == 0:
+        check_push(to)
     base, *experts = open_checkpoint(recipe.base), *map(_open_expert, recipe.experts)
     plan = make_plan(recipe, base, experts)
     plan.remarks += [note for each in (base, *experts) for note in each.notes]
+    if warning := licence_warning(licences(plan)):
+        plan.remarks.append(warning)
     if base.folder:
         companions(base.folder)  # refuses now what could not be copied at the end
         if aside := other_weights(base.folder) if recipe.output == "model" else ():
@@ -150,6 +161,8 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
         print(f"{out}: this recipe has made it already; nothing to do")
     else:
         _carry_out(output, out, made_from, jobs, on)
+    if to and not dry_run and _process()[0] == 0:
+        print(f"{out}: uploaded to {push(out, to)}")
 
 
 def _open_expert(given: str) -> Checkpoint | Adapter:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from merging.command.licences import licence_fields, licences
 from merging.command.outputs import AdapterOutput, ModelOutput
 from merging.command.plan import Plan, some
 from merging.command.recipe import write_recipe
@@ -112,14 +113,18 @@ def card(output: ModelOutput | AdapterOutput, remarks: Sequence[str] = ()) -> st
     """Return the model card: front matter with the models and the tag "merge", the method, and what was special."""
     plan, recipe = output.plan, output.plan.recipe
     models = [_public_name(name) for name in (recipe.base, *recipe.experts)]
-    front: dict[str, Any] = {"base_model": list(dict.fromkeys(models)), "base_model_relation": "merge"}
+    front: dict[str, Any] = licence_fields(found := licences(plan))
+    if ids := [name for name in dict.fromkeys(models) if _is_repository(name)]:
+        front |= {"base_model": ids, "base_model_relation": "merge"}
     front["tags"] = ["merge", "model-merging"] + ["singular-value-calibration"] * recipe.svc
     adapter, experts = isinstance(output, AdapterOutput), "adapters" if _from_adapters(plan) else "models"
     if adapter or plan.base.config or plan.base.parts:
         whole = "sentence-transformers" if plan.base.parts else "transformers"
         front["library_name"] = "peft" if adapter else whole
     kept = {key: value for key, value in recipe.plain().items() if key not in ("base", "experts")}
-    table = [f"| base | {models[0]} |", *(f"| expert | {name} |" for name in models[1:])]
+    under = {given: f", licence: {licence}" if licence else "" for given, licence in found.items()}
+    names = [f"{name}{under[given]}" for name, given in zip(models, (recipe.base, *recipe.experts), strict=True)]
+    table = [f"| base | {names[0]} |", *(f"| expert | {name} |" for name in names[1:])]
     table += [f"| {key} | {value} |" for key, value in kept.items()]
     merged = sum(bool(step.change) for step in plan.steps)
     sentence = f"{len(recipe.experts)} {experts} fine-tuned from {models[0]}, merged by {recipe.method}" + (
@@ -136,6 +141,17 @@ def card(output: ModelOutput | AdapterOutput, remarks: Sequence[str] = ()) -> st
         table="\n".join(table),
         notes=f"\n{notes}" if notes else "",
     )
+
+
+def _is_repository(name: str) -> bool:
+    """Return whether the Hub takes a name as that of a repository; it refuses cards with others."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _from_adapters(plan: Plan) -> bool:
