@@ -226,6 +226,11 @@ def _entries(found: WeightFiles) -> dict[str, Entry]:
 def _complete(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
     if not entries:
         raise ValueError(f"{path}: holds no tensor")
+    if 2 * (empty := sum(entry.shape == (0,) for entry in entries.values())) > len(entries):
+        raise ValueError(
+            f"{path}: {empty} of {len(entries)} tensors are empty, as DeepSpeed ZeRO-3 leaves them without gathering "
+            "its weights; gather them (zero_to_fp32.py in the checkpoint's folder), and save the model again"
+        )
     return entries
 
 

@@ -10,7 +10,7 @@ Parts       sub-folders with weights belong to the model if modules.json names t
             ("2_Dense"); their tensors are called PART/NAME. Weights in other sub-folders are exports of the same model,
             or other models, and are left aside.
 Outside     an index, a configuration or a link may name what lies outside the folder. That is refused before it is
-            opened. Links in the Hub's cache lead from snapshots/ to blobs/, and are followed.
+            opened. Links to the blobs of the Hub's cache are followed: its snapshots consist of them.
 """
 
 import json
@@ -198,10 +198,19 @@ def within(folder: Path, name: str | Path, named_by: Path | None = None) -> Path
         home, target = folder.resolve(), path.resolve()
     except (OSError, RuntimeError):  # a circle of links, or a name that is too long
         raise ValueError(f"{told}, which cannot be a file") from None
-    cache = next((up.parent / "blobs" for up in (home, *home.parents) if up.name == "snapshots"), None)
-    if target.is_relative_to(home) or (cache and target.is_relative_to(cache)):
+    if target.is_relative_to(home) or _is_blob(target, home):
         return path
     raise ValueError(f"{path}: is a link to {target}, outside the folder; it is not opened: put the file there itself")
+
+
+def _is_blob(target: Path, home: Path) -> bool:
+    """Return whether a file is one of the Hub's cache: of the repository whose snapshot `home` is, or of any other."""
+    from huggingface_hub import constants
+
+    snapshots = next((up for up in (home, *home.parents) if up.name == "snapshots"), None)
+    cache = Path(constants.HF_HUB_CACHE).resolve()
+    own = snapshots is not None and target.is_relative_to(snapshots.parent / "blobs")
+    return own or (target.parent.name == "blobs" and target.is_relative_to(cache))
 
 
 def read_index(root: Path, index: Path) -> dict[str, str]:

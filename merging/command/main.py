@@ -147,7 +147,7 @@ def merge(
         companions(base.folder)  # refuses now what could not be copied at the end
         if aside := other_weights(base.folder) if recipe.output == "model" else ():
             plan.remarks.append(
-                f"{base.given}: weights in {', '.join(aside)}: not named by modules.json; not in the output"
+                f"{base.given}: weights in {', '.join(aside)}: no parts of the model; not in the output"
             )
     output = adapter_output(plan) if recipe.output == "adapter" else ModelOutput(plan)
     made_from = identity(recipe, (base, *experts))
@@ -185,9 +185,9 @@ def _carry_out(output: ModelOutput | AdapterOutput, out: Path, made_from: str, j
         print(f"note: {len(shards)} shards keep as many of {ranks} processes busy; see --shard-size", file=sys.stderr)
     with begin(out, made_from, shards, rank, ranks) as files:
         left = [shard for shard in own if not files.is_finished(shard)]
-        if left or rank == 0:
-            streamer = Streamer(output.plan, device, _decided(output.plan, files, device, jobs, rank))
-        with _progress(own, left, rank) as bar:
+        with files.attempt(), _progress(own, left, rank) as bar:
+            if left or rank == 0:
+                streamer = Streamer(output.plan, device, _decided(output.plan, files, device, jobs, rank))
             for shard in left:
                 files.write(shard, partial(_merged, output, shard, streamer, jobs, bar))
         if rank == 0:

@@ -122,7 +122,7 @@ def card(output: ModelOutput | AdapterOutput, remarks: Sequence[str] = ()) -> st
         whole = "sentence-transformers" if plan.base.parts else "transformers"
         front["library_name"] = "peft" if adapter else whole
     kept = {key: value for key, value in recipe.plain().items() if key not in ("base", "experts")}
-    under = {given: f", licence: {licence}" if licence else "" for given, licence in found.items()}
+    under = {given: f", licence: {licence}" if licence and licence.id else "" for given, licence in found.items()}
     names = [f"{name}{under[given]}" for name, given in zip(models, (recipe.base, *recipe.experts), strict=True)]
     table = [f"| base | {names[0]} |", *(f"| expert | {name} |" for name in names[1:])]
     table += [f"| {key} | {value} |" for key, value in kept.items()]

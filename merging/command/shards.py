@@ -134,13 +134,12 @@ def begin(out: Path, identity: str, shards: Sequence[Shard], rank: int = 0, rank
         ValueError: an unfinished merge of another identity is there, or another process is writing it.
         OSError: the disk is too small, or cannot be written.
     """
-    output = Output(out, tuple(shards))
+    output = Output(out, tuple(shards), alone=ranks == 1)
     if rank > 0:
         while _identity(output.work) is None and not any(map(output.is_finished, shards)):
             time.sleep(0.1)
         _check_identity(output.work, identity)
-        with _refusals(output, alone=False):
-            yield output
+        yield output
         return
     output.work.mkdir(parents=True, exist_ok=True)
     with _alone(output.work / "lock", out):
@@ -150,23 +149,7 @@ def begin(out: Path, identity: str, shards: Sequence[Shard], rank: int = 0, rank
         _check_space(output)
         output.folder.mkdir(exist_ok=True)
         write_text(output.work / MARK, json.dumps({"identity": identity}))
-        with _refusals(output, alone=ranks == 1):
-            yield output
-
-
-@contextmanager
-def _refusals(output: "Output", alone: bool) -> Iterator[None]:
-    """Remove a merge that turns out to be impossible, or mark it as such if other processes may be writing it."""
-    try:
-        yield
-    except Busy:
-        raise
-    except ValueError as refusal:
-        if alone:
-            shutil.rmtree(output.work)
-        else:
-            write_text(output.work / REFUSED, str(refusal))
-        raise
+        yield output
 
 
 def _clear(output: "Output") -> None:
@@ -187,6 +170,7 @@ class Output:
 
     out: Path
     shards: tuple[Shard, ...]
+    alone: bool = True  # whether no other process writes shards of it
 
     @property
     def work(self) -> Path:
@@ -201,6 +185,20 @@ class Output:
     def is_finished(self, shard: Shard) -> bool:
         """Return whether a shard is complete on the disk, by whatever process."""
         return (self.folder / shard.file).is_file() or (self.out / shard.file).is_file()
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Wrap the merging itself: if that raises a ValueError, what was written is removed, or marked as refused."""
+        try:
+            yield
+        except Busy:
+            raise
+        except ValueError as refusal:
+            if self.alone:
+                shutil.rmtree(self.work)
+            else:
+                write_text(self.work / REFUSED, str(refusal))
+            raise
 
     def write(self, shard: Shard, make: Callable[[Write], Any]) -> None:
         """Write one shard; when this returns, it is on the disk.

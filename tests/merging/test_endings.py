@@ -81,7 +81,7 @@ def test_a_process_among_several_marks_what_it_refuses_and_the_next_merge_remove
     first, second, *_ = shards = shards_of(state, 60)
     with pytest.raises(ValueError, match="'double': NaN"), begin(out, "id", shards, 0, ranks=2) as output:
         output.write(first, made_of(state, first))
-        with pytest.raises(ValueError), begin(out, "id", shards, 1, ranks=2) as other:
+        with pytest.raises(ValueError), begin(out, "id", shards, 1, ranks=2) as other, other.attempt():
             other.write(second, lambda write: refuse("'double': NaN"))
         output.notes()  # would wait for ever
     assert (tmp_path / ".out.partial" / REFUSED).read_text() == "'double': NaN"

@@ -29,8 +29,10 @@ def merged(tmp_path, *cards):
     ((APACHE, MIT, APACHE), {"license": ["apache-2.0", "mit"]}, True),
     ((APACHE, LLAMA, MIT), {"license": ["apache-2.0", "other", "mit"]}, True),
     ((LLAMA, LLAMA.replace("llama-3", "llama-4"), LLAMA), {"license": "other"}, True),
-    ((APACHE, None, APACHE), {"license": "apache-2.0"}, True),
-    ((None, None, LLAMA), yaml.safe_load(LLAMA), True),
+    ((APACHE, "language: en", APACHE), {"license": "apache-2.0"}, True),
+    ((APACHE, "license: mit: mit", APACHE), {"license": "apache-2.0"}, True),
+    ((APACHE, None, APACHE), {"license": "apache-2.0"}, False),
+    ((None, None, LLAMA), yaml.safe_load(LLAMA), False),
     ((None, None, None), {}, False),
     (("license: [mit, apache-2.0]", MIT, MIT), {"license": ["mit", "apache-2.0"]}, True),
     (("language: en", "tags: [x]", ""), {}, False),
@@ -51,9 +53,10 @@ def test_an_unreadable_card_states_nothing(tmp_path):
     folder = tmp_path / "model"
     saved(folder, state_of())
     (folder / "README.md").write_bytes(b"\xff\xfe\x00")
-    assert read_licence(folder) is None and read_licence(None) is None
+    assert read_licence(folder) == Licence("") and read_licence(None) is None
     (folder / "README.md").unlink()
     (tmp_path / "elsewhere.md").write_text(f"---\n{MIT}\n---\n")
     (folder / "README.md").symlink_to(tmp_path / "elsewhere.md")
-    assert read_licence(folder) is None
-    assert licence_warning({"a": Licence("mit"), "b": None}).startswith("licences differ (a: mit; b: none stated)")
+    assert read_licence(folder) == Licence("")
+    told = licence_warning({"a": Licence("mit"), "b": None, "c": Licence(""), "d": Licence("mit")})
+    assert told.startswith("licences differ (a, d: mit; c: none stated)")

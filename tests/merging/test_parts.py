@@ -127,7 +127,7 @@ def test_exports_in_other_folders_are_not_taken_along_and_that_is_said(tmp_path,
         (tmp_path / "base" / name / file).write_text("x")
     command = ["--base", recipe.base, "--experts", *recipe.experts, "--method", "ties", "--out", str(tmp_path / "out")]
     assert main(command) == 0
-    assert "base: weights in onnx, openvino: not named by modules.json; not in the output" in capsys.readouterr().err
+    assert "base: weights in onnx, openvino: no parts of the model; not in the output" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("on*")) and not list((tmp_path / "out").glob("openvino/*"))
     assert (tmp_path / "out" / "logs" / "events.txt").is_file()
 

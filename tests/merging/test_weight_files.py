@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from models_on_disk import saved, state_of, weights
 from safetensors.torch import save_file
 
@@ -161,6 +162,14 @@ def test_incomplete_folders_are_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_a_model_that_zero_3_left_empty_is_named(tmp_path, save):
+    state = {name: torch.empty(0) if tensor.dim() > 1 else tensor for name, tensor in model(0).state_dict().items()}
+    save(state, tmp_path / ("pytorch_model.bin" if save is torch.save else "model.safetensors"))
+    with pytest.raises(ValueError, match=r"(pytorch_)?model\..*: \d+ of 12 tensors are empty, .*zero_to_fp32\.py"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["adapters", "models"])
 def test_the_parent_of_several_models_or_adapters_names_them(tmp_path, kind):
     for name in ("first", "second"):
@@ -274,7 +283,7 @@ def test_what_lies_outside_the_folder_is_refused_and_not_opened(tmp_path, outsid
     assert not [path for path in opened if os.path.realpath(path).startswith(str(outside))]
 
 
-def test_links_of_the_hubs_cache_are_followed(tmp_path):
+def test_links_of_the_hubs_cache_are_followed(tmp_path, monkeypatch):
     repository = tmp_path / "models--owner--name"
     saved(repository / "blobs", state_of())
     (repository / "blobs" / "model.safetensors").rename(repository / "blobs" / "0123")
@@ -282,6 +291,12 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path):
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").symlink_to(Path("../../blobs/0123"))
     assert open_checkpoint(snapshot).entries.keys() == state_of().keys()
+    (tmp_path / "local").mkdir()  # as earlier versions of the Hub's library downloaded into a folder
+    (tmp_path / "local" / "model.safetensors").symlink_to(repository / "blobs" / "0123")
+    with pytest.raises(ValueError, match="is a link to"):
+        open_checkpoint(tmp_path / "local")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert open_checkpoint(tmp_path / "local").entries.keys() == state_of().keys()
     (tmp_path / "link").symlink_to(snapshot)  # a folder that the user names may itself be a link
     assert open_checkpoint(tmp_path / "link").entries.keys() == state_of().keys()
 
