@@ -8,7 +8,7 @@ architectures: a checkpoint is names, dtypes, shapes, and where the bytes are.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from merging.weight_files import (
     once,
     parts,
     read_config,
+    read_index,
     usual_weights,
 )
 
@@ -186,11 +187,27 @@ def _from_hub(given: str) -> Path:
     names = given.split("/")
     if len(names) > 2 or not all(names) or given.startswith((".", "~")) or given.endswith(ENDINGS):
         raise ValueError(f"{given}: there is no such file or folder")
-    folder = snapshot(given, "model", (*HUB_TEXTS, "*.safetensors"))
-    if not any(folder.glob("*.safetensors")):
-        return snapshot(given, "model", (*HUB_TEXTS, "*.bin"))
-    if without := [part for part in parts(folder) if find_weights(folder, part) is None]:
-        snapshot(given, "model", [f"{part}/*.bin" for part in without])
+    return _downloaded(lambda *patterns: snapshot(given, "model", (*HUB_TEXTS, *patterns)))
+
+
+def _downloaded(fetch: Callable[..., Path]) -> Path:
+    """Return the local folder of a repository with the weights that `find_weights` takes, and no others if possible.
+
+    Args:
+        fetch: downloads the files of some patterns, those that exist, and the configurations; returns the folder.
+    """
+    folder = fetch("model.safetensors", "adapter_model.*")
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    index = folder / "model.safetensors.index.json"
+    if not (folder / "model.safetensors").is_file():
+        fetch(*(sorted(set(read_index(folder, index).values())) if index.is_file() else ["*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            fetch("*.bin")
+    for part in parts(folder):
+        fetch(f"{part}/*.safetensors")
+        if find_weights(folder, part) is None:
+            fetch(f"{part}/*.bin")
     return folder
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from models_on_disk import saved, state_of, weights
 from safetensors.torch import save_file
 
@@ -179,6 +181,49 @@ def test_the_parent_of_several_models_or_adapters_names_them(tmp_path, kind):
     (tmp_path / "logs").mkdir()
     with pytest.raises(ValueError, match=rf"holds no weights itself, but the {kind} first, second: name one, .*/first"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("savings, taken", [
+    ([single, consolidated, variant, pickled], ["model.safetensors"]),
+    ([shards, consolidated, variant, variant_shards, pickled], ["model-00001-of-00002.safetensors",
+                                                                "model-00002-of-00002.safetensors"]),
+    ([pickled], ["pytorch_model.bin"]),
+    ([bin_shards], ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]),
+    ([open_clip], ["open_clip_model.safetensors"]),
+    ([consolidated], ["consolidated.safetensors"]),
+])  # fmt: skip
+@pytest.mark.parametrize("dense", [None, "model.safetensors", "pytorch_model.bin"])
+def test_of_a_repository_only_what_is_taken_is_downloaded(tmp_path, monkeypatch, savings, taken, dense):
+    remote, local = tmp_path / "remote", tmp_path / "local"
+    for folder in (remote, local):
+        folder.mkdir()
+    CONFIG.save_pretrained(remote)
+    for save in savings:
+        save(remote, 0)
+    (remote / "onnx").mkdir()
+    (remote / "onnx" / "weights.bin").write_bytes(b"x")
+    if dense:
+        (remote / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+        (remote / "2_Dense").mkdir()
+        (remote / "2_Dense" / "config.json").write_text("{}")
+        save = save_file if dense == "model.safetensors" else torch.save
+        save({"linear.weight": torch.ones(2, 2)}, remote / "2_Dense" / dense)
+
+    def snapshot(repo, kind, patterns):
+        names = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=list(patterns)):
+            (local / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(remote / name, local / name)
+        return local
+
+    monkeypatch.setattr(checkpoints, "snapshot", snapshot)
+    opened = open_checkpoint("owner/name")
+    assert {str(path.relative_to(local)) for path in opened.files} == {*taken, *([f"2_Dense/{dense}"] if dense else [])}
+    if len(savings) > 1:
+        there = {
+            str(path.relative_to(local)) for path in local.rglob("*") if path.name.endswith((".bin", ".safetensors"))
+        }
+        assert there == {str(path.relative_to(local)) for path in opened.files}
 
 
 # What is not trusted --------------------------------------------------------------------------------------------------
