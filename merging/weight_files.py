@@ -29,9 +29,9 @@ ORDER = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-INDEX = ".index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-ENDINGS = (".safetensors", *PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", INDEX)
+ENDINGS = (".safetensors", *PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz")
+INDEX = re.compile(r".*\.index(\.\w+)?\.json")  # a variant's ends in .index.fp16.json
 NO_MODEL = re.compile(r"adapter_model\..*|(training_args|optimizer|scheduler|scaler|rng_state|random_states).*")
 VARIANT = re.compile(r"(model|pytorch_model)\.(?P<name>[^.]+)\.(safetensors|bin)")
 
@@ -58,7 +58,9 @@ def find_weights(root: Path, part: str = "") -> WeightFiles | None:
             several files could be meant.
     """
     folder = within(root, part) if part else root
-    there = sorted(path for path in folder.iterdir() if path.name.endswith((".safetensors", *PICKLES, INDEX)))
+    there = sorted(
+        path for path in folder.iterdir() if path.name.endswith((".safetensors", *PICKLES)) or _is_index(path)
+    )
     there = [path for path in there if path.is_file() and not NO_MODEL.fullmatch(path.name)]
     candidates = _candidates(folder, there)
     if not candidates:
@@ -83,10 +85,19 @@ def find_weights(root: Path, part: str = "") -> WeightFiles | None:
 def _files_of(root: Path, first: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     """Return a file of weights itself, or the shards of an index, which need not be there, and the index's table."""
     within(root, first.relative_to(root))
-    if not first.name.endswith(INDEX):
+    if not _is_index(first):
         return (first,), None
     shard_of = read_index(root, first)
     return tuple(first.parent / name for name in sorted(set(shard_of.values()))), shard_of
+
+
+def is_weights(path: Path) -> bool:
+    """Return whether a file holds weights, in whatever format, or is an index of them."""
+    return path.name.endswith(ENDINGS) or _is_index(path)
+
+
+def _is_index(path: Path) -> bool:
+    return INDEX.fullmatch(path.name) is not None
 
 
 def usual_weights(folder: Path) -> list[str]:
@@ -99,7 +110,7 @@ def _candidates(folder: Path, there: list[Path]) -> list[Path]:
     named = [folder / name for name in (_named_by_config(folder), *ORDER) if name]
     if named := [path for path in dict.fromkeys(named) if path.is_file()]:
         return named
-    if len(indices := [path for path in there if path.name.endswith(INDEX)]) == 1:
+    if len(indices := [path for path in there if _is_index(path)]) == 1:
         return indices
     for ending in (".safetensors", PICKLES):
         files = [path for path in there if path.name.endswith(ending)]
@@ -156,7 +167,7 @@ def subfolders(folder: Path) -> Iterator[Path]:
 
 
 def _holds_weights(folder: Path) -> bool:
-    return any(path.name.endswith(ENDINGS) and not NO_MODEL.fullmatch(path.name) for path in folder.iterdir())
+    return any(is_weights(path) and not NO_MODEL.fullmatch(path.name) for path in folder.iterdir())
 
 
 def nothing_there(folder: Path) -> ValueError:

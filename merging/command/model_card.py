@@ -16,7 +16,7 @@ from merging.command.recipe import write_recipe
 from merging.command.shards import write_text
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter
-from merging.weight_files import ENDINGS, parts, subfolders, within
+from merging.weight_files import is_weights, parts, subfolders, within
 
 LEFT_OUT = ("README.md", "merging.yaml", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt")
 SMALL_FOLDERS = ("*.json", "*.txt")  # what is taken from subfolders: configurations, no weights
@@ -90,7 +90,7 @@ def companions(folder: Path) -> list[str]:
     found += [path for other in others for pattern in SMALL_FOLDERS for path in other.glob(pattern)]
     names = sorted({str(path.relative_to(folder)) for path in found if path.is_file()})
     hidden = re.compile(r"(^|/)\.")
-    return [name for name in names if not name.endswith(ENDINGS) and not hidden.search(name) and within(folder, name)]
+    return [name for name in names if not is_weights(Path(name)) and not hidden.search(name) and within(folder, name)]
 
 
 def _copy(source: Path, target: Path) -> None:

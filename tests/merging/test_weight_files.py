@@ -58,6 +58,7 @@ def variant(folder, seed):
 
 def variant_shards(folder, seed):
     shards(folder, seed, "model.fp16")
+    (folder / "model.fp16.safetensors.index.json").rename(folder / "model.safetensors.index.fp16.json")
 
 
 def consolidated(folder, seed):
