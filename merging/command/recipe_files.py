@@ -32,8 +32,7 @@ def portable(text: str, out: Path) -> str:
 def check_value(path: Path, key: str, value: Any, hint: Any) -> None:
     """Raise a ValueError that names file and option unless the value is of the kind that the type hint says."""
     if not _is(value, hint):
-        many = get_origin(hint) is tuple
-        raise ValueError(f"{path}: {key} must be {'a list of texts' if many else _named(hint)}, got {value!r}")
+        raise ValueError(f"{path}: {key} must be {_named(hint)}, got {value!r}")
 
 
 def _is(value: Any, hint: Any) -> bool:
@@ -53,4 +52,6 @@ def _named(hint: Any) -> str:
     names = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
     if get_origin(hint) is Literal:
         return " or ".join(get_args(hint))
+    if get_origin(hint) is tuple:
+        return "a list of texts" if get_args(hint)[0] is str else "a list of numbers"
     return names.get(hint) or " or ".join(_named(option) for option in get_args(hint))
