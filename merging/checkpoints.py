@@ -1,15 +1,15 @@
 """Checkpoints on disk, read tensor by tensor without loading them.
 
 Accepted are a folder of safetensors (single, or sharded with an index), a bare `.safetensors` file, and state dicts of
-torch.save (`.bin`, `.pt`, `.pth`; sharded with an index too), the latter through `weights_only` loading alone. Nothing
-is known here about architectures: a checkpoint is names, dtypes, shapes, and where the bytes are.
+torch.save (`.bin`, `.pt`, `.pth`; sharded with an index too), the latter through `weights_only` loading alone
+(`merging.pickles`). Which files of a folder are meant is told by `merging.weight_files`. Nothing is known here about
+architectures: a checkpoint is names, dtypes, shapes, and where the bytes are.
 """
 
 import json
 import math
-import pickle
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.data.hub import snapshot
+from merging.pickles import places
+from merging.weight_files import (
+    ENDINGS,
+    WeightFiles,
+    find_weights,
+    nothing_there,
+    once,
+    parts,
+    read_config,
+    read_index,
+    usual_weights,
+)
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -28,11 +40,7 @@ DTYPES = {
     "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
 
-SAFETENSORS = ("model.safetensors", "open_clip_model.safetensors")
-PICKLED = ("pytorch_model.bin", "open_clip_pytorch_model.bin")
-PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
-WEIGHT_ENDINGS = (".safetensors", *PICKLE_ENDINGS, ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".index.json")
-HUB_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+HUB_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md")
 
 COPIED = 2**21  # entries that are read and converted at a time
 
@@ -46,6 +54,8 @@ class Entry:
     shape: tuple[int, ...]
     path: Path = field(repr=False, compare=False)
     offset: int | None = field(default=None, repr=False, compare=False)  # of its first byte in a file of torch.save
+    strides: tuple[int, ...] | None = field(default=None, repr=False, compare=False)  # there; None: one after the other
+    stored: str = field(default="", repr=False, compare=False)  # its name in the file, if that is another
 
     @property
     def count(self) -> int:
@@ -60,7 +70,7 @@ class Entry:
     @property
     def where(self) -> str:
         """File and tensor, for messages."""
-        return f"{self.path}: {self.name!r}"
+        return f"{self.path}: {(self.stored or self.name)!r}"
 
     def read(
         self, start: int = 0, stop: int | None = None, to: torch.dtype | None = None, device: str | torch.device = "cpu"
@@ -84,9 +94,20 @@ class Entry:
     def _stored(self, start: int, stop: int) -> Tensor:
         """Return a range of the flattened tensor as the file holds it."""
         if self.offset is None:  # opened anew each time: an open file keeps in memory what was read of it
-            return _opened(self.path).get_tensor(self.name).reshape(-1)[start:stop]
+            return _opened(self.path).get_tensor(self.stored or self.name).reshape(-1)[start:stop]
+        if self.strides is not None:
+            return self._strided(start, stop)
         place, size = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
         return torch.from_numpy(np.fromfile(self.path, np.uint8, size, offset=place)).view(self.dtype)
+
+    def _strided(self, start: int, stop: int) -> Tensor:
+        """Return a range of the flattened tensor whose entries are scattered: whole rows are gathered from the file."""
+        entries = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        size, width = entries * self.dtype.itemsize, self.count // self.shape[0]
+        mapped = torch.from_numpy(np.memmap(self.path, np.uint8, "c", self.offset, (size,))).view(self.dtype)
+        first = start // width
+        rows = mapped.as_strided(self.shape, self.strides)[first : -(-stop // width)]
+        return rows.reshape(-1)[start - first * width : stop - first * width]
 
 
 @dataclass(frozen=True)
@@ -96,12 +117,18 @@ class Checkpoint:
     given: str  # as the user wrote it: a path or a Hub id
     folder: Path | None
     entries: Mapping[str, Entry]
+    notes: tuple[str, ...] = ()  # what is in the folder and was left aside
+    parts: tuple[str, ...] = ()  # sub-folders whose tensors belong to the model, under the names PART/NAME
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json, or {} where there is none."""
-        path = self.folder and self.folder / "config.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+        there = self.folder and (self.folder / "config.json").is_file()
+        return read_config(self.folder) if there else {}
+
+    def part_of(self, name: str) -> str:
+        """Return the sub-folder that a tensor belongs to, "" for the folder itself."""
+        return max((part for part in self.parts if name.startswith(f"{part}/")), key=len, default="")
 
     @property
     def files(self) -> list[Path]:
@@ -127,11 +154,23 @@ def open_checkpoint(given: str | Path, path: Path | None = None) -> Checkpoint:
     """
     path = path or locate(given)
     if path.is_file():
-        checkpoint = Checkpoint(str(given), None, _entries([path], None))
-    elif (path / "adapter_config.json").is_file():
-        raise ValueError(f"{path}: is a peft adapter, which only an expert can be; name the model that it was made for")
-    else:
-        checkpoint = Checkpoint(str(given), path, _entries(*_weight_files(path)))
+        return Checkpoint(str(given), None, _complete(file_entries(path), path))
+    if (path / "adapter_config.json").is_file():
+        full = ", ".join(usual_weights(path))
+        hint = f", or remove adapter_config.json to take its full weights ({full})" if full else ""
+        raise ValueError(
+            f"{path}: is a peft adapter, which only an expert can be; name the model that it was made for{hint}"
+        )
+    entries, notes, known = {}, [], tuple(parts(path))
+    for part in ("", *known):
+        if found := find_weights(path, part):
+            notes += found.notes
+            for name, entry in _complete(_entries(found), found.index or found.files[0]).items():
+                full = f"{part}/{name}" if part else name
+                entries[full] = replace(entry, name=full, stored=name)
+    if not entries:
+        raise nothing_there(path)
+    checkpoint = Checkpoint(str(given), path, entries, tuple(notes), known)
     if method := checkpoint.config.get("quantization_config"):
         kind = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
         raise ValueError(f"{path / 'config.json'}: the weights are quantised ({kind}); dequantise the model first")
@@ -145,62 +184,70 @@ def locate(given: str | Path) -> Path:
 
 
 def _from_hub(given: str) -> Path:
-    parts = given.split("/")
-    if len(parts) > 2 or not all(parts) or given.startswith((".", "~")) or given.endswith(WEIGHT_ENDINGS):
+    names = given.split("/")
+    if len(names) > 2 or not all(names) or given.startswith((".", "~")) or given.endswith(ENDINGS):
         raise ValueError(f"{given}: there is no such file or folder")
-    folder = snapshot(given, "model", (*HUB_TEXTS, "*.safetensors"))
-    return folder if any(folder.glob("*.safetensors")) else snapshot(given, "model", (*HUB_TEXTS, "*.bin"))
+    return _downloaded(lambda *patterns: snapshot(given, "model", (*HUB_TEXTS, *patterns)))
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
-    """Return the files of weights of a folder, and their index if they have one."""
-    for names, ending in ((SAFETENSORS, ".safetensors"), (PICKLED, PICKLE_ENDINGS)):
-        if indices := sorted(folder.glob(f"{Path(names[0]).stem}*{Path(names[0]).suffix}.index.json")):
-            return _indexed(indices[0]), indices[0]
-        for name in names:
-            if (folder / name).is_file():
-                return [folder / name], None
-        found = sorted(path for path in folder.iterdir() if path.name.endswith(ending))
-        found = [path for path in found if path.name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
-        if len(found) > 1:
-            raise ValueError(f"{folder}: has no index, and {len(found)} files of weights; name the one to use")
-        if found:
-            return found, None
-    raise ValueError(f"{folder}: holds no weights (*.safetensors, or a state dict *.bin, *.pt)")
+def _downloaded(fetch: Callable[..., Path]) -> Path:
+    """Return the local folder of a repository with the weights that `find_weights` takes, and no others if possible.
 
-
-def _indexed(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index}: is no index of shards (JSON with a weight_map); download it again") from None
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise ValueError(f"{index}: names the shard {missing[0]}, which is not there; download it")
-    return [index.parent / name for name in names]
+    Args:
+        fetch: downloads the files of some patterns, those that exist, and the configurations; returns the folder.
+    """
+    folder = fetch("model.safetensors", "adapter_model.*")
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    index = folder / "model.safetensors.index.json"
+    if not (folder / "model.safetensors").is_file():
+        fetch(*(sorted(set(read_index(folder, index).values())) if index.is_file() else ["*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            fetch("*.bin")
+    for part in parts(folder):
+        fetch(f"{part}/*.safetensors")
+        if find_weights(folder, part) is None:
+            fetch(f"{part}/*.bin")
+    return folder
 
 
 def file_entries(path: Path) -> dict[str, Entry]:
     """Return the tensors of one file of weights, safetensors or a state dict of torch.save, by name."""
-    return (_safetensors_entries if path.suffix == ".safetensors" else _pickled_entries)(path)
+    if path.suffix == ".safetensors":
+        return _safetensors_entries(path)
+    found = {
+        name: (place.dtype, place.shape, path, place.offset, place.strides) for name, place in places(path).items()
+    }
+    if odd := [name for name, (dtype, *_) in found.items() if dtype_code(dtype) is None]:
+        raise ValueError(f"{path}: {odd[0]!r} is no plain tensor ({found[odd[0]][0]}); save it as one")
+    return {name: Entry(name, *facts) for name, facts in found.items()}
 
 
-def _entries(files: Iterable[Path], index: Path | None) -> dict[str, Entry]:
+def _entries(found: WeightFiles) -> dict[str, Entry]:
     """Return the tensors of all files; where an index says which file a tensor is in, the tensor must be there."""
-    promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index else {}
+    promised = found.shard_of or {}
     entries: dict[str, Entry] = {}
-    for path in files:
+    for path in found.files:
         for name, entry in file_entries(path).items():
-            if name in entries and promised.get(name, path.name) == path.name == promised.get(name):
-                entries[name] = entry
-            elif name in entries and name not in promised:
+            named = found.index and found.index.parent / promised[name] if name in promised else None
+            if name in entries and named is None:
                 raise ValueError(f"{path}: {name!r} is in {entries[name].path.name} as well; make a new index")
-            elif name not in entries:
+            if name not in entries or named == path:
                 entries[name] = entry
     for name, shard in promised.items():
-        if name not in entries or entries[name].path.name != shard:
-            raise ValueError(f"{index}: {name!r} is not in {shard}, as the index says; download both again")
+        if name not in entries or entries[name].path != found.index.parent / shard:
+            raise ValueError(f"{found.index}: {name!r} is not in {shard}, as the index says; download both again")
+    return entries
+
+
+def _complete(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
     if not entries:
-        raise ValueError(f"{index or path}: holds no tensor")
+        raise ValueError(f"{path}: holds no tensor")
+    if 2 * (empty := sum(entry.shape == (0,) for entry in entries.values())) > len(entries):
+        raise ValueError(
+            f"{path}: {empty} of {len(entries)} tensors are empty, as DeepSpeed ZeRO-3 leaves them without gathering "
+            "its weights; gather them (zero_to_fp32.py in the checkpoint's folder), and save the model again"
+        )
     return entries
 
 
@@ -209,6 +256,7 @@ def _entries(files: Iterable[Path], index: Path | None) -> dict[str, Entry]:
 
 def _safetensors_entries(path: Path) -> dict[str, Entry]:
     file = _opened(path)
+    _check_names(path)
     slices = {name: file.get_slice(name) for name in file.offset_keys()}
     for name, stored in slices.items():
         if stored.get_dtype() not in DTYPES:
@@ -218,6 +266,16 @@ def _safetensors_entries(path: Path) -> dict[str, Entry]:
         name: Entry(name, DTYPES[stored.get_dtype()], tuple(stored.get_shape()), path)
         for name, stored in slices.items()
     }
+
+
+def _check_names(path: Path) -> None:
+    """Refuse a sound header in which a name stands twice: which of the two is meant cannot be known."""
+    with path.open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+    try:
+        json.loads(header, object_pairs_hook=once)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}, in its header; save it again") from None
 
 
 def _opened(path: Path) -> safe_open:
@@ -232,52 +290,5 @@ def _opened(path: Path) -> safe_open:
             "it is a pointer of git-lfs: run git lfs pull" if is_pointer else "truncated or damaged, download it again"
         )
         raise ValueError(f"{path}: is no complete safetensors file ({reason}); {hint}") from None
-
-
-# State dicts of torch.save --------------------------------------------------------------------------------------------
-
-
-def _pickled_entries(path: Path) -> dict[str, Entry]:
-    """Return the tensors of a state dict that torch.save wrote; only its index is read, and no code in it is run."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    try:
-        with FakeTensorMode():  # no data, but each storage knows its place in the file
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: a pickle that holds more than tensors, which could run code when loaded; it is refused: save "
-            "model.state_dict() with safetensors"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: is no complete state dict in the zip format of torch.save ({text})") from None
-    return {name: _pickled_entry(path, name, value) for name, value in _state_dict(path, state).items()}
-
-
-def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
-    """Return the state dict in what was loaded: itself, or what training loops wrap as "state_dict" or "model"."""
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        odd = (
-            next((key for key, value in loaded.items() if not isinstance(value, Tensor)), "")
-            if isinstance(loaded, Mapping)
-            else type(loaded).__name__
-        )
-        raise ValueError(f"{path}: {odd!r} is no tensor, so this is no state dict; save model.state_dict() alone")
-    return dict(loaded)
-
-
-def _pickled_entry(path: Path, name: str, tensor: Tensor) -> Entry:
-    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if tensor.layout != torch.strided or dtype_code(tensor.dtype) is None or offset is None:
-        raise ValueError(f"{path}: {name!r} is no plain tensor ({tensor.dtype}, {tensor.layout}); save it dense")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{path}: {name!r} is stored with strides {tensor.stride()}; save it as .contiguous()")
-    place = offset + tensor.storage_offset() * tensor.dtype.itemsize
-    entry = Entry(name, tensor.dtype, tuple(tensor.shape), path, place)
-    if place + entry.size > path.stat().st_size:
-        raise ValueError(f"{path}: {name!r} ends behind the file: truncated; download it again")
-    return entry
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error})") from None

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from merging.checkpoints import Entry, file_entries
 from merging.lowrank import LowRank, numerical_rank_of, truncate
+from merging.weight_files import read_config, usual_weights, within
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -90,6 +91,7 @@ class Adapter:
     values: dict[str, Tensor | Entry] = field(default_factory=dict)  # biases, modules_to_save: full values
     config: dict[str, Any] = field(default_factory=dict)  # adapter_config.json as it is
     files: tuple[Path, ...] = ()  # what it was read from
+    notes: tuple[str, ...] = ()  # what is in the folder and was left aside
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -123,16 +125,25 @@ def open_adapter(folder: str | Path) -> Adapter:
     config = _read_config(folder)
     file = _weights(folder)
     entries = file_entries(file)
+    if not entries:
+        raise ValueError(f"{file}: holds no tensor, so nothing of its training; save the adapter again")
     for key, entry in entries.items():
         if not entry.dtype.is_floating_point:
             raise ValueError(f"{file}, {key!r}: dtype {entry.dtype}, expected floating point: dequantise the adapter")
+        if not entry.count:
+            raise ValueError(
+                f"{file}, {key!r}: shape {list(entry.shape)}, no entries: saved by DeepSpeed ZeRO-3 without gathering "
+                "its weights; gather them (zero_to_fp32.py in the checkpoint's folder), and save the adapter again"
+            )
     parts = {key for key in entries if key.endswith(".ia3_l") or _split_factor(key)}
     values = _values({key: entry for key, entry in entries.items() if key not in parts}, file)
     own = {key: entries[key] for key in entries if key in parts}
     kind, files = KINDS[config["peft_type"]], (file, folder / CONFIG)
+    full = ", ".join(usual_weights(folder))
+    notes = (f"{folder}: holds an adapter and full weights; the adapter is taken; left aside: {full}",) if full else ()
     if kind == "ia3":
-        return Adapter(kind, {}, _vectors(own, file), values, config, files)
-    return Adapter(kind, _modules(own, config, file), {}, values, config, files)
+        return Adapter(kind, {}, _vectors(own, file), values, config, files, notes)
+    return Adapter(kind, _modules(own, config, file), {}, values, config, files, notes)
 
 
 def read_finite(entry: Entry, device: str | torch.device = "cpu") -> Tensor:
@@ -147,12 +158,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise ValueError(f"{folder} is no adapter: {CONFIG} is missing")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}): copy it again") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in KINDS:
+    config = read_config(folder, CONFIG)
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{file}: adapters of kind {kind} cannot be merged, only LORA and IA3")
     if kind == "LORA":
         _check_plain_lora(config, file)
@@ -166,15 +174,38 @@ def _check_plain_lora(config: Mapping[str, Any], file: Path) -> None:
                 f"{file}: LoRA with {name} ({setting}) is no plain low-rank update: fold it with peft first"
             )
     start = config.get("init_lora_weights")
-    if start not in PLAIN_STARTS:
+    if not any(start is plain or start == plain for plain in PLAIN_STARTS):
         raise ValueError(f"{file}: init_lora_weights={start!r} may change the base's weights: convert it to plain LoRA")
+    _check_numbers(config, file)
+
+
+def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse ranks and α that are no numbers, and patterns that are no regular expressions."""
+
+    def is_number(value: Any, whole: bool) -> bool:
+        return isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value > 0
+
+    for setting, whole in (("r", True), ("lora_alpha", False)):
+        if setting in config and not is_number(config[setting], whole):
+            raise ValueError(f"{file}: {setting} is {config[setting]!r}, and must be a positive number")
+    for setting, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        patterns = config.get(setting) or {}
+        if not isinstance(patterns, Mapping) or not all(is_number(value, whole) for value in patterns.values()):
+            raise ValueError(f"{file}: {setting} is {patterns!r}, and must map patterns of modules to positive numbers")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{file}: {setting}: {pattern!r} is no pattern of names ({error})") from None
 
 
 def _weights(folder: Path) -> Path:
     for name in (WEIGHTS, "adapter_model.bin"):
         if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{folder} has an {CONFIG}, but no {WEIGHTS}")
+            return within(folder, name)
+    full = ", ".join(usual_weights(folder))
+    hint = f"; to merge its full weights ({full}), remove {CONFIG}" if full else ""
+    raise ValueError(f"{folder} has an {CONFIG}, but no {WEIGHTS}{hint}")
 
 
 def _split_factor(key: str) -> tuple[str, str] | None:

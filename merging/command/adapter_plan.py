@@ -9,6 +9,7 @@ The rest    biases and modules that an adapter holds whole are merged like tenso
             of the adapters that lack them. What the base lacks (a new head) is left out.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from merging.command.recipe import Recipe
 from merging.command.storage import Piece, pieces, storage
 from merging.mergers import merger
 from merging.peft_files import Adapter, Factors
+
+# names of input embeddings and heads over a vocabulary
+EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|embed_in|embed_out|shared|lm_head)\.")
 
 
 def adapter_steps(recipe: Recipe, base: Checkpoint, experts: Sequence[Adapter], notes: list[str]) -> list[Step]:
@@ -100,6 +104,7 @@ def _vector(adapter: Adapter, name: str, weight: str) -> Entry | None:
 def _check_values(base: Checkpoint, entry: Entry, values: Sequence[Entry | None]) -> None:
     for value in filter(None, values):
         if value.shape != entry.shape or not entry.dtype.is_floating_point:
+            _check_vocabulary(base, entry, value.where, value.shape)
             raise ValueError(
                 f"{value.where}: {value.dtype} {list(value.shape)}, and {entry.dtype} {list(entry.shape)} in "
                 f"{base.given}; --set '{entry.name}:merge=false' keeps the base's"
@@ -113,11 +118,23 @@ def _layout_of(base: Checkpoint, entry: Entry, factors: Sequence[Factors | None]
         raise ValueError(f"{entry.name!r}: adapters differ in how it is stored ({', '.join(sorted(layouts))})")
     for each in filter(None, factors):
         if each.shape != entry.shape:
+            _check_vocabulary(base, entry, each.up.where, each.shape)
             hint = " (transposed: see fan_in_fan_out)" if each.shape == entry.shape[::-1] else ""
             raise ValueError(
                 f"{each.up.where}: an update of shape {list(each.shape)}, and {list(entry.shape)} in {base.given}{hint}"
             )
     return layouts.pop()
+
+
+def _check_vocabulary(base: Checkpoint, entry: Entry, where: str, shape: Sequence[int]) -> None:
+    """Raise what is to be done where an adapter was made after its model got more rows for tokens than the base has."""
+    other_rows = len(shape) == len(entry.shape) > 0 and shape[0] != entry.shape[0] and shape[1:] == entry.shape[1:]
+    if other_rows and EMBEDDINGS.search(entry.name):
+        raise ValueError(
+            f"{where}: {shape[0]} rows, and {entry.name!r} in {base.given} has {entry.shape[0]}: the adapter was made "
+            f"after its model's vocabulary was resized; save that base, model.resize_token_embeddings({shape[0]}), "
+            "and merge on it"
+        )
 
 
 def _check_space(recipe: Recipe, options: Mapping[str, Any]) -> None:

@@ -39,15 +39,18 @@ from tqdm import tqdm
 
 from merging.checkpoints import Checkpoint, locate, open_checkpoint
 from merging.command.dry_run import describe
-from merging.command.model_card import write_companions
+from merging.command.licences import licence_warning, licences
+from merging.command.model_card import companions, write_companions
 from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
 from merging.command.plan import Plan, make_plan
+from merging.command.push import check_push, push
 from merging.command.recipe import Recipe, identity, read_recipe
 from merging.command.shards import Output, Shard, Write, begin, remove_leftovers, write_text
 from merging.command.stream import Streamer
 from merging.command.thresholds import decided_together
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter, open_adapter
+from merging.weight_files import other_weights
 
 
 @dataclass(frozen=True)
@@ -62,19 +65,28 @@ class Flags(Recipe):
     """How many tensors are merged at the same time, in threads; each needs its own memory."""
     device: str = "cpu"
     """Where the arithmetic is done: cpu, cuda or cuda:N."""
+    push: str = ""
+    """Upload the finished merge to this repository of the Hub, OWNER/NAME, which is made if it does not exist."""
     dry_run: bool = False
     """Print what would become of each tensor, and memory and time to expect, and write nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status, after one line on stderr where something is wrong."""
+    """Run the command; returns its exit status, after one line on stderr where something is wrong.
+
+    Returns:
+        0, or 1 for what is wrong, or 130 after Ctrl-C, as shells have it.
+    """
     try:
         flags = parse(sys.argv[1:] if arguments is None else arguments)
         values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Recipe)}
-        merge(Recipe(**values), flags.out, flags.jobs, flags.device, flags.dry_run)
+        merge(Recipe(**values), flags.out, flags.jobs, flags.device, flags.dry_run, flags.push)
     except (ValueError, TypeError, OSError) as error:
         print(f"python -m merging: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("python -m merging: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -103,7 +115,9 @@ def _joined(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", dry_run: bool = False) -> None:
+def merge(
+    recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", dry_run: bool = False, to: str = ""
+) -> None:
     """Merge by a recipe into a folder, continuing what an interrupted call has left.
 
     Args:
@@ -112,6 +126,7 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
         jobs: tensors merged at the same time.
         device: cpu, cuda or cuda:N.
         dry_run: print the plan only.
+        to: repository of the Hub, to which the finished merge is uploaded.
 
     Raises:
         ValueError, OSError: one line that names file and tensor, and says what to do.
@@ -121,8 +136,19 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     if not str(out) and not dry_run:
         raise ValueError("give --out, the folder of the merged model")
+    if to and not dry_run and _process()[0] == 0:
+        check_push(to)
     base, *experts = open_checkpoint(recipe.base), *map(_open_expert, recipe.experts)
     plan = make_plan(recipe, base, experts)
+    plan.remarks += [note for each in (base, *experts) for note in each.notes]
+    if warning := licence_warning(licences(plan)):
+        plan.remarks.append(warning)
+    if base.folder:
+        companions(base.folder)  # refuses now what could not be copied at the end
+        if aside := other_weights(base.folder) if recipe.output == "model" else ():
+            plan.remarks.append(
+                f"{base.given}: weights in {', '.join(aside)}: no parts of the model; not in the output"
+            )
     output = adapter_output(plan) if recipe.output == "adapter" else ModelOutput(plan)
     made_from = identity(recipe, (base, *experts))
     on = _device(device)
@@ -135,6 +161,8 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
         print(f"{out}: this recipe has made it already; nothing to do")
     else:
         _carry_out(output, out, made_from, jobs, on)
+    if to and not dry_run and _process()[0] == 0:
+        print(f"{out}: uploaded to {push(out, to)}")
 
 
 def _open_expert(given: str) -> Checkpoint | Adapter:
@@ -155,16 +183,16 @@ def _carry_out(output: ModelOutput | AdapterOutput, out: Path, made_from: str, j
     own = sorted(shards, key=lambda shard: -shard.size)[rank::ranks] if ranks > 1 else shards
     if rank == 0 and len(shards) < ranks:
         print(f"note: {len(shards)} shards keep as many of {ranks} processes busy; see --shard-size", file=sys.stderr)
-    with begin(out, made_from, shards, rank) as files:
+    with begin(out, made_from, shards, rank, ranks) as files:
         left = [shard for shard in own if not files.is_finished(shard)]
-        if left or rank == 0:
-            streamer = Streamer(output.plan, device, _decided(output.plan, files, device, jobs, rank))
-        with _progress(own, left, rank) as bar:
+        with files.attempt(), _progress(own, left, rank) as bar:
+            if left or rank == 0:
+                streamer = Streamer(output.plan, device, _decided(output.plan, files, device, jobs, rank))
             for shard in left:
                 files.write(shard, partial(_merged, output, shard, streamer, jobs, bar))
         if rank == 0:
             notes = [note for shard_notes in files.notes() for note in shard_notes]
-            write_companions(output, files.folder, made_from, notes)
+            write_companions(output, files.folder, made_from, out, notes)
             files.finish()
             sizes = [tensor.size for shard in shards for tensor in shard.tensors]
             print(f"{out}: {len(sizes)} tensors, {sum(sizes) / 1e9:.3f} GB")
@@ -229,7 +257,7 @@ def _is_complete(out: Path, made_from: str) -> bool:
         return False
     try:
         found = yaml.safe_load((out / "merging.yaml").read_text(encoding="utf-8"))["identity"]
-    except (OSError, yaml.YAMLError, TypeError, KeyError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError, TypeError, KeyError):
         raise ValueError(f"{out}: is there and holds no finished merge; choose another --out, or delete it") from None
     if found != made_from:
         raise ValueError(

@@ -1,6 +1,7 @@
 """What stands beside the weights of a merged model: the base's other files, the model card, recipe, and diagnostics."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 import yaml
 
-from merging.checkpoints import WEIGHT_ENDINGS
+from merging.command.licences import licence_fields, licences
 from merging.command.outputs import AdapterOutput, ModelOutput
 from merging.command.plan import Plan, some
 from merging.command.recipe import write_recipe
 from merging.command.shards import write_text
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter
+from merging.weight_files import is_weights, parts, subfolders, within
 
 LEFT_OUT = ("README.md", "merging.yaml", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt")
 SMALL_FOLDERS = ("*.json", "*.txt")  # what is taken from subfolders: configurations, no weights
@@ -34,7 +36,7 @@ Made with `python -m merging`; [merging.yaml](merging.yaml) is the recipe, and `
 
 
 def write_companions(
-    output: ModelOutput | AdapterOutput, folder: Path, made_from: str, notes: Sequence[dict[str, Any]] = ()
+    output: ModelOutput | AdapterOutput, folder: Path, made_from: str, out: Path, notes: Sequence[dict[str, Any]] = ()
 ) -> None:
     """Write everything but the weights into the folder of a merged model or adapter; the recipe comes last.
 
@@ -42,6 +44,7 @@ def write_companions(
         output: what was merged, and written as what.
         folder: where the weights are.
         made_from: the hash by which the same merge is known again.
+        out: what that folder will be called.
         notes: one per step, what was noted while its tensors were written.
     """
     plan = output.plan
@@ -51,11 +54,12 @@ def write_companions(
         remarks += _write_losses([note["lost"] for note in notes], folder)
     elif plan.base.folder:
         _copy(plan.base.folder, folder)
-        _set_dtype(folder / "config.json", plan)
+        for part in ("", *plan.base.parts):
+            _set_dtype(folder / part / "config.json", plan)
     if rows := [row for note in notes for row in note["report"] or ()]:
         write_report(rows, folder / "report")
     write_text(folder / "README.md", card(output, remarks))
-    write_text(folder / "merging.yaml", write_recipe(plan.recipe, made_from))
+    write_text(folder / "merging.yaml", write_recipe(plan.recipe, made_from, out))
 
 
 def _write_losses(rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
@@ -70,17 +74,29 @@ def _write_losses(rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
     return said + ([f"{len(gone)} tensors have no place in it: {some(gone)}"] if gone else [])
 
 
+def companions(folder: Path) -> list[str]:
+    """Return what the output takes from the base's folder beside weights, as paths relative to it.
+
+    All files of the folder itself and of the parts of the model (`merging.weight_files.parts`), and the configurations
+    of other sub-folders; no weights, no card, nothing of the training.
+
+    Raises:
+        ValueError: one of them is a link that leads outside.
+    """
+    known = parts(folder)
+    found = [path for path in folder.iterdir() if path.name not in LEFT_OUT]
+    found += [path for part in known for path in (folder / part).rglob("*") if path.name not in LEFT_OUT]
+    others = [path for path in subfolders(folder) if path.name not in (*known, "report")]
+    found += [path for other in others for pattern in SMALL_FOLDERS for path in other.glob(pattern)]
+    names = sorted({str(path.relative_to(folder)) for path in found if path.is_file()})
+    hidden = re.compile(r"(^|/)\.")
+    return [name for name in names if not is_weights(Path(name)) and not hidden.search(name) and within(folder, name)]
+
+
 def _copy(source: Path, target: Path) -> None:
-    for path in sorted(source.iterdir()):
-        if path.name.startswith(".") or path.name in LEFT_OUT or path.name.endswith(WEIGHT_ENDINGS):
-            continue
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
-        elif path.is_dir() and path.name != "report":
-            for text in (found for pattern in SMALL_FOLDERS for found in sorted(path.glob(pattern))):
-                if not text.name.endswith(WEIGHT_ENDINGS):
-                    (target / path.name).mkdir(exist_ok=True)
-                    shutil.copyfile(text, target / path.name / text.name)
+    for name in companions(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def _set_dtype(config: Path, plan: Plan) -> None:
@@ -97,13 +113,18 @@ def card(output: ModelOutput | AdapterOutput, remarks: Sequence[str] = ()) -> st
     """Return the model card: front matter with the models and the tag "merge", the method, and what was special."""
     plan, recipe = output.plan, output.plan.recipe
     models = [_public_name(name) for name in (recipe.base, *recipe.experts)]
-    front: dict[str, Any] = {"base_model": list(dict.fromkeys(models)), "base_model_relation": "merge"}
+    front: dict[str, Any] = licence_fields(found := licences(plan))
+    if ids := [name for name in dict.fromkeys(models) if _is_repository(name)]:
+        front |= {"base_model": ids, "base_model_relation": "merge"}
     front["tags"] = ["merge", "model-merging"] + ["singular-value-calibration"] * recipe.svc
     adapter, experts = isinstance(output, AdapterOutput), "adapters" if _from_adapters(plan) else "models"
-    if adapter or plan.base.config:
-        front["library_name"] = "peft" if adapter else "transformers"
+    if adapter or plan.base.config or plan.base.parts:
+        whole = "sentence-transformers" if plan.base.parts else "transformers"
+        front["library_name"] = "peft" if adapter else whole
     kept = {key: value for key, value in recipe.plain().items() if key not in ("base", "experts")}
-    table = [f"| base | {models[0]} |", *(f"| expert | {name} |" for name in models[1:])]
+    under = {given: f", licence: {licence}" if licence and licence.id else "" for given, licence in found.items()}
+    names = [f"{name}{under[given]}" for name, given in zip(models, (recipe.base, *recipe.experts), strict=True)]
+    table = [f"| base | {names[0]} |", *(f"| expert | {name} |" for name in names[1:])]
     table += [f"| {key} | {value} |" for key, value in kept.items()]
     merged = sum(bool(step.change) for step in plan.steps)
     sentence = f"{len(recipe.experts)} {experts} fine-tuned from {models[0]}, merged by {recipe.method}" + (
@@ -120,6 +141,17 @@ def card(output: ModelOutput | AdapterOutput, remarks: Sequence[str] = ()) -> st
         table="\n".join(table),
         notes=f"\n{notes}" if notes else "",
     )
+
+
+def _is_repository(name: str) -> bool:
+    """Return whether the Hub takes a name as that of a repository; it refuses cards with others."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _from_adapters(plan: Plan) -> bool:

@@ -28,7 +28,7 @@ from merging.peft_files import Adapter, file_tensors, written_config
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """A whole model: every tensor of the base."""
+    """A whole model: every tensor of the base, those of its parts in their sub-folders."""
 
     plan: Plan
 
@@ -39,18 +39,27 @@ class ModelOutput:
 
     def tensors(self, step: Step) -> list[TensorSpec]:
         """Return the tensors that a step makes."""
-        return [TensorSpec(step.name, step.dtype, step.base.shape)]
+        part = self.plan.base.part_of(step.name)
+        return [TensorSpec(step.name.removeprefix(f"{part}/"), step.dtype, step.base.shape)]
 
     @property
     def shards(self) -> list[Shard]:
         """The files of at most --shard-size, and the steps that make them."""
-        made = ((step, self.tensors(step)) for step in self.steps)
-        return arrange(made, shard_bytes(self.plan.recipe.shard_size))
+        folders: dict[str, list[Step]] = {}
+        for step in self.steps:
+            folders.setdefault(self.plan.base.part_of(step.name), []).append(step)
+        size = shard_bytes(self.plan.recipe.shard_size)
+        shards = []
+        for part, steps in folders.items():
+            stem = f"{part}/model" if part else "model"
+            shards += arrange(((step, self.tensors(step)) for step in steps), size, stem)
+        return shards
 
     def write(self, step: Step, streamer: Streamer, write: Write) -> dict[str, Any]:
         """Merge one step and write it; returns the numbers of its report."""
         rows = [] if self.plan.recipe.report and not step.repeats else None
-        write(step.name, streamer.tensor(step, rows))  # fills rows
+        (tensor,) = self.tensors(step)
+        write(tensor.name, streamer.tensor(step, rows))  # fills rows
         return {"report": rows}
 
 
@@ -183,6 +192,7 @@ def linear_layers(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
     layouts, names = {}, {}
     for step in plan.merged:
         matrix = step.layout in ("matrix", "transposed") and step.name.endswith(".weight")
+        matrix = matrix and not plan.base.part_of(step.name)  # peft's names are those of the main part
         if not matrix or (not known and not MODULES(step.name, torch.empty(step.base.shape, device="meta"))):
             continue
         longer = (each for each in known if each.endswith(f".{step.name}"))

@@ -9,10 +9,12 @@ Missing     a tensor that no expert has (another head) keeps the base's value; o
             comparing bytes.
 Vocabulary  tensors that differ in their number of rows alone: the rows that all have are merged, the base's other
             rows are kept. With config.json on both sides the rows must be their vocab_size, else it is refused.
-Integers    keep the base's value; where experts differ in more than a single counter, that is refused.
+Integers    keep the base's value; where experts differ in more than a single counter, that is refused. They may be
+            absent from some experts, and so may what a model computes by itself (inv_freq).
 Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told by `merging.command.storage`.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +30,9 @@ from merging.command.storage import pieces, storage
 from merging.peft_files import Adapter
 
 COMPARED = 2**22  # entries compared at a time
+NO_PARAMETERS = re.compile(
+    r"(^|\.)(original_)?inv_freq$|(^|\.)masked_bias$"
+)  # computed, and saved by some versions only
 
 
 @dataclass
@@ -131,6 +136,9 @@ def _partners(
         found.append(expert.entries[other] if other else None)
     if not any(found):
         notes.append(f"{base.given}: {name!r}: in no expert; the base's value is kept")
+        return ()
+    if None in found and (not entry.dtype.is_floating_point or NO_PARAMETERS.search(name)):
+        notes.append(f"{base.given}: {name!r}: not in all experts, and no parameter; the base's value is kept")
         return ()
     for expert, other in zip(experts, found, strict=True):
         if other is None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -22,6 +22,7 @@ import yaml
 
 from merging.calibration import SVC, published_alpha
 from merging.checkpoints import Checkpoint
+from merging.command.recipe_files import check_value, located, portable
 from merging.command.storage import LAYOUTS
 from merging.mergers import MERGERS, merger
 from merging.peft_files import Adapter
@@ -186,29 +187,38 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as a recipe ({str(error).splitlines()[0]})") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}: is no recipe, which is a mapping from options to values")
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    hints = get_type_hints(Recipe)
     values = {key: value for key, value in values.items() if key != "identity"}
     for key, value in values.items():
         check_choice(f"option in {path}:", key, defaults)
-        many = isinstance(defaults[key], tuple)
-        if many != isinstance(value, list):
-            raise ValueError(f"{path}: {key} must be {'a list' if many else 'one value'}, got {value!r}")
-    return Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        check_value(path, key, value, hints[key])
+    recipe = Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    return renamed(recipe, lambda given: located(given, path.parent))
+
+
+def renamed(recipe: Recipe, name: Callable[[str], str]) -> Recipe:
+    """Return a recipe with the base and the experts under other names."""
+    return dataclasses.replace(recipe, base=name(recipe.base), experts=tuple(map(name, recipe.experts)))
 
 
 def identity(recipe: Recipe, checkpoints: Iterable[Checkpoint | Adapter]) -> str:
-    """Return the hash of a recipe and of the files it is applied to: their paths, sizes and times of change."""
-    facts = [recipe.plain()]
+    """Return the hash of a recipe and of the files it is applied to: their paths, sizes and times of change.
+
+    How the recipe names the models does not matter, only which files they are.
+    """
+    facts: list[Any] = [{key: value for key, value in recipe.plain().items() if key not in ("base", "experts")}]
     for checkpoint in checkpoints:
-        for path in checkpoint.files:
-            facts.append([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns])
+        stats = ((path, path.stat()) for path in checkpoint.files)
+        facts.append([[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_recipe(recipe: Recipe, made_from: str) -> str:
-    """Return the text of `merging.yaml`: the recipe, and the hash by which the same merge is known again."""
+def write_recipe(recipe: Recipe, made_from: str, out: Path) -> str:
+    """Return the text of OUT/merging.yaml: the recipe, and the hash by which the same merge is known again."""
+    recipe = renamed(recipe, lambda given: portable(given, out))
     return yaml.safe_dump(recipe.plain() | {"identity": made_from}, sort_keys=False, allow_unicode=True)

@@ -5,11 +5,17 @@ is merged. Until everything is in place one folder stands beside the output NAME
 
     .NAME.partial/merge.json        the hash of what is being merged, by which the same command continues it
     .NAME.partial/SHARD             a shard that is being written; whatever a killed merge left there is written again
+                                    (PART+SHARD for one in a sub-folder)
     .NAME.partial/SHARD.json        what was noted while its tensors were merged, for the report and the model card
     .NAME.partial/NAME/SHARD        a finished shard: it was moved here when its last byte was on the disk
     .NAME.partial/…lock             held by the process that writes the merge, or that shard
+    .NAME.partial/refused           why the merge cannot be made, if some process found that out on the way
 
 The inner folder gets its place and name when it is complete, so that a half-written model never looks like one.
+
+A killed merge, or one whose disk was full, stays for the same command to continue, and is never overwritten by another.
+A refused one (NaN in an expert, an entry that overflows) can never be continued, for the command that mends it is
+another one: it is removed at once, or, if other processes may still be writing it, by the next merge into NAME.
 """
 
 import json
@@ -30,7 +36,7 @@ from torch import Tensor
 
 from merging.checkpoints import dtype_code
 
-MARK = "merge.json"
+MARK, REFUSED = "merge.json", "refused"
 Write = Callable[[str, Iterable[Tensor]], None]  # write(name, consecutive pieces of the flattened tensor)
 
 
@@ -52,7 +58,7 @@ class TensorSpec:
 class Shard:
     """One file of the output, and what makes its tensors."""
 
-    file: str
+    file: str  # relative to the output's folder; parts of a model have sub-folders
     steps: tuple[Any, ...]
     tensors: tuple[TensorSpec, ...]
 
@@ -90,7 +96,7 @@ def arrange(made: Iterable[tuple[Any, Sequence[TensorSpec]]], shard_size: float,
     Args:
         made: each step with the tensors that it makes, in the order in which they are written.
         shard_size: bytes of data in one file.
-        stem: of the files' names.
+        stem: of the files' names, with the sub-folder if they are in one.
     """
     groups: list[list[tuple[Any, Sequence[TensorSpec]]]] = [[]]
     filled = 0
@@ -109,8 +115,12 @@ def arrange(made: Iterable[tuple[Any, Sequence[TensorSpec]]], shard_size: float,
     return shards
 
 
+class Busy(ValueError):
+    """Another process is writing the same."""
+
+
 @contextmanager
-def begin(out: Path, identity: str, shards: Sequence[Shard], rank: int = 0) -> Iterator["Output"]:
+def begin(out: Path, identity: str, shards: Sequence[Shard], rank: int = 0, ranks: int = 1) -> Iterator["Output"]:
     """Begin a checkpoint, or continue one of the same identity; ranks other than 0 wait until 0 has begun it.
 
     Args:
@@ -118,12 +128,13 @@ def begin(out: Path, identity: str, shards: Sequence[Shard], rank: int = 0) -> I
         identity: hash of everything that decides what is written.
         shards: what will be written.
         rank: of this process; rank 0 calls `finish`.
+        ranks: how many processes share the work.
 
     Raises:
         ValueError: an unfinished merge of another identity is there, or another process is writing it.
         OSError: the disk is too small, or cannot be written.
     """
-    output = Output(out, tuple(shards))
+    output = Output(out, tuple(shards), alone=ranks == 1)
     if rank > 0:
         while _identity(output.work) is None and not any(map(output.is_finished, shards)):
             time.sleep(0.1)
@@ -132,11 +143,25 @@ def begin(out: Path, identity: str, shards: Sequence[Shard], rank: int = 0) -> I
         return
     output.work.mkdir(parents=True, exist_ok=True)
     with _alone(output.work / "lock", out):
+        if (output.work / REFUSED).exists():
+            _clear(output)
         _check_identity(output.work, identity)
         _check_space(output)
         output.folder.mkdir(exist_ok=True)
         write_text(output.work / MARK, json.dumps({"identity": identity}))
         yield output
+
+
+def _clear(output: "Output") -> None:
+    """Remove a refused merge, except for the lock that this process holds; no process may be writing it still."""
+    for lock in sorted(output.work.glob("*.lock")):
+        with _alone(lock, output.out):
+            pass
+    for path in output.work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
 
 
 @dataclass(frozen=True)
@@ -145,6 +170,7 @@ class Output:
 
     out: Path
     shards: tuple[Shard, ...]
+    alone: bool = True  # whether no other process writes shards of it
 
     @property
     def work(self) -> Path:
@@ -160,6 +186,20 @@ class Output:
         """Return whether a shard is complete on the disk, by whatever process."""
         return (self.folder / shard.file).is_file() or (self.out / shard.file).is_file()
 
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Wrap the merging itself: if that raises a ValueError, what was written is removed, or marked as refused."""
+        try:
+            yield
+        except Busy:
+            raise
+        except ValueError as refusal:
+            if self.alone:
+                shutil.rmtree(self.work)
+            else:
+                write_text(self.work / REFUSED, str(refusal))
+            raise
+
     def write(self, shard: Shard, make: Callable[[Write], Any]) -> None:
         """Write one shard; when this returns, it is on the disk.
 
@@ -169,11 +209,11 @@ class Output:
                 threads if it likes; pieces are on the CPU, in the output's dtype. It returns JSON to keep as a note.
 
         Raises:
-            ValueError: another process is writing this shard.
+            Busy: another process is writing this shard.
             OSError: the disk is full, or cannot be written; names file and tensor.
         """
-        path, written = self.work / shard.file, set()
-        with _alone(self.work / f"{shard.file}.lock", self.out):
+        path, written = self.unfinished(shard), set()
+        with _alone(path.with_name(f"{path.name}.lock"), self.out):
             with path.open("wb") as stream:
 
                 def write(name: str, pieces: Iterable[Tensor]) -> None:
@@ -189,24 +229,37 @@ class Output:
             if missing := shard.offsets.keys() - written:
                 raise RuntimeError(f"{path}: {sorted(missing)[0]!r} was not written")
             write_text(self._note(shard), json.dumps(note))
+            (self.folder / shard.file).parent.mkdir(exist_ok=True, parents=True)
             os.replace(path, self.folder / shard.file)
 
+    def unfinished(self, shard: Shard) -> Path:
+        """Return where a shard is while it is being written."""
+        return self.work / shard.file.replace("/", "+")
+
     def _note(self, shard: Shard) -> Path:
-        return self.work / f"{shard.file}.json"
+        return self.work / f"{self.unfinished(shard).name}.json"
 
     def notes(self, pause: float = 0.2) -> list[Any]:
-        """Return the notes of all shards, after waiting until all of them are written, by whatever rank."""
+        """Return the notes of all shards, after waiting until all of them are written, by whatever rank.
+
+        Raises:
+            ValueError: another rank found that the merge cannot be made; this is what it said.
+        """
         while not all(map(self.is_finished, self.shards)):
+            if (self.work / REFUSED).is_file():
+                raise ValueError((self.work / REFUSED).read_text(encoding="utf-8"))
             time.sleep(pause)
         return [json.loads(self._note(shard).read_text(encoding="utf-8")) for shard in self.shards]
 
     def finish(self) -> None:
-        """Add the index and give the folder its place and name; rank 0 does it, when all shards are there."""
-        if len(self.shards) > 1:
-            files = {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
-            total = sum(tensor.size for shard in self.shards for tensor in shard.tensors)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-            write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        """Add the indices and give the folder its place and name; rank 0 does it, when all shards are there."""
+        for folder in dict.fromkeys((self.folder / shard.file).parent for shard in self.shards):
+            shards = [shard for shard in self.shards if (self.folder / shard.file).parent == folder]
+            if len(shards) > 1:
+                files = {tensor.name: Path(shard.file).name for shard in shards for tensor in shard.tensors}
+                total = sum(tensor.size for shard in shards for tensor in shard.tensors)
+                index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+                write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         os.replace(self.folder, self.out)  # over an empty folder too
         shutil.rmtree(self.work)
 
@@ -231,7 +284,7 @@ def _alone(lock: Path, out: Path) -> Iterator[None]:
         with FileLock(lock, timeout=0):
             yield
     except Timeout:
-        raise ValueError(f"{out}: another process is writing this merge") from None
+        raise Busy(f"{out}: another process is writing this merge") from None
 
 
 def _check_identity(work: Path, identity: str) -> None:
@@ -243,7 +296,7 @@ def _check_identity(work: Path, identity: str) -> None:
 
 def _check_space(output: Output) -> None:
     left = [shard for shard in output.shards if not output.is_finished(shard)]
-    begun = [path for shard in left if (path := output.work / shard.file).is_file()]  # they are written again
+    begun = [path for shard in left if (path := output.unfinished(shard)).is_file()]  # they are written again
     needed = sum(shard.size for shard in left)
     free = shutil.disk_usage(output.work).free + sum(path.stat().st_blocks * 512 for path in begun)
     if needed > free:

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models_on_disk import content, in_fork, killed, weights
+from models_on_disk import assert_equal, content, in_fork, killed, weights
 from safetensors.torch import load_file, save_file
 
 from merging import MERGERS, apply, calibrate, iso_basis, task_vector
@@ -292,6 +292,21 @@ def _replaced(folder, name, tensor):
     save_file(tensors | {key: tensor}, file)
 
 
+def _alone(folder, *tensors):
+    """Let an adapter hold only the given names and tensors."""
+    held = {f"base_model.model.model.{name}": tensor for name, tensor in zip(tensors[::2], tensors[1::2], strict=True)}
+    save_file(held, folder / "adapter_model.safetensors")
+
+
+def _linked(folder, name):
+    (folder / name).rename(folder.parent / "elsewhere")
+    (folder / name).symlink_to(folder.parent / "elsewhere")
+
+
+def _full_instead(folder):
+    (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
+
+
 @pytest.mark.parametrize("spoil, options, message", [
     (lambda f: spoiled(f / "e1", use_dora=True), {}, r"e1/adapter_config\.json: LoRA with DoRA"),
     (lambda f: spoiled(f / "e1", peft_type="LOHA"), {}, r"e1/adapter_config\.json: adapters of kind LOHA"),
@@ -302,7 +317,26 @@ def _replaced(folder, name, tensor):
     (lambda f: _replaced(f / "e1", "q_proj.lora_A", torch.ones(3, 12)), {},
      r"e1/adapter_model\.safetensors: .*q_proj\.lora_B.*: an update of shape \[16, 12\], and \[16, 16\] in .*base"),
     (lambda f: (f / "e1" / "adapter_model.safetensors").write_bytes(b"12345678901"), {}, r"no complete safetensors"),
-    (lambda f: (f / "e1" / "adapter_config.json").unlink(), {}, r"e1: (is no adapter|shares no tensor)"),
+    (lambda f: (f / "e1" / "adapter_config.json").unlink(), {}, r"e1: holds an adapter without adapter_config\.json"),
+    (lambda f: _alone(f / "e1"), {}, r"e1/adapter_model\.safetensors: holds no tensor, so nothing of its training"),
+    (lambda f: _replaced(f / "e1", "q_proj.lora_A", torch.ones(0)), {},
+     r"e1/adapter_model\.safetensors, '.*q_proj\.lora_A\.weight': shape \[0\], no entries: .* ZeRO-3 .*zero_to_fp32"),
+    (lambda f: _alone(f / "e1", "embed_tokens.weight", torch.ones(44, 16)), {},
+     r"e1/.*embed_tokens\.weight': 44 rows, and .* in .*base has 40: .*resized; .*resize_token_embeddings\(44\)"),
+    (lambda f: _alone(f / "e1", "embed_tokens.lora_embedding_A", torch.ones(3, 44), "embed_tokens.lora_embedding_B",
+                      torch.ones(16, 3)), {}, r"e1/.*: 44 rows, and .* has 40: .*resize_token_embeddings\(44\)"),
+    (lambda f: spoiled(f / "e1", r="3"), {}, r"e1/adapter_config\.json: r is '3', and must be a positive number"),
+    (lambda f: spoiled(f / "e1", r=0), {}, r"e1/adapter_config\.json: r is 0, and must be"),
+    (lambda f: spoiled(f / "e1", lora_alpha=[1]), {}, r"e1/adapter_config\.json: lora_alpha is \[1\]"),
+    (lambda f: spoiled(f / "e1", rank_pattern=[1]), {}, r"e1/adapter_config\.json: rank_pattern is \[1\], and must"),
+    (lambda f: spoiled(f / "e1", alpha_pattern={"(": 1}), {}, r"alpha_pattern: '\(' is no pattern"),
+    (lambda f: spoiled(f / "e1", peft_type=["LORA"]), {}, r"e1/adapter_config\.json: adapters of kind \['LORA'\]"),
+    (lambda f: spoiled(f / "e1", init_lora_weights=["x"]), {}, r"e1/adapter_config\.json: init_lora_weights=\['x'\]"),
+    (lambda f: (f / "e1" / "adapter_config.json").write_text("[]"), {}, r"e1/adapter_config\.json: is no mapping"),
+    (lambda f: (f / "e1" / "adapter_config.json").write_text("[" * 100_000), {}, r"adapter_config\.json: is no sound"),
+    (lambda f: _linked(f / "e1", "adapter_model.safetensors"), {}, r"adapter_model\.safetensors: is a link to .*"),
+    (lambda f: _linked(f / "e1", "adapter_config.json"), {}, r"adapter_config\.json: is a link to .*outside"),
+    (lambda f: _full_instead(f / "e1"), {}, r"e1 has an .*, but no .*; to merge its full weights .*, remove ad"),
     (lambda f: None, {"output": "adapter"}, r"--output adapter: give --rank"),
     (lambda f: None, {"rank": 4}, r"--rank 4: at least 1, and with --output adapter only"),
     (lambda f: None, {"svc": True, "space": "input", "method": "iso_c"}, r"--space input: .* output space only"),
@@ -316,6 +350,24 @@ def test_what_is_wrong_with_an_adapter_is_said_in_one_line(tmp_path, spoil, opti
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("python -m merging: ")]
     assert len(said) == 1 and re.search(message, said[0]), said
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_beside_full_weights_is_taken_and_that_is_said(tmp_path, capsys):
+    """As transformers and peft do: from_pretrained on such a folder loads the adapter on its base."""
+    base, where, others, _ = made_by_peft(tmp_path, "llama", lora, count=2)
+    command = ["--base", where, "--experts", *others, "--method", "weight_average"]
+    assert main([*command, "--out", str(tmp_path / "plain")]) == 0
+    save_file(
+        {name: torch.zeros_like(t) for name, t in base.state_dict().items()}, tmp_path / "e1" / "model.safetensors"
+    )
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    said = "e1: holds an adapter and full weights; the adapter is taken; left aside: model.safetensors"
+    assert said in capsys.readouterr().err and said in (tmp_path / "out" / "README.md").read_text()
+    assert_equal(weights(tmp_path / "out"), weights(tmp_path / "plain"))
+    (tmp_path / "base" / "adapter_config.json").write_text("{}")
+    assert main([*command, "--out", str(tmp_path / "third")]) == 1
+    assert "base: is a peft adapter, which only an expert can be; " in (said := capsys.readouterr().err)
+    assert "or remove adapter_config.json to take its full weights (model.safetensors.index.json)" in said
 
 
 def test_kinds_cannot_be_mixed_and_an_adapter_is_no_base(tmp_path):

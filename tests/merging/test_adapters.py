@@ -191,7 +191,7 @@ def test_missing_and_truncated_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no adapter_model.safetensors"):
         load_adapter(folder)
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config.json is no JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config.json: is no sound JSON"):
         load_adapter(folder)
 
 

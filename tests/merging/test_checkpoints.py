@@ -9,6 +9,7 @@ import torch
 from models_on_disk import state_of_all_dtypes
 from safetensors.torch import save_file
 
+from merging import checkpoints
 from merging.checkpoints import open_checkpoint
 
 
@@ -67,6 +68,46 @@ def test_parts_of_storages_are_found_in_pickled_state_dicts(tmp_path):
     same(open_checkpoint(tmp_path / "views.pt"), {"tied": whole, "also": whole, "rows": whole[2:4]})
 
 
+OLD = dict(_use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("options", [{}, OLD], ids=["zip", "before zip"])
+def test_state_dicts_of_both_formats_and_of_any_strides_are_read(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(checkpoints, "COPIED", 7)  # ranges begin and end within rows
+    whole = torch.arange(120.0).reshape(4, 5, 6)
+    state = state_of_all_dtypes() | {
+        "transposed": whole[0].T, "permuted": whole.permute(2, 0, 1), "part": whole[1:3, ::2, 1:4],
+        "column": whole[0, :, 2], "expanded": torch.tensor([[1.0], [2.0]]).expand(2, 3), "tied": whole,
+    }  # fmt: skip
+    torch.save(state, tmp_path / "x.bin", **options)
+    opened = open_checkpoint(tmp_path / "x.bin")
+    same(opened, state)
+    for name, entry in opened.entries.items():
+        flat = state[name].reshape(-1)
+        for start in range(0, entry.count, 5):
+            stop = min(start + 9, entry.count)
+            assert torch.equal(entry.read(start, stop, torch.float64), flat[start:stop].double()), name
+
+
+@pytest.mark.parametrize("options", [{}, OLD], ids=["zip", "before zip"])
+def test_no_byte_of_a_damaged_state_dict_is_taken_for_another(tmp_path, options):
+    """Cut anywhere it is refused; with any byte of its index changed it is refused, or read without another error."""
+    torch.save({"w": torch.arange(6.0), "v": torch.ones(3, 2).T}, tmp_path / "whole.pt", **options)
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for length in range(0, len(whole), 13):
+        (tmp_path / "x.pt").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"x\.pt: ") as raised:
+            open_checkpoint(tmp_path / "x.pt")
+        assert "\n" not in str(raised.value)
+    for place in range(0, len(whole), 11):
+        (tmp_path / "x.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 0x15]) + whole[place + 1 :])
+        try:
+            for entry in open_checkpoint(tmp_path / "x.pt").entries.values():
+                entry.read()
+        except ValueError as error:
+            assert str(error).startswith(f"{tmp_path / 'x.pt'}: ") and "\n" not in str(error)
+
+
 def test_ranges_are_read_in_another_dtype(tmp_path):
     state = {"w": torch.arange(12.0).reshape(3, 4).bfloat16()}
     save_file(state, tmp_path / "w.safetensors")
@@ -77,18 +118,11 @@ def test_ranges_are_read_in_another_dtype(tmp_path):
     assert torch.equal(entry.read(4, 8), torch.tensor([4.0, 5, 6, 7]).bfloat16())
 
 
-def test_safetensors_go_before_pickles_and_an_index_before_single_files(tmp_path):
-    state, other = state_of_all_dtypes(0), state_of_all_dtypes(1)
-    sharded(tmp_path, state)
-    save_file(other, tmp_path / "model.safetensors")
-    torch.save(other, tmp_path / "pytorch_model.bin")
-    same(open_checkpoint(tmp_path), state)
-    (tmp_path / "model.safetensors.index.json").unlink()
-    same(open_checkpoint(tmp_path), other)
-
-
 W = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 TWICE = json.dumps({"w": W, "W": W | {"data_offsets": [8, 16]}}).replace("W", "w").encode()
+
+
+AGAIN = json.dumps({"w": W, "v": W}).replace("v", "w").encode()
 
 
 @pytest.mark.parametrize("header, data, message", [
@@ -103,6 +137,21 @@ TWICE = json.dumps({"w": W, "W": W | {"data_offsets": [8, 16]}}).replace("W", "w
     (TWICE, bytes(16), r"no complete safetensors file \(invalid offset for tensor `w`"),
     (b"{", b"", r"no complete safetensors file \(invalid JSON in header"),
     ({}, b"", "holds no tensor"),
+    (b"[]", b"", r"no complete safetensors file \(invalid JSON"),
+    (b"null", b"", r"no complete safetensors file \(invalid JSON"),
+    (b'{"\xff": 1}', b"", r"no complete safetensors file \(invalid UTF-8"),
+    (b"[" * 100_000, b"", r"no complete safetensors file \(invalid JSON"),
+    ({"w": "x"}, b"", r"no complete safetensors file \(invalid JSON"),
+    ({"__metadata__": [1], "w": W}, bytes(8), r"no complete safetensors file \(invalid JSON"),
+    ({"w": W | {"dtype": ["F32"]}}, bytes(8), r"no complete safetensors file \(invalid JSON"),
+    ({"w": W | {"dtype": "F4", "shape": [16]}}, bytes(8), "'w' has the dtype F4, which is not one of"),
+    ({"w": W | {"shape": [2**40, 2**40]}}, bytes(8), r"no complete safetensors file \(overflow"),
+    ({"w": W | {"shape": "ab"}}, bytes(8), r"no complete safetensors file \(invalid JSON"),
+    ({"w": W | {"data_offsets": [8, 0]}}, bytes(8), r"no complete safetensors file \(invalid offset"),
+    ({"w": W | {"data_offsets": [-8, 0]}}, bytes(8), r"no complete safetensors file \(invalid JSON"),
+    ({"w": W | {"data_offsets": [8, 16]}}, bytes(16), r"no complete safetensors file \(invalid offset"),
+    ({"w": W | {"data_offsets": [0, 10**30]}}, bytes(8), r"no complete safetensors file \(invalid JSON"),
+    (AGAIN, bytes(8), "'w' stands in it twice, in its header"),
 ])  # fmt: skip
 def test_damaged_safetensors_are_named(tmp_path, header, data, message):
     path = raw(tmp_path / "x.safetensors", header, data)
@@ -118,33 +167,13 @@ def test_truncated_files_and_pointers_of_git_lfs_are_named(tmp_path):
         (tmp_path / "x.safetensors").write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"x\.safetensors: .*(no complete|truncated)"):
             open_checkpoint(tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").write_bytes((2**63).to_bytes(8, "little") + whole[8:])
+    with pytest.raises(ValueError, match=r"x\.safetensors: .*header too large"):
+        open_checkpoint(tmp_path / "x.safetensors")
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
     (tmp_path / "x.safetensors").write_bytes(pointer)
     with pytest.raises(ValueError, match="pointer of git-lfs: run git lfs pull"):
         open_checkpoint(tmp_path / "x.safetensors")
-
-
-def test_incomplete_folders_are_named(tmp_path):
-    with pytest.raises(ValueError, match="holds no weights"):
-        open_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"nowhere/x\.safetensors: there is no such file"):
-        open_checkpoint(tmp_path / "nowhere" / "x.safetensors")
-    folder = sharded(tmp_path / "model", state_of_all_dtypes())
-    index = folder / "model.safetensors.index.json"
-    promised = json.loads(index.read_text())
-    index.write_text(json.dumps({"weight_map": promised["weight_map"] | {"more": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(ValueError, match=r"index\.json: 'more' is not in model-00001-of-00002\.safetensors"):
-        open_checkpoint(folder)
-    index.write_text("{}")
-    with pytest.raises(ValueError, match="is no index of shards"):
-        open_checkpoint(folder)
-    index.unlink()
-    with pytest.raises(ValueError, match="has no index, and 2 files of weights"):
-        open_checkpoint(folder)
-    index.write_text(json.dumps(promised))
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"names the shard model-00002-of-00002\.safetensors, which is not there"):
-        open_checkpoint(folder)
 
 
 class Harmful:
@@ -168,9 +197,14 @@ def test_odd_state_dicts_are_named(tmp_path):
     torch.save({"w": torch.ones(2), "epochs": 3}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x\.pt: 'epochs' is no tensor"):
         open_checkpoint(tmp_path / "x.pt")
-    torch.save({"w": torch.ones(2, 3).T}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"x\.pt: 'w' is stored with strides"):
-        open_checkpoint(tmp_path / "x.pt")
+    for odd, message in (
+        ([torch.ones(2)], "'list' is no state dict"),
+        ({1: torch.ones(2)}, "1 is no name of a tensor"),
+        ({"w": torch.ones(2, dtype=torch.complex64)}, "'w' is no plain tensor"),
+    ):
+        torch.save(odd, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=rf"x\.pt: {message}"):
+            open_checkpoint(tmp_path / "x.pt")
     torch.save({"w": torch.ones(300)}, tmp_path / "x.pt")
     (tmp_path / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:700])
     with pytest.raises(ValueError, match=r"x\.pt: is no complete state dict"):

@@ -151,3 +151,26 @@ def test_what_cannot_be_merged_is_named_in_one_line(tmp_path, spoil, message, ca
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("python -m merging: ")]
     assert len(said) == 1 and re.search(message, said[0])
     assert not (tmp_path / "out").exists()
+
+
+BUFFERS = {
+    "embeddings.position_ids": torch.arange(6)[None], "rotary_emb.inv_freq": torch.rand(4), "steps": torch.tensor(3),
+    "attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(), "attn.masked_bias": torch.tensor(-1e4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_what_is_no_parameter_may_be_absent_from_some_models(tmp_path, name, capsys):
+    base = state_of(layer=(64, 64)) | {name: BUFFERS[name]}
+    experts = experts_of(base, 2)
+    experts[1].pop(name)
+    where, others = models(tmp_path, base, experts)
+    command = ["--base", where, "--experts", *others, "--method", "weight_average", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert repr(name) in said and "the base's value is kept" in said
+    found = weights(tmp_path / "out")
+    assert torch.equal(found[name], BUFFERS[name])
+    assert torch.allclose(
+        found["layer.weight"], (experts[0]["layer.weight"] + experts[1]["layer.weight"]) / 2, atol=1e-6
+    )

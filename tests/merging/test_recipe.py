@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 
 import pytest
@@ -35,13 +36,13 @@ def test_models_of_the_hub_are_named_by_their_id(tmp_path, monkeypatch):
     asked = []
 
     def snapshot(repo, kind, patterns):
-        asked.append((repo, kind, patterns[-1]))
+        asked.append((repo, kind, *patterns[len(checkpoints.HUB_TEXTS) :]))
         return tmp_path / "hub" / repo.split("/")[1]
 
     monkeypatch.setattr(checkpoints, "snapshot", snapshot)
     merge(Recipe("me/base", ("me/e0", "me/e1"), "ties"), tmp_path / "out")
-    assert asked == [("me/base", "model", "*.safetensors"), ("me/e0", "model", "*.safetensors"),
-                     ("me/e1", "model", "*.safetensors"), ("me/e1", "model", "*.bin")]  # fmt: skip
+    first = [(repo, "model", "model.safetensors", "adapter_model.*") for repo in ("me/base", "me/e0", "me/e1")]
+    assert asked == [*first, ("me/e1", "model", "*.safetensors"), ("me/e1", "model", "*.bin")]
     assert_equal(weights(tmp_path / "out"), in_memory(base, experts, "ties"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == ["me/base", "me/e0", "me/e1"]
@@ -128,6 +129,72 @@ def test_the_recipe_of_an_output_makes_it_again(tmp_path):
     assert main(["--recipe", str(written), "--out", str(tmp_path / "three")]) == 1
     (tmp_path / "r.json").write_text(json.dumps({"base": where, "experts": list(others), "method": "ties"}))
     assert main(["--recipe", str(tmp_path / "r.json"), "--out", str(tmp_path / "four")]) == 0
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_recipe_works_from_any_folder_and_is_the_same_recipe(tmp_path, absolute, monkeypatch, capsys):
+    base = state_of()
+    for index, state in enumerate([base, *experts_of(base, 2)]):
+        saved(tmp_path / "models" / f"m{index}", state)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")  # "link/.." is not what it looks like
+    monkeypatch.chdir(tmp_path)
+    names = [str(tmp_path / "models" / f"m{i}") if absolute else f"models/m{i}" for i in range(3)]
+    for out in ("out", "link/out"):
+        given = ["--base", names[0], "--experts", *names[1:], "--method", "ties", "--out", out]
+        assert main(given) == 0
+        first = content(tmp_path / out)
+        written = yaml.safe_load(first["merging.yaml"])
+        assert all(os.path.isabs(text) == absolute for text in (written["base"], *written["experts"]))
+        for folder in (tmp_path, tmp_path / "elsewhere", tmp_path / out):
+            monkeypatch.chdir(folder)
+            recipe = os.path.relpath(tmp_path / out / "merging.yaml")
+            assert main(["--recipe", recipe, "--out", str(tmp_path / out)]) == 0
+            assert "has made it already" in capsys.readouterr().out
+            assert main(["--recipe", recipe, "--out", str(tmp_path / out.replace("out", "again"))]) == 0
+            assert content(tmp_path / out.replace("out", "again")) == first
+        monkeypatch.chdir(tmp_path)
+        assert main([*given[:-1], out.replace("out", "again")]) == 0 and "already" in capsys.readouterr().out
+
+
+def test_paths_of_a_recipe_are_looked_for_in_its_folder_then_in_the_current_one(tmp_path, monkeypatch):
+    (tmp_path / "recipes" / "near").mkdir(parents=True)
+    for name in ("near", "far"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+    text = yaml.safe_dump({"base": "near", "experts": ["far", "owner/name"], "method": "ties"})
+    (tmp_path / "recipes" / "r.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = read_recipe(tmp_path / "recipes" / "r.yaml")
+    assert (recipe.base, recipe.experts) == (str(tmp_path / "recipes" / "near"), ("far", "owner/name"))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("base: 3", "base must be a text, got 3"),
+    ("base: [a]", r"base must be a text, got \['a'\]"),
+    ("base: null", "base must be a text, got None"),
+    ("experts: a", "experts must be a list of texts, got 'a'"),
+    ("experts: [1]", r"experts must be a list of texts, got \[1\]"),
+    ("method: {a: 1}", "method must be a text"),
+    ("svc: 1", "svc must be true or false, got 1"),
+    ("scale: much", "scale must be a number or null, got 'much'"),
+    ("scale: true", "scale must be a number or null, got True"),
+    ("seed: 0.5", "seed must be a whole number or null"),
+    ("space: 3", "space must be output or input, got 3"),
+    ("space: [output]", "space must be output or input"),
+    ("set: {a: b}", "set must be a list of texts"),
+    ("[1]", "is no recipe, which is a mapping"),
+    ("3", "is no recipe, which is a mapping"),
+    ("3: 4", "unknown option in .*3"),
+    ("a: b: c", "cannot be read as a recipe"),
+    ("!!python/object/apply:os.mkdir [harm]", "cannot be read as a recipe"),
+    ("[" * 5000, "cannot be read as a recipe"),
+])  # fmt: skip
+def test_values_of_a_recipe_are_of_the_kinds_that_options_have(tmp_path, text, message, capsys):
+    (tmp_path / "r.yaml").write_text(text)
+    assert main(["--recipe", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, said) and "r.yaml" in said and not (tmp_path / "harm").exists()
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, capsys):

@@ -1,0 +1,145 @@
+"""How merges end that do not succeed: what is left on the disk, what is said, and that the advice can be followed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models_on_disk import content, experts_of, in_fork, models, state_of, state_of_all_dtypes, weights
+from test_shards import made_of, shards_of
+
+from merging.command import changes, stream
+from merging.command.main import main
+from merging.command.shards import REFUSED, begin
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(tmp_path, spoil=None, *more):
+    """The flags of a merge in shards of one or two tensors; the last expert's state is spoilt before it is saved."""
+    base = state_of()
+    experts = experts_of(base)
+    if spoil:
+        spoil(experts[-1])
+    where, others = models(tmp_path, base, experts)
+    return ["--base", where, "--experts", *others, "--shard-size", "500B", "--out", str(tmp_path / "out"), *more]
+
+
+def _nan(state):
+    state["token_embedding.weight"][7, 3] = torch.nan
+
+
+def _huge(state):
+    state["token_embedding.weight"][7, 3] = 3e38
+
+
+@pytest.mark.parametrize("method, more", [
+    ("weight_average", ()), ("ties", ("--set", "*:scope=global")), ("dare", ("--jobs", "2")), ("tsv_m", ("--svc",)),
+])  # fmt: skip
+def test_the_advice_of_a_refusal_can_be_followed(tmp_path, method, more, capsys, monkeypatch):
+    monkeypatch.setattr(changes, "RANGE", 30)
+    flags = command(tmp_path, _nan, "--method", method, *more)
+    assert main(flags) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    advice = re.search(r"e2/model\.safetensors: 'token_embedding.weight'.*--set '(.+?)'", said)
+    assert advice, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "e0", "e1", "e2"]
+    assert main([*flags, "--set", advice[1]]) == 0
+    assert torch.equal(weights(tmp_path / "out")["token_embedding.weight"], state_of()["token_embedding.weight"])
+
+
+def test_an_overflow_is_refused_likewise(tmp_path, capsys):
+    flags = command(tmp_path, _huge, "--method", "weight_average", "--dtype", "float16")
+    assert main(flags) == 1 and "overflow torch.float16; choose --dtype float32" in capsys.readouterr().err
+    assert main([*flags[:-1], "float32"]) == 0
+
+
+def test_a_refusal_removes_nothing_of_another_merge(tmp_path, capsys):
+    """The killed merge of another recipe stays, whatever is tried in its place."""
+    flags = command(tmp_path, _nan, "--method", "weight_average")
+
+    def killed_in_the_second_shard():
+        original = os.fsync
+        calls = iter(range(3))
+        os.fsync = lambda file: original(file) if next(calls, None) is not None else os.kill(os.getpid(), 9)
+        return main([*flags, "--set", "token*:merge=false"])
+
+    assert in_fork(killed_in_the_second_shard) == -signal.SIGKILL
+    before = {path: path.read_bytes() for path in (tmp_path / ".out.partial").rglob("*") if path.is_file()}
+    assert main(flags) == 1 and "an unfinished merge of another recipe" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / ".out.partial").rglob("*") if path.is_file()} == before
+    assert main([*flags, "--set", "token*:merge=false"]) == 0
+
+
+def test_a_process_among_several_marks_what_it_refuses_and_the_next_merge_removes_it(tmp_path):
+    state, out = state_of_all_dtypes(), tmp_path / "out"
+    first, second, *_ = shards = shards_of(state, 60)
+    with pytest.raises(ValueError, match="'double': NaN"), begin(out, "id", shards, 0, ranks=2) as output:
+        output.write(first, made_of(state, first))
+        with pytest.raises(ValueError), begin(out, "id", shards, 1, ranks=2) as other, other.attempt():
+            other.write(second, lambda write: refuse("'double': NaN"))
+        output.notes()  # would wait for ever
+    assert (tmp_path / ".out.partial" / REFUSED).read_text() == "'double': NaN"
+    with begin(out, "id", shards, 1, ranks=2) as late:  # a process of the refused merge that still writes
+        late.write(second, lambda write: busy(out, shards) or made_of(state, second)(write))
+    with begin(out, "other", shards) as output:
+        assert not any(map(output.is_finished, shards)) and not (output.work / REFUSED).exists()
+        for shard in shards:
+            output.write(shard, made_of(state, shard))
+        output.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def refuse(text):
+    raise ValueError(text)
+
+
+def busy(out, shards):
+    with pytest.raises(ValueError, match="another process is writing this merge"), begin(out, "other", shards):
+        pass
+
+
+def test_two_processes_of_a_launcher_end_with_the_refusal_of_one(tmp_path):
+    flags = command(tmp_path, _nan, "--method", "weight_average")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*launcher, "-m", "merging", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode != 0 and "--set 'token_embedding.weight:merge=false'" in ran.stderr
+    assert main([*flags, "--set", "token_embedding.weight:merge=false"]) == 0
+
+
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
+    flags = command(tmp_path, None, "--method", "weight_average")
+    assert main([*flags[:-3], str(tmp_path / "whole"), *flags[-2:]]) == 0
+    original, calls = stream.Streamer.tensor, iter(range(3))
+
+    def interrupted(*arguments):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(stream.Streamer, "tensor", interrupted)
+    assert main(flags) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "python -m merging: interrupted; the same command goes on where this one stopped"
+    assert not any("Traceback" in line for line in said) and (tmp_path / ".out.partial").exists()
+    monkeypatch.setattr(stream.Streamer, "tensor", original)
+    assert main(flags) == 0 and content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_what_belongs_to_the_base_is_checked_before_anything_is_merged(tmp_path, capsys, monkeypatch):
+    flags = command(tmp_path, None, "--method", "weight_average")
+    (tmp_path / "secret").write_text("hidden")
+    (tmp_path / "base" / "tokenizer.json").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr(stream.Streamer, "tensor", lambda *_: pytest.fail("merged"))
+    assert main(flags) == 1
+    assert "base/tokenizer.json: is a link to" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
