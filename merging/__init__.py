@@ -16,7 +16,7 @@ from merging.mergers import (
     tsv_m,
     weight_average,
 )
-from merging.task_vectors import apply, task_vector
+from merging.task_vectors import apply, task_vector, weighted
 
 __all__ = [
     "MERGERS",
@@ -37,4 +37,5 @@ __all__ = [
     "ties",
     "tsv_m",
     "weight_average",
+    "weighted",
 ]

@@ -19,8 +19,8 @@ from torch import Tensor
 from merging.calibration import SVC, Diagnosis, calibrate, diagnose, own_bases
 from merging.command import changes
 from merging.command.changes import Step, differences, joined, ranges, row_ranges, task_vectors
+from merging.command.options import SVC_FLAGS
 from merging.command.plan import Plan
-from merging.command.recipe import SVC_FLAGS
 from merging.command.storage import Piece
 from merging.diagnosis import totals
 from merging.lowrank import LowRank, diagnose_low_rank, merge_low_rank
@@ -75,7 +75,8 @@ class Streamer:
 
     def low_rank(self, step: Step, rows: list[dict[str, Any]] | None = None) -> LowRank:
         """Return the merged update of a step of LoRA in factored form, before the final scale."""
-        read, options = step.change.read(self.device), step.of_merger(self.plan.recipe.method)
+        stored, options = step.change.read(self.device), step.of_merger(self.plan.recipe.method)
+        read = [replace(own, scale=own.scale * w) for own, w in zip(stored, step.weights, strict=True)]
         svc = replace(svc_of(step), split_qkv=False, vectors=False, flatten=False)  # there are matrices only
         (piece,), method = step.pieces, self.plan.recipe.method
         if rows is not None and treatment(step, piece) == "calibrated":
