@@ -12,7 +12,8 @@ from models_on_disk import assert_equal, content, experts_of, in_memory, models,
 from safetensors.torch import save_file
 
 from merging import checkpoints, task_vector
-from merging.command.main import main, merge, parse
+from merging.command.flags import parse
+from merging.command.main import main, merge
 from merging.command.recipe import Recipe, read_recipe
 
 

@@ -11,7 +11,8 @@ from merging import MERGERS, apply, calibrate, dare, task_arithmetic, task_vecto
 from merging.adapters import Adapter, save_adapter
 from merging.checkpoints import open_checkpoint
 from merging.command import changes
-from merging.command.main import main, merge, parse
+from merging.command.flags import parse
+from merging.command.main import main, merge
 from merging.command.options import depths
 from merging.command.plan import make_plan
 from merging.command.recipe import Recipe
