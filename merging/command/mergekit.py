@@ -11,9 +11,9 @@ w_i the weights, λ lambda, and m_i = 1 where an entry of w_i τ_i' has the sign
 
 The brackets are `normalize: true`, the default of linear and ties. λ is our final scale, density our keep or 1 − drop.
 A setting is a number, a gradient [a, b, …] over the layers, or a list of {filter, value}, of which the first that fits
-counts (with us the last); a model's settings come before those for all. Two things agree up to chance or rounding only:
-DARE draws other masks and rescales by 1 / density, where mergekit restores Σ |τ_i|; and of entries whose magnitude
-equals the threshold TIES keeps all here, some there.
+counts (with us the last); a model's settings come before those for all. Two methods agree not exactly: DARE draws other
+masks, and rescales by 1 / density where mergekit restores Σ |τ_i|; and TIES keeps ⌊density · d⌋ + 1 entries, as its
+authors do, and all that are equal to the last of them, where mergekit keeps ⌊density · d⌋, whichever come first.
 """
 
 import glob
@@ -89,7 +89,7 @@ def _read(text: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
         raise ValueError("parameters.normalize: false, with weights that do not sum to 1, would scale the base as well")
     texts += _sparsified(way, density, shared, notes)
     texts += [f"*:combine={way.combine[normalize]}"] if way.combine else []
-    scale = [(None, 1.0)] if way is WAYS["linear"] else _until_all(_of_all(shared, "lambda") + [(None, 1.0)])
+    scale = [(None, 1.0)] if way is WAYS["linear"] else _until_all([*_of_all(shared, "lambda"), (None, 1.0)])
     texts += [] if _is_number(scale) else _texts("final_scale", scale)
     if _flag(shared, "int8_mask", False):
         notes.append("int8_mask: has no effect here")
