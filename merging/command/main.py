@@ -81,7 +81,7 @@ def merge(recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", d
     for note in (*plan.notes, *plan.remarks) if _process()[0] == 0 else ():
         print(f"note: {note}", file=sys.stderr)
     if dry_run:
-        print("\n".join(describe(output, jobs, on)))
+        print("\n".join(describe(output, jobs, on, Path(os.path.abspath(out)) if str(out) else None)))
     elif _is_complete(out := Path(os.path.abspath(out)), made_from):
         remove_leftovers(out, made_from)  # of a merge that was killed after its last step
         print(f"{out}: this recipe has made it already; nothing to do")

@@ -147,7 +147,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, capsys):
     assert said["token_embedding.weight"].endswith("mean (tsv_m leaves it), no SVC")
     assert said["conv.weight"].endswith("mean (tsv_m leaves it), no SVC, kernel")
     assert said["moe"].endswith("tsv_m, SVC, stack of 2") and said["steps"].endswith("the base's value")
-    assert re.fullmatch(r"8 tensors, .* to write, memory up to about 0\.\d+ GB, about \d+ s", last)
+    assert re.fullmatch(r"8 tensors, .* to write \(.* GB free\), memory up to about 0\.\d+ GB, about \d+ s", last)
 
 
 def test_the_report_holds_the_diagnoses_of_every_matrix(tmp_path):
