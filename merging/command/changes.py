@@ -19,7 +19,6 @@ from merging.command.storage import Piece
 from merging.lowrank import LowRank, zero_like
 from merging.mergers import merger
 from merging.peft_files import Factors
-from merging.task_vectors import apply
 from merging.ties_dare import Ranges
 
 RANGE = 2**21  # entries merged at a time where rows are independent: 8 MiB in float32
@@ -62,7 +61,7 @@ class Change:
         """
         for start, update in merged:
             own = base.read(start, start + update.numel(), torch.float32, device).reshape(update.shape)
-            yield apply({base.name: own}, {base.name: update}, scale)[base.name]
+            yield own.add_(update if scale == 1 else scale * update)
 
 
 class Full(Change):

@@ -15,6 +15,7 @@ import inspect
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -93,6 +94,7 @@ def _argument(hint: Any, text: str) -> Any:
     return Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=shown)]
 
 
+@cache
 def documentation(kind: type) -> dict[str, str]:
     """Return the texts below the fields of a dataclass and of those that it extends."""
     texts: dict[str, str] = {}

@@ -25,7 +25,7 @@ from merging.command.storage import Piece
 from merging.diagnosis import totals
 from merging.lowrank import LowRank, diagnose_low_rank, merge_low_rank
 from merging.mergers import Merger, merger, weight_average
-from merging.task_vectors import TaskVector
+from merging.task_vectors import Finite, TaskVector
 
 Rule = Callable[[Sequence[Tensor]], Tensor]
 
@@ -154,9 +154,9 @@ class Streamer:
             return None
         own, options = self.merger, step.of_merger(self.plan.recipe.method)
         if not takes(own, piece):
-            return lambda updates: weight_average([{piece.name: update} for update in updates])[piece.name]
+            return lambda updates: weight_average([Finite({piece.name: update}) for update in updates])[piece.name]
         if own.by_rows is None or (self.decided is None and piece.count <= changes.RANGE):  # a single range
-            return lambda updates: own([{piece.name: update} for update in updates], **options)[piece.name]
+            return lambda updates: own([Finite({piece.name: update}) for update in updates], **options)[piece.name]
         options, decided = own.options | options, self.decided
         if decided is None and own.by_rows.decide:
             decided = own.by_rows.decide([ranges(step, piece, self.device)], **options)
@@ -196,7 +196,6 @@ def rounded(name: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
         ValueError: an entry is beyond that dtype.
     """
     result = merged.reshape(-1).to("cpu", dtype)
-    if not result.sum(dtype=torch.float64).isfinite():
-        count = int((~result.isfinite()).sum())
+    if not result.sum().isfinite() and (count := int((~result.isfinite()).sum())):  # a sum may overflow by itself
         raise ValueError(f"{name!r}: {count} merged entries overflow {dtype}; choose --dtype float32")
     return result
