@@ -1,22 +1,29 @@
 """Time, memory and error of merging checkpoints on disk, beside mergekit, and of merging adapters in factored form.
 
-Three parts, all on a CPU with one thread. Beside mergekit: a base of Llama's architecture and experts, base + noise, in
+Four parts, all on a CPU with one thread. Beside mergekit: a base of Llama's architecture and experts, base + noise, in
 bfloat16 and in shards, merged by `python -m merging` and by mergekit from the same files, in a fresh process each time,
-by task arithmetic and by TIES. Model size: `python -m merging` on checkpoints of one large tensor and more and more
-layers. Adapters: updates of rank 16, merged and calibrated in factored form and as dense matrices.
+by task arithmetic and by TIES; and, for the floor, read and copied without any arithmetic. Agreement: recipes of
+mergekit with weights, densities, filters and gradients, carried out by both on a small model in float32. Model size:
+`python -m merging` on checkpoints of one large tensor and more and more layers. Adapters: updates of rank 16, merged
+and calibrated in factored form and as dense matrices.
 
 Claim    Merging needs no more memory than a few of the model's tensors, whatever the model's size and its shards, and
          adapters need no dense matrix.
-Verdict  five parts, each "yes" or "no" on what was run, which is named; "holds" if no part that was run is "no":
+Verdict  seven parts, each "yes" or "no" on what was run, which is named; "holds" if no part that was run is "no":
          memory   peak resident memory below mergekit's for each method and shard size;
          time     seconds at most mergekit's for each method and shard size (means over repeats);
+         floor    seconds of task arithmetic at most 1.5 times those of reading all inputs and writing the output
+                  with no arithmetic, for each shard size (means over repeats);
+         agreement with mergekit's own output, for each of its methods: relative difference of the updates at most 1e-5
+                  (for TIES without the K entries of each tensor that differ most: mergekit keeps one less per expert);
+                  DARE's masks are random: share of entries that change, and their mean magnitude, within 2 %;
          error    distance to the float64 merge at most 1.01 of that of the float64 merge rounded to the output's dtype;
          size     peak resident memory at most 1 GiB + (K + 4) × the largest tensor for each model and method;
          adapters at least 100 times faster than dense, relative difference at most 1e-5, for each method at 4096 × 4096
                   (smaller ones: "not run").
-         mergekit counts twice, with arithmetic in the files' dtype (its default) and, where that is run too, in
-         float32 (what `python -m merging` does); memory and time have to be met against both. Without mergekit these
-         two are "not run".
+         In memory and time mergekit counts twice, with arithmetic in the files' dtype (its default) and, where that is
+         run too, in float32 (what `python -m merging` does); both have to be met against both. Without mergekit these
+         two, and agreement, are "not run".
          Evidence for the full claim: shards of 5 GB and models up to 8 GB.
 Cost     smoke 30 s; laptop 8 min; workstation 1 h, 25 GB of disk and 16 GB of memory; paper, a model of 8e9
          parameters: not timed.
@@ -51,8 +58,17 @@ from merging.suites import comparison
 from merging.suites.reference import task_arithmetic_by_entry, ties_by_entry
 
 SCALE = 0.3
+AGREEMENT = {  # method of mergekit → weights and densities of three experts, and what holds for all
+    method: dict(
+        weights=[0.8, [0.2, 1.0], [{"filter": "mlp", "value": 0.5}, {"value": 0.3}]],
+        densities=[0.5, 0.4, [0.3, 0.6]],
+        parameters={} if method == "linear" else {"lambda": 0.7},
+    )
+    for method in ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+}
 TWINS = {"task_arithmetic": task_arithmetic_by_entry, "ties": ties_by_entry}
 OURS, PEER, PEER_32 = "python -m merging", "mergekit", "mergekit, float32"
+FLOOR = "copy"
 ROUNDED = "float64, rounded"
 SIZED = {  # flags of the three kinds of streaming: ranges of rows, several passes, whole matrices
     "task_arithmetic": ["--method", "task_arithmetic"],
@@ -65,8 +81,11 @@ NAMES = {
     "task_arithmetic + SVC": "Task Arithmetic + SVC",
     "limit": "limit: 1 GiB + (K + 4)\n× largest tensor",
 }
+COPY = [sys.executable, "-m", "merging.suites.copy_floor"]
+MERGEKIT_FLAGS = ["--quiet", "--no-copy-tokenizer", "--lazy-unpickle", "--num-threads", "1"]
 LATER_LAYERS = re.compile(r"layers\.(?!0\.|1\.)")  # their errors are not looked at: the float64 merge is slow
 MIB = 2**20
+MEANT = {"difference of updates": 0.0, "changed entries, ours / theirs": 1.0, "magnitude, ours / theirs": 1.0}
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,7 @@ class Settings:
     adapters: int = 8
     mergekit: str = "mergekit-yaml"  # name on the PATH, or path
     float32: bool = True  # run mergekit with arithmetic in float32 too
+    small: Llama = Llama(64, 176, 4, 500)  # on which the outputs are compared
 
     def __post_init__(self):
         if os.sep in self.mergekit and not shutil.which(self.mergekit):
@@ -140,6 +160,9 @@ def measure(settings, context):
         for shard in settings.shards:
             with context.stage(f"shards of {shard}"), tempfile.TemporaryDirectory() as folder:
                 yield from beside_mergekit(settings, Path(folder), peer, seed, shard)
+        if peer:
+            with context.stage("agreement"), tempfile.TemporaryDirectory() as folder:
+                yield from agreement(settings, Path(folder), peer, seed)
         for size in settings.sized.gigabytes:
             with context.stage(f"{size:g} GB"), tempfile.TemporaryDirectory() as folder:
                 yield from one_size(settings.sized, Path(folder), seed, size)
@@ -158,6 +181,8 @@ def beside_mergekit(settings, folder, peer, seed, shard) -> Iterator[dict]:
     gigabytes = sum(file.stat().st_size for file in models[0].glob("*.safetensors")) / 1e9
     for method in TWINS:
         commands = {OURS: ours(models, "--method", method, "--scale", SCALE, "--shard-size", shard)}
+        if method == "task_arithmetic":
+            commands[FLOOR] = [*COPY, "--models", *models, "--shard-size", shard, "--out"]
         if peer:
             peers = {PEER: {}} | ({PEER_32: dict(dtype="float32", out_dtype="bfloat16")} if settings.float32 else {})
             for name, options in peers.items():
@@ -168,12 +193,14 @@ def beside_mergekit(settings, folder, peer, seed, shard) -> Iterator[dict]:
                 labels |= dict(shard=shard, gigabytes=gigabytes)
                 with tempfile.TemporaryDirectory(dir=folder) as out:
                     yield from usage_rows(labels, [*command, Path(out) / "merged"])
-                    if repeat == 0 and shard == settings.shards[0]:  # how files are cut changes no value
+                    if (
+                        repeat == 0 and shard == settings.shards[0] and contender != FLOOR
+                    ):  # how files are cut changes no value
                         yield from error_rows(labels, models, Path(out) / "merged", method)
 
 
-def write_llamas(llama, folders, seed, shard):
-    """Write a base with transformers' own random weights, and experts which differ from it by noise, in bfloat16."""
+def write_llamas(llama, folders, seed, shard, dtype=torch.bfloat16):
+    """Write a base with transformers' own random weights, and experts which differ from it by noise."""
     config = LlamaConfig(
         hidden_size=llama.hidden,
         intermediate_size=llama.intermediate,
@@ -184,7 +211,7 @@ def write_llamas(llama, folders, seed, shard):
     )
     for index, folder in enumerate(folders):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         generator = torch.Generator().manual_seed(1000 * seed + index)
         with torch.no_grad():
             for weight in model.parameters() if index else ():
@@ -205,8 +232,7 @@ def mergekit(program, recipe, models, method, shard, options):
     merge = dict(merge_method=method, base_model=base, parameters={"lambda": SCALE, "normalize": method == "ties"})
     merge |= dict(models=[dict(model=expert, parameters=parameters) for expert in experts])
     recipe.write_text(json.dumps(merge | options))  # JSON is YAML
-    flags = ["--quiet", "--no-copy-tokenizer", "--lazy-unpickle", "--num-threads", "1"]
-    return [program, *flags, "--out-shard-size", str(shard_bytes(shard)), recipe]
+    return [program, *MERGEKIT_FLAGS, "--out-shard-size", str(shard_bytes(shard)), recipe]
 
 
 def usage_rows(labels, command) -> Iterator[dict]:
@@ -239,6 +265,49 @@ def stored(folder):
     """Return {name of a tensor: the open safetensors file that holds it}."""
     files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+
+def agreement(settings, folder, peer, seed) -> Iterator[dict]:
+    """Carry out each recipe of mergekit by both programs, and compare what they add to the base."""
+    base, *experts = models = [folder / "base", *(folder / f"expert{i}" for i in range(3))]
+    write_llamas(settings.small, models, seed, "5GB", torch.float32)
+    for method, text in AGREEMENT.items():
+        recipe = folder / f"{method}.yaml"
+        recipe.write_text(json.dumps(recipe_of(method, base, experts, **text)))
+        outs = [folder / method / name for name in (OURS, PEER)]
+        start = [sys.executable, "-m", "merging", "--mergekit", recipe, "--out"]
+        for command, out in zip((start, [peer, *MERGEKIT_FLAGS, recipe]), outs, strict=True):
+            out.parent.mkdir(exist_ok=True)
+            benchmark.run_command([*command, out], threads=1)
+        for metric, value in compared(*map(stored, (base, *outs)), method, len(experts)).items():
+            yield dict(seed=seed, part="agreement", method=method, contender=OURS, repeat=0, metric=metric, value=value)
+
+
+def recipe_of(method, base, experts, weights, densities, parameters):
+    """Return the recipe as mergekit spells it; linear merges the base like the others, and trims nothing."""
+    listed = []
+    for expert, weight, density in zip(experts, weights, densities, strict=True):
+        own = {"weight": weight} | ({} if method in ("linear", "task_arithmetic") else {"density": density})
+        listed.append(dict(model=str(expert), parameters=own))
+    if method == "linear":
+        listed.append(dict(model=str(base), parameters={"weight": 0.5}))
+    return dict(merge_method=method, base_model=str(base), models=listed, parameters=parameters, dtype="float32")
+
+
+def compared(base, ours, theirs, method, experts):
+    """Return how two merges differ in what they add to the base: entry by entry, or in distribution where random."""
+    sums = torch.zeros(6, dtype=torch.float64)
+    for name in theirs:
+        start = base[name].get_tensor(name).double()
+        own, other = (model[name].get_tensor(name).double() - start for model in (ours, theirs))
+        changed = [(update.abs() > 1e-7).sum() for update in (own, other)]  # beyond the rounding of base + update
+        square = (own - other).square().flatten().sort().values
+        kept = square[: len(square) - experts] if method == "ties" else square
+        sums += torch.stack([kept.sum(), other.square().sum(), *changed, own.abs().sum(), other.abs().sum()])
+    away, norm, *rest = sums.tolist()
+    if not method.startswith("dare"):
+        return {"difference of updates": math.sqrt(away / norm)}
+    return {"changed entries, ours / theirs": rest[0] / rest[1], "magnitude, ours / theirs": rest[2] / rest[3]}
 
 
 # Model size and adapters ----------------------------------------------------------------------------------------------
@@ -313,6 +382,12 @@ def beside(data, metric):
     return rows.groupby(["shard", "method", "contender"], sort=False).value.mean().unstack(sort=False)
 
 
+def agreed(data):
+    """How the outputs of recipes of mergekit differ from its own: the worst seed of each method and metric."""
+    rows = data[data.part == "agreement"].assign(distance=lambda rows: (rows.value - rows.metric.map(MEANT)).abs())
+    return rows.loc[rows.groupby(["method", "metric"], sort=False).distance.idxmax()] if len(rows) else rows
+
+
 def sizes(data):
     """Peak memory of each model size and method, beside its limit."""
     keys = ["gigabytes", "method"]
@@ -332,15 +407,16 @@ def factored(data):
 def draw(data):
     items = part(data, "beside mergekit", "seconds"), part(data, "beside mergekit", "peak MiB")
     seconds, memory = (rows.assign(item=rows.method.map(figures.label) + ", shards of " + rows.shard) for rows in items)
+    memory = memory[memory.contender != FLOOR]
     peaks, limits = part(data, "model size", "peak MiB"), part(data, "model size", "limit MiB")
     against_size = pd.concat([peaks, limits.drop_duplicates("gigabytes").assign(method="limit")])
-    options = dict(item="item", condition="contender", start=OURS)
+    options = dict(item="item", condition="contender", log=True)
     return {
         "memory_against_model_size": figures.lines(
             against_size, x="gigabytes", xlabel="size of the model, GB", ylabel="peak resident memory, MiB", names=NAMES
         ),
-        "seconds_beside_mergekit": figures.paired(seconds, xlabel="seconds", **options),
-        "memory_beside_mergekit": figures.paired(memory, xlabel="peak resident memory, MiB", **options),
+        "seconds_beside_mergekit": figures.paired(seconds, start=FLOOR, xlabel="seconds", **options),
+        "memory_beside_mergekit": figures.paired(memory, start=PEER, xlabel="peak resident memory, MiB", **options),
     }
 
 
@@ -348,8 +424,10 @@ def compare(data, published):
     quantities = {}
     for metric in ("seconds", "peak MiB", "anonymous MiB", "relative error"):
         for (shard, method), row in beside(data, metric).iterrows():
-            for peer in row.index.intersection([PEER, PEER_32]):
+            for peer in row.dropna().index.intersection([PEER, PEER_32] + [FLOOR] * (metric == "seconds")):
                 quantities[f"{metric}, ours / {peer}: {method}, shards of {shard}"] = row[OURS] / row[peer]
+    for row in agreed(data).itertuples():
+        quantities[f"{row.metric}: {row.method}, a recipe of mergekit"] = row.value
     for row in sizes(data).itertuples():
         quantities[f"peak MiB / limit: {row.method}, {row.gigabytes:g} GB"] = row.peak / row.limit
     for row in factored(data).itertuples():
@@ -369,6 +447,9 @@ def tables(data):
     errors = beside(data, "relative error").map("{:.5g}".format)
     undecided = beside(data, "undecided share")[ROUNDED].map("{:.1%}".format)
     shown["Distance to the float64 merge / norm of the update"] = errors.assign(undecided=undecided).reset_index()
+    shown["Recipes of mergekit, beside its own output"] = agreed(data)[["method", "metric", "value"]].assign(
+        value=lambda table: table.value.map("{:.3g}".format)
+    )
     shown["Memory and time against model size"] = sizes(data)
     shown["Adapters: seconds and relative difference"] = factored(data).assign(
         difference=lambda table: table.difference.map("{:.1e}".format)
@@ -380,6 +461,8 @@ def verdict(data):
     found = {
         "memory": against_mergekit(data, "peak MiB"),
         "time": against_mergekit(data, "seconds"),
+        "floor": floor_part(data),
+        "agreement": agreement_part(data),
         "error": error_part(data),
         "size": size_part(data),
         "adapters": adapters_part(data),
@@ -397,13 +480,35 @@ def against_mergekit(data, metric):
     table = beside(data, metric)
     if PEER not in table:
         return "not run, no mergekit"
-    ratios = table[table.columns.intersection([PEER, PEER_32])].rdiv(table[OURS], axis=0)
+    ratios = table[[name for name in (PEER, PEER_32) if name in table]].rdiv(table[OURS], axis=0)
     worst = ratios.max(axis=None)
     holds = worst < 1 if metric == "peak MiB" else worst <= 1
     model = data.gigabytes[data.part == "beside mergekit"].iloc[0]
     shards = " and ".join(table.index.unique("shard"))
     return answer(
         holds, f"{ratios.min(axis=None):.2f} to {worst:.2f} of mergekit's, {model:.2g} GB in shards of {shards}"
+    )
+
+
+def floor_part(data):
+    table = beside(data, "seconds")
+    if FLOOR not in table:
+        return "not run"
+    table = table.dropna(subset=[FLOOR])
+    ratios = table[OURS] / table[FLOOR]
+    return answer(ratios.max() <= 1.5, f"{ratios.min():.2f} to {ratios.max():.2f} times the time of copying")
+
+
+def agreement_part(data):
+    table = agreed(data)
+    if table.empty:
+        return "not run, no mergekit"
+    exact = table[table.metric == "difference of updates"].value.max()
+    random = table[table.metric != "difference of updates"].distance.max()
+    methods = ", ".join(table.method.unique())
+    return answer(
+        exact <= 1e-5 and random <= 0.02,
+        f"{methods}: difference at most {exact:.0e}, DARE in distribution {random:.2%}",
     )
 
 
@@ -440,6 +545,10 @@ DEVIATIONS = (
     "come first among equals, ours all that reach the threshold; an elected sum of zero is positive there, here it "
     "follows the majority. Such entries (column `undecided`) are left out of the error, which is "
     "that of embeddings, head and two layers.",
+    "The floor reads and writes with the code of `python -m merging`, range by range and on to the disk, and starts "
+    "PyTorch too; it copies the base.",
+    "Agreement: three experts in float32, weights 0.8, a gradient 0.2 to 1 and filters (mlp 0.5, else 0.3), densities "
+    "0.5, 0.4 and a gradient 0.3 to 0.6, lambda 0.7, mergekit's defaults for normalize and rescale.",
     "Models of growing size are float32, so that a tensor is as large in the file as in the arithmetic; both experts "
     "are the same folder, to save disk. Layers are flat (512 rows), where SVC is cheap. TIES is global, in passes.",
     "Adapters: time of the factored way is the mean of five calls, of the dense way one; making the dense updates from "

@@ -1,22 +1,26 @@
 """Merging fine-tuned models by their task vectors, and singular value calibration (SVC, arXiv 2602.05536)."""
 
-from merging.calibration import SVC, calibrate, diagnose
-from merging.mergers import (
-    MERGERS,
-    Merger,
-    dare,
-    iso_basis,
-    iso_c,
-    iso_cts,
-    merger,
-    plain_sum,
-    star,
-    task_arithmetic,
-    ties,
-    tsv_m,
-    weight_average,
-)
-from merging.task_vectors import apply, task_vector
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from merging.calibration import SVC, calibrate, diagnose
+    from merging.mergers import (
+        MERGERS,
+        Merger,
+        dare,
+        iso_basis,
+        iso_c,
+        iso_cts,
+        merger,
+        plain_sum,
+        star,
+        task_arithmetic,
+        ties,
+        tsv_m,
+        weight_average,
+    )
+    from merging.task_vectors import apply, task_vector, weighted
 
 __all__ = [
     "MERGERS",
@@ -37,4 +41,15 @@ __all__ = [
     "ties",
     "tsv_m",
     "weight_average",
+    "weighted",
 ]
+HOMES = {name: "calibration" for name in ("SVC", "calibrate", "diagnose")} | {
+    name: "task_vectors" for name in ("apply", "task_vector", "weighted")
+}  # the rest is of mergers
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is exported when it is asked for: `python -m merging` reads its flags before PyTorch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"merging.{HOMES.get(name, 'mergers')}"), name)

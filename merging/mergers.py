@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 
 from common.spectral import numerical_rank, polar, product, rank_tolerance, singular_values, svd, working
-from merging.task_vectors import OneTensor, Predicate, TaskVector, check, check_choice, check_finite, matrices_without
+from merging.task_vectors import (
+    OneTensor,
+    Predicate,
+    TaskVector,
+    check,
+    check_choice,
+    check_finite,
+    matrices_without,
+    sum_of_weights,
+)
 from merging.ties_dare import dare, dare_by_rows, elect, elected_together, ties, ties_by_rows
 
 Updates = Sequence[Tensor]  # the same tensor of each task
@@ -64,6 +73,8 @@ class Merger:
     """Whether it treats each entry by itself, so that a large tensor can be merged by calling it on ranges of rows."""
     by_rows: ByRows | None = None
     """What merges ranges of rows instead, if the entries depend on whole tensors."""
+    per_task: tuple[str, ...] = ()
+    """The options of which each task may have its own value: sequences of K numbers instead of one."""
     factored: bool = False
     """Whether it uses only sums, norms and singular triplets, so that it can merge low-rank updates by their cores."""
     basis: Callable[[Updates, int | None, torch.dtype | None], Tensor] | None = None
@@ -140,9 +151,18 @@ def _mean(updates: Updates) -> Tensor:
 # Linear combinations -------------------------------------------------------------------------------------------------
 
 
-def weight_average(task_vectors: Sequence[TaskVector]) -> dict[str, Tensor]:
-    """Return the mean of the task vectors, τ = (1/K) Σ τ_i."""
-    return _merge_each(task_vectors, _mean)
+def weight_average(task_vectors: Sequence[TaskVector], *, weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """Return the mean of the task vectors, τ = (1/K) Σ τ_i.
+
+    Args:
+        task_vectors: the K task vectors.
+        weights: of the tasks, by which their vectors are multiplied already (`weighted`): the mean is then divided by
+            Σ w_i instead of K.
+
+    Raises:
+        ValueError: the weights sum to zero, or there are not K.
+    """
+    return _merge_each(task_vectors, lambda updates: _sum(updates).div_(sum_of_weights(weights, len(updates))))
 
 
 def task_arithmetic(task_vectors: Sequence[TaskVector], scale: float = 0.3) -> dict[str, Tensor]:
@@ -411,9 +431,17 @@ MERGERS: dict[str, Merger] = {
     ),
     "plain_sum": Merger(plain_sum, "sum", "#4D4D4D", by_entry=True, factored=True),
     "ties": Merger(
-        ties, "TIES", "#D55E00", by_entry=True, by_rows=ByRows(ties_by_rows, elect, elected_together), published=True
+        ties,
+        "TIES",
+        "#D55E00",
+        by_entry=True,
+        by_rows=ByRows(ties_by_rows, elect, elected_together),
+        per_task=("keep",),
+        published=True,
     ),
-    "dare": Merger(dare, "DARE", "#CC79A7", by_entry=True, by_rows=ByRows(dare_by_rows), published=True),
+    "dare": Merger(
+        dare, "DARE", "#CC79A7", by_entry=True, by_rows=ByRows(dare_by_rows), per_task=("drop",), published=True
+    ),
     "tsv_m": Merger(tsv_m, "TSV-M", "#009E73", factored=True, alpha=1.0, published=True),
     "iso_c": Merger(iso_c, "Iso-C", "#E69F00", factored=True, basis=_iso_c_basis, published=True),
     "iso_cts": Merger(iso_cts, "Iso-CTS", "#8C6D31", factored=True, basis=_iso_cts_basis, published=True, copies=8),

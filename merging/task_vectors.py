@@ -17,6 +17,10 @@ TaskVector = Mapping[str, Tensor]
 Predicate = Callable[[str, Tensor], bool]
 
 
+class Finite(dict[str, Tensor]):
+    """A task vector of which it is known already that no entry is NaN or infinite."""
+
+
 class OneTensor(Sequence[Tensor]):
     """The same tensor of all tasks, each read from its task vector when asked for: task vectors may be on disk."""
 
@@ -85,6 +89,53 @@ def apply(pretrained: TaskVector, merged: TaskVector, scale: float = 1.0) -> dic
     return state
 
 
+@torch.no_grad()
+def weighted(task_vectors: Sequence[TaskVector], weights: Sequence[float]) -> list[dict[str, Tensor]]:
+    """Return w_i τ_i for each task, in place of τ_i in any merger, in SVC and in `diagnose`; the inputs are unchanged.
+
+    Experts of weight w count as models which went w times as far from the pretrained one (back, where w < 0). A mean is
+    still divided by K; mergers that can divide by Σ w_i take the weights too (`weights`, as of `weight_average`).
+
+    Args:
+        task_vectors: the K task vectors.
+        weights: K finite numbers.
+
+    Raises:
+        ValueError: there are not K finite weights.
+    """
+    weights = of_each_task("weights", weights, len(task_vectors))
+    for weight in weights:
+        check_finite("weights", weight)
+    return [
+        {name: tensor * weight if tensor.is_floating_point() else tensor for name, tensor in task.items()}
+        for task, weight in zip(task_vectors, weights, strict=True)
+    ]
+
+
+def of_each_task(option: str, given: float | Sequence[float], tasks: int) -> list[float]:
+    """Return K values of an option, given one for all tasks or one for each.
+
+    Raises:
+        ValueError: there are not K of them.
+    """
+    values = list(given) if isinstance(given, Sequence) else [given] * tasks
+    if len(values) != tasks:
+        raise ValueError(f"{option}: {len(values)} values for {tasks} experts; give one for each")
+    return values
+
+
+def sum_of_weights(weights: Sequence[float] | None, tasks: int) -> float:
+    """Return what a mean is divided by: Σ w_i, or K where there are no weights.
+
+    Raises:
+        ValueError: there are not K weights, or their sum is zero.
+    """
+    total = sum(of_each_task("weights", 1 if weights is None else weights, tasks))
+    if not total:
+        raise ValueError(f"weights {list(weights or ())} sum to zero, by which no mean can be divided")
+    return total
+
+
 def combine(treated: TaskVector, others: TaskVector, matrices: Predicate) -> dict[str, Tensor]:
     """Return `treated` where `matrices` accepts a tensor of it, and `others` elsewhere; both are left unchanged.
 
@@ -146,7 +197,7 @@ def _checked_shapes(label: str, task: TaskVector) -> dict[str, torch.Size]:
         if not tensor.is_floating_point():
             continue
         # One cheap pass: a bad entry spoils the sum. A sum may overflow by itself, so only then look at each entry.
-        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        if not isinstance(task, Finite) and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise ValueError(f"{label}, {name!r}: {int((~tensor.isfinite()).sum())} entries are NaN or infinite")
         shapes[name] = tensor.shape
     return shapes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.spectral import working
-from merging.task_vectors import TaskVector, check, check_choice, check_finite
+from merging.task_vectors import TaskVector, check, check_choice, check_finite, of_each_task, sum_of_weights
 
 Ranges = Callable[[], Iterable[Sequence[Tensor]]]  # reads one tensor: the K updates of each range of its rows
 
@@ -23,10 +23,12 @@ Ranges = Callable[[], Iterable[Sequence[Tensor]]]  # reads one tensor: the K upd
 
 def ties(
     task_vectors: Sequence[TaskVector],
-    keep: float = 0.2,
+    keep: float | Sequence[float] = 0.2,
     scope: str = "layer",
     combine: str = "mean",
     scale: float = 1.0,
+    *,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """Trim each task's small entries, elect a sign per entry, and combine the entries that agree with it (TIES).
 
@@ -35,33 +37,40 @@ def ties(
 
     Args:
         task_vectors: the K task vectors.
-        keep: share of the entries that survive trimming, in (0, 1].
+        keep: share of the entries that survive trimming, in (0, 1], or one for each task.
         scope: "layer" takes threshold and majority of each tensor by itself, "global" of all tensors together.
         combine: "mean" over the entries that agree, or their "sum".
         scale: factor of the result.
+        weights: of the tasks, by which their vectors are multiplied already (`weighted`): the mean is then divided by
+            the sum of the weights that agree, Σ w_i τ_i / Σ w_i, not by their number; by 1 where that sum is zero.
 
     Raises:
         ValueError: an option is out of range.
     """
-    _check_ties(keep, scope, combine, scale)
+    keeps = _check_ties(keep, scope, combine, scale, len(task_vectors))
     names = check(task_vectors)
     merged = {}
     for group in [names] if scope == "global" else [[name] for name in names]:
-        thresholds = [_threshold([task[name] for name in group], keep) for task in task_vectors]
+        pairs = zip(task_vectors, keeps, strict=True)
+        thresholds = [_threshold([task[name] for name in group], own) for task, own in pairs]
         signs = (_signs(_trimmed(_updates(task_vectors, name), thresholds)).sum() for name in group)
         majority = sum(int(total) for total in signs)
         for name in group:
-            combined = _combined(_trimmed(_updates(task_vectors, name), thresholds), majority, combine)
+            combined = _combined(_trimmed(_updates(task_vectors, name), thresholds), majority, combine, weights)
             merged[name] = (scale * combined).to(task_vectors[0][name].dtype)
     return merged
 
 
-def _check_ties(keep: float, scope: str, combine: str, scale: float) -> None:
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}")
+def _check_ties(keep: float | Sequence[float], scope: str, combine: str, scale: float, tasks: int) -> list[float]:
+    """Return the share that each task keeps, after checking all options."""
+    keeps = of_each_task("keep", keep, tasks)
+    for own in keeps:
+        if not 0 < own <= 1:
+            raise ValueError(f"keep must be in (0, 1], got {own}")
     check_choice("scope", scope, ("layer", "global"))
     check_choice("combine", combine, ("mean", "sum"))
     check_finite("scale", scale)
+    return keeps
 
 
 def _updates(task_vectors: Sequence[TaskVector], name: str) -> Iterable[Tensor]:
@@ -90,20 +99,29 @@ def _signs(trimmed: Tensor) -> Tensor:
     return trimmed.sum(0).sign()  # (K, …) → (…)
 
 
-def _combined(trimmed: Tensor, majority: int, combine: str) -> Tensor:
+def _combined(trimmed: Tensor, majority: int, combine: str, weights: Sequence[float] | None = None) -> Tensor:
     """Combine the entries (K, …) of the elected sign; an undecided entry follows the majority, else it is negative."""
     signs = _signs(trimmed)
     positive = (signs > 0) | ((signs == 0) & (majority > 0))
     agrees = torch.where(positive, trimmed > 0, trimmed < 0)  # (K, …)
     total = trimmed.where(agrees, 0).sum(0)
-    return total if combine == "sum" else total / agrees.sum(0).clamp_min(1)
+    if combine == "sum":
+        return total
+    if weights is None:
+        return total / agrees.sum(0).clamp_min(1)
+    divisor = torch.tensordot(torch.as_tensor(weights).to(total), agrees.to(total), 1)  # Σ w_i over those that agree
+    return total / divisor.where(divisor != 0, 1)
 
 
 # TIES by rows: thresholds and majority by counting, in three passes, half a megabyte per task.
 
 
 def elect(
-    tensors: Sequence[Ranges], every: Callable[[Callable, Iterable], Iterable] = map, *, keep: float, **_: Any
+    tensors: Sequence[Ranges],
+    every: Callable[[Callable, Iterable], Iterable] = map,
+    *,
+    keep: float | Sequence[float],
+    **_: Any,
 ) -> dict[str, Any]:
     """Return TIES' global state: one threshold per task, and the sign for undecided entries.
 
@@ -115,14 +133,15 @@ def elect(
     Args:
         tensors: for each tensor a function that reads its float32 updates, range by range, each time it is called.
         every: `map`, or a map over several threads.
-        keep: share of the entries that survive trimming.
+        keep: share of the entries that survive trimming, or one for each task.
 
     Returns:
         "thresholds", one per task, and "majority", the sum of all signs: the same that `ties` computes when it holds
         all these tensors in memory.
     """
     upper = _counts(tensors, every, lambda bits, task: bits >> 16)
-    highs, ranks = zip(*(_position(counts, _rank(int(counts.sum()), keep)) for counts in upper), strict=True)
+    pairs = zip(upper, of_each_task("keep", keep, len(upper)), strict=True)
+    highs, ranks = zip(*(_position(counts, _rank(int(counts.sum()), own)) for counts, own in pairs), strict=True)
 
     def lower_half(bits: Tensor, task: int) -> Tensor:
         return bits[bits >> 16 == highs[task]] & 0xFFFF
@@ -160,33 +179,52 @@ def _position(counts: Tensor, rank: int) -> tuple[int, int]:
     return value, rank - int(running[value - 1] if value else 0)
 
 
-def elected_together(*, scope: str, keep: float, **_: Any) -> dict[str, Any] | None:
+def elected_together(*, scope: str, keep: float | Sequence[float], **_: Any) -> dict[str, Any] | None:
     """Return the options that must be the same for all tensors if one election covers all of them, else None."""
     return {"scope": scope, "keep": keep} if scope == "global" else None
 
 
 def ties_by_rows(
-    name: str, tasks: int, election: Mapping[str, Any], *, keep: float, scope: str, combine: str, scale: float
+    name: str,
+    tasks: int,
+    election: Mapping[str, Any],
+    *,
+    keep: float | Sequence[float],
+    scope: str,
+    combine: str,
+    scale: float,
+    weights: Sequence[float] | None = None,
 ) -> Callable[[Sequence[Tensor]], Tensor]:
     """Return the function that merges a range of rows by TIES, updates (K tensors) → merged, given what `elect` found.
 
     Args:
-        name, tasks: of the tensor, and K; TIES needs neither.
+        name, tasks: of the tensor, which TIES does not need, and K.
         election: what `elect` returned for this tensor, or for all tensors together.
-        keep, scope, combine, scale: as for `ties`.
+        keep, scope, combine, scale, weights: as for `ties`.
 
     Raises:
         ValueError: an option is out of range.
     """
-    _check_ties(keep, scope, combine, scale)
+    _check_ties(keep, scope, combine, scale, tasks)
     thresholds, majority = election["thresholds"], election["majority"]
-    return lambda updates: scale * _combined(_trimmed(updates, thresholds), majority, combine)
+    return lambda updates: scale * _combined(_trimmed(updates, thresholds), majority, combine, weights)
 
 
 # DARE ----------------------------------------------------------------------------------------------------------------
 
 
-def dare(task_vectors: Sequence[TaskVector], drop: float = 0.8, seed: int = 0) -> dict[str, Tensor]:
+COMBINE = ("mean", "sum", "elected mean", "elected sum")  # what DARE does with what it has not dropped
+
+
+def dare(
+    task_vectors: Sequence[TaskVector],
+    drop: float | Sequence[float] = 0.8,
+    seed: int = 0,
+    rescale: bool = True,
+    combine: str = "mean",
+    *,
+    weights: Sequence[float] | None = None,
+) -> dict[str, Tensor]:
     """Drop entries at random, rescale the others by 1 / (1 − drop), and take the mean (Yu et al., 2024).
 
     Each mask depends on nothing but (seed, task index, tensor name): not on the device, nor on which tensors were
@@ -194,23 +232,34 @@ def dare(task_vectors: Sequence[TaskVector], drop: float = 0.8, seed: int = 0) -
 
     Args:
         task_vectors: the K task vectors; their order decides which masks they get.
-        drop: probability that an entry is dropped, in [0, 1).
+        drop: probability that an entry is dropped, in [0, 1), or one for each task.
         seed: any integer.
+        rescale: whether the others are multiplied by 1 / (1 − drop), which keeps the expected update.
+        combine: "mean" or "sum" of all tasks, or of those that agree with the sign of the sum, as in TIES ("elected
+            mean", "elected sum"; an undecided entry counts as positive).
+        weights: as for `ties`; the mean is then divided by their sum.
 
     Raises:
-        ValueError: drop is out of range.
+        ValueError: an option is out of range.
     """
-    if not 0 <= drop < 1:
-        raise ValueError(f"drop must be in [0, 1), got {drop}")
+    options = dict(drop=drop, seed=seed, rescale=rescale, combine=combine, weights=weights)
     merged = {}
     for name in check(task_vectors):
-        merge = dare_by_rows(name, len(task_vectors), drop=drop, seed=seed)
+        merge = dare_by_rows(name, len(task_vectors), **options)
         merged[name] = merge([working(task[name]) for task in task_vectors]).to(task_vectors[0][name].dtype)
     return merged
 
 
 def dare_by_rows(
-    name: str, tasks: int, decided: None = None, *, drop: float, seed: int
+    name: str,
+    tasks: int,
+    decided: None = None,
+    *,
+    drop: float | Sequence[float],
+    seed: int,
+    rescale: bool = True,
+    combine: str = "mean",
+    weights: Sequence[float] | None = None,
 ) -> Callable[[Sequence[Tensor]], Tensor]:
     """Return the function that merges ranges of rows of one tensor by DARE, updates (K tensors) → merged.
 
@@ -220,19 +269,25 @@ def dare_by_rows(
         name: of the tensor.
         tasks: K.
         decided: None: nothing has to be known first.
-        drop, seed: as for `dare`.
+        drop, seed, rescale, combine, weights: as for `dare`.
 
     Raises:
-        ValueError: drop is out of range.
+        ValueError: an option is out of range.
     """
-    if not 0 <= drop < 1:
-        raise ValueError(f"drop must be in [0, 1), got {drop}")
+    drops = of_each_task("drop", drop, tasks)
+    for own in drops:
+        if not 0 <= own < 1:
+            raise ValueError(f"drop must be in [0, 1), got {own}")
+    check_choice("combine", combine, COMBINE)
+    factors = [1 / (1 - own) if rescale else 1.0 for own in drops]
     generators = [_generator(seed, task, name) for task in range(tasks)]
 
     def merge(updates: Sequence[Tensor]) -> Tensor:
-        pairs = zip(updates, generators, strict=True)
-        kept = (update * _mask(update, drop, generator) for update, generator in pairs)
-        return sum(kept) / ((1 - drop) * tasks)
+        each = zip(updates, drops, factors, generators, strict=True)
+        kept = (update * (_mask(update, own, generator) * factor) for update, own, factor, generator in each)
+        if combine.startswith("elected"):
+            return _combined(torch.stack(list(kept)), 1, combine.removeprefix("elected "), weights)
+        return sum(kept) if combine == "sum" else sum(kept) / sum_of_weights(weights, tasks)
 
     return merge
 

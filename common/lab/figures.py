@@ -127,6 +127,7 @@ def paired(
     xlabel: str = "",
     names: Mapping[Any, str] | None = None,
     references: Mapping[str, float] | None = None,
+    log: bool = False,
 ) -> Figure:
     """Draw for each item where it is in the `start` condition (open circle) and in every other one (filled circles).
 
@@ -139,6 +140,7 @@ def paired(
         xlabel: what `value` is, with its unit.
         names: how items, conditions and panels are written, if not as `styled` says.
         references: vertical lines, {text: value}.
+        log: whether the axis of values is logarithmic.
     """
     panels = _panels(data, panel, names)
     items, conditions = list(data[item].unique()), list(data[condition].unique())
@@ -151,7 +153,7 @@ def paired(
         for text, at in (references or {}).items():
             ax.axvline(at, color=MUTED, linewidth=1, linestyle=DASHED, zorder=0)
             ax.text(at, -len(items) + 0.45, f"{text} ", rotation=90, ha="right", va="bottom", fontsize=7.5, color=MUTED)
-        ax.set(title=title, xlabel=xlabel)
+        ax.set(title=title, xlabel=xlabel, **({"xscale": "log"} if log else {}))
         _items_axis(ax, [label(name, names) for name in items])
     handles = [Line2D([], [], **_circle(key, start, conditions)) for key in conditions]
     texts = [label(key, names) for key in conditions]

@@ -18,6 +18,7 @@ import torch
 from merging.adapters import rename_to_base
 from merging.checkpoints import Checkpoint, Entry
 from merging.command.changes import IA3, RANGE, Full, LoRA, Step
+from merging.command.options import depths
 from merging.command.recipe import Recipe
 from merging.command.storage import Piece, pieces, storage
 from merging.mergers import merger
@@ -45,8 +46,8 @@ def adapter_steps(recipe: Recipe, base: Checkpoint, experts: Sequence[Adapter], 
     for given, adapter in zip(recipe.experts, adapters, strict=True):
         for name in sorted(adapter.values.keys() - base.entries.keys()):
             notes.append(f"{given}: {name!r}: held whole, and not in {base.given}; left out")
-    layouts = storage(base.entries)
-    return [_step(recipe, base, entry, adapters, layouts[name]) for name, entry in base.entries.items()]
+    layouts, layers = storage(base.entries), depths(base.entries)
+    return [_step(recipe, base, entry, adapters, layouts[name], layers) for name, entry in base.entries.items()]
 
 
 def _named_as_base(given: str, adapter: Adapter, base: Checkpoint) -> Adapter:
@@ -56,9 +57,16 @@ def _named_as_base(given: str, adapter: Adapter, base: Checkpoint) -> Adapter:
         raise ValueError(f"{given}: {error}") from None
 
 
-def _step(recipe: Recipe, base: Checkpoint, entry: Entry, adapters: Sequence[Adapter], layout: str) -> Step:
+def _step(
+    recipe: Recipe,
+    base: Checkpoint,
+    entry: Entry,
+    adapters: Sequence[Adapter],
+    layout: str,
+    layers: Mapping[str, float],
+) -> Step:
     name = entry.name
-    options, dtype = recipe.of(name, len(adapters)), recipe.output_dtype(entry.dtype)
+    options, dtype = recipe.of(name, len(adapters), layers[name]), recipe.output_dtype(entry.dtype)
     layout = options["layout"] or layout
     weight = f"{name.removesuffix('bias')}weight" if name.endswith("bias") else name
     factors = [adapter.modules.get(name) for adapter in adapters]
@@ -76,7 +84,7 @@ def _step(recipe: Recipe, base: Checkpoint, entry: Entry, adapters: Sequence[Ada
     if any(vectors):
         change = IA3(vectors, _spread(entry, vectors, adapters))
         count = next(vector.count for vector in vectors if vector)
-        options = recipe.of(weight, len(adapters)) | {"vectors": True}  # a bias goes with its weight
+        options = recipe.of(weight, len(adapters), layers[name]) | {"vectors": True}  # a bias goes with its weight
         return Step(entry, change, (Piece(weight, 0, (count,), "vector"),), dtype, layout, options)
     _check_values(base, entry, values)
     return Step(entry, Full(values), pieces(entry, layout), dtype, layout, options)

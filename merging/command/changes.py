@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints import Entry
-from merging.command.recipe import merger_options
 from merging.command.storage import Piece
 from merging.lowrank import LowRank, zero_like
+from merging.mergers import merger
 from merging.peft_files import Factors
-from merging.task_vectors import apply
 from merging.ties_dare import Ranges
 
 RANGE = 2**21  # entries merged at a time where rows are independent: 8 MiB in float32
@@ -62,7 +61,7 @@ class Change:
         """
         for start, update in merged:
             own = base.read(start, start + update.numel(), torch.float32, device).reshape(update.shape)
-            yield apply({base.name: own}, {base.name: update}, scale)[base.name]
+            yield own.add_(update if scale == 1 else scale * update)
 
 
 class Full(Change):
@@ -190,7 +189,14 @@ class Step:
 
     def of_merger(self, method: str) -> dict[str, Any]:
         """Return the options of a merger that the recipe sets for this tensor."""
-        return {key: self.options[key] for key in merger_options(method) if key in self.options}
+        own = merger(method)
+        options = {key: self.options[key] for key in own.options if key in self.options}
+        return options | (own.known(weights=self.weights) if self.options["normalize"] else {})
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """By which the experts' updates are multiplied, one for each."""
+        return self.options["weights"]
 
 
 # Reading it ----------------------------------------------------------------------------------------------------------
@@ -204,7 +210,7 @@ def row_ranges(piece: Piece) -> Iterator[slice]:
 
 
 def differences(step: Step, piece: Piece, part: slice | None, device: torch.device) -> list[Tensor]:
-    """Return the task vectors τ_i of some rows of a piece (default: all), as stored.
+    """Return the task vectors w_i τ_i of some rows of a piece (default: all), as stored.
 
     Raises:
         ValueError: an entry is NaN or infinite; names file and tensor.
@@ -217,7 +223,8 @@ def differences(step: Step, piece: Piece, part: slice | None, device: torch.devi
         if not update.sum().isfinite() and not update.isfinite().all():
             wrong = step.change.not_finite(step.base, task, start, stop)
             raise ValueError(f"{wrong}; --set '{step.name}:merge=false' keeps the base's")
-        updates.append(update.reshape(shape))
+        weight = step.weights[task]
+        updates.append((update if weight == 1 else update.mul_(weight)).reshape(shape))
     return updates
 
 
@@ -230,7 +237,9 @@ def task_vectors(step: Step, piece: Piece, device: torch.device) -> list[Mapping
     """Return the experts' task vectors of one piece in the layer's orientation; large ones are read when asked for."""
     if piece.count > RANGE:
         alone = [replace(step.change, experts=(expert,)) for expert in step.change.experts]
-        return [TaskOnDisk(replace(step, change=change), piece, device) for change in alone]
+        own = [dict(step.options, weights=(weight,)) for weight in step.weights]
+        pairs = zip(alone, own, strict=True)
+        return [TaskOnDisk(replace(step, change=change, options=options), piece, device) for change, options in pairs]
     return [{piece.name: piece.oriented(update)} for update in differences(step, piece, None, device)]
 
 

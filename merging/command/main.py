@@ -1,15 +1,6 @@
-"""Merge fine-tuned models on disk, tensor by tensor, whatever their size and architecture.
+"""What `python -m merging` does with its flags (`merging.command.flags`): open, plan, merge shard by shard, describe.
 
-    python -m merging --base DIR_OR_ID --experts DIR_OR_ID … --method ties --scale 0.3 --svc --out DIR
-
-Models are folders of safetensors (single or sharded), single files of safetensors, state dicts of torch.save (loaded
-with weights_only), or ids of the Hub. Experts may instead all be adapters of peft (LoRA, IA³): they are merged in
-factored form and folded into the base. With --output adapter the merge is written as one adapter; from full experts
-that is the best approximation of rank --rank, and energy_lost.csv and the model card say what it loses.
-
-A merge that was interrupted continues when the same command is given again: finished shards stay, the others are made.
-Under `accelerate launch` the processes share the shards. Memory: below 1 GB; SVC, TSV-M, Iso and STAR need a few copies
-of the largest tensor in addition, for each of --jobs. --dry-run estimates it.
+Memory: below 1 GB; SVC, TSV-M, Iso and STAR need a few copies of the largest tensor in addition, for each of --jobs.
 
 Storage: SVC's output space is the layer's, also where weights are stored (in, out), as GPT-2's are; stacks of experts
 are merged matrix by matrix; convolution kernels are (out, rest) for methods that take them, and not calibrated without
@@ -27,48 +18,30 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 import yaml
 from tqdm import tqdm
 
 from merging.checkpoints import Checkpoint, locate, open_checkpoint
 from merging.command.dry_run import describe
+from merging.command.flags import parse
 from merging.command.licences import licence_warning, licences
+from merging.command.mergekit import read_mergekit
 from merging.command.model_card import companions, write_companions
 from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
 from merging.command.plan import Plan, make_plan
 from merging.command.push import check_push, push
-from merging.command.recipe import Recipe, identity, read_recipe
+from merging.command.recipe import Recipe, identity
 from merging.command.shards import Output, Shard, Write, begin, remove_leftovers, write_text
 from merging.command.stream import Streamer
 from merging.command.thresholds import decided_together
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter, open_adapter
 from merging.weight_files import other_weights
-
-
-@dataclass(frozen=True)
-class Flags(Recipe):
-    """The recipe, and how it is carried out."""
-
-    out: str = ""
-    """Folder of the merged model; it must not exist, be empty, or hold what the same recipe made."""
-    recipe: Path | None = None
-    """File with a recipe, such as the merging.yaml of an earlier output; flags of the command line override it."""
-    jobs: int = 1
-    """How many tensors are merged at the same time, in threads; each needs its own memory."""
-    device: str = "cpu"
-    """Where the arithmetic is done: cpu, cuda or cuda:N."""
-    push: str = ""
-    """Upload the finished merge to this repository of the Hub, OWNER/NAME, which is made if it does not exist."""
-    dry_run: bool = False
-    """Print what would become of each tensor, and memory and time to expect, and write nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         flags = parse(sys.argv[1:] if arguments is None else arguments)
+        for note in read_mergekit(flags.mergekit)[1] if flags.mergekit and _process()[0] == 0 else ():
+            print(f"note: {flags.mergekit}: {note}", file=sys.stderr)
         values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Recipe)}
         merge(Recipe(**values), flags.out, flags.jobs, flags.device, flags.dry_run, flags.push)
     except (ValueError, TypeError, OSError) as error:
@@ -88,31 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("python -m merging: interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
     return 0
-
-
-def parse(arguments: Sequence[str]) -> Flags:
-    """Return the flags; what the command line leaves out is taken from the file of --recipe, if one is given."""
-    arguments = _joined(list(arguments))
-    start = Flags()
-    if "--recipe" in arguments[:-1]:
-        start = Flags(**dataclasses.asdict(read_recipe(Path(arguments[arguments.index("--recipe") + 1]))))
-    return tyro.cli(Flags, args=arguments, default=start, prog="python -m merging", description=__doc__)
-
-
-def _joined(arguments: list[str]) -> list[str]:
-    """Collect the values of --set, and of --experts, behind the first of them where the flag is given several times."""
-    for flag in ("--set", "--experts"):
-        values: list[str] = []
-        while arguments.count(flag) > 1:
-            start = len(arguments) - 1 - arguments[::-1].index(flag)
-            stop = next((i for i in range(start + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
-            values = arguments[start + 1 : stop] + values
-            del arguments[start:stop]
-        if values:
-            start = arguments.index(flag)
-            stop = next((i for i in range(start + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
-            arguments[stop:stop] = values
-    return arguments
 
 
 def merge(
@@ -155,7 +105,7 @@ def merge(
     for note in (*plan.notes, *plan.remarks) if _process()[0] == 0 else ():
         print(f"note: {note}", file=sys.stderr)
     if dry_run:
-        print("\n".join(describe(output, jobs, on)))
+        print("\n".join(describe(output, jobs, on, Path(os.path.abspath(out)) if str(out) else None)))
     elif _is_complete(out := Path(os.path.abspath(out)), made_from):
         remove_leftovers(out, made_from)  # of a merge that was killed after its last step
         print(f"{out}: this recipe has made it already; nothing to do")

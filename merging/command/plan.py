@@ -25,6 +25,7 @@ import torch
 from merging.checkpoints import Checkpoint, Entry
 from merging.command.adapter_plan import adapter_steps
 from merging.command.changes import Full, Step
+from merging.command.options import depths
 from merging.command.recipe import Recipe
 from merging.command.storage import pieces, storage
 from merging.peft_files import Adapter
@@ -76,9 +77,9 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
 def _model_steps(plan: Plan) -> list[Step]:
     recipe, base, experts = plan.recipe, plan.base, plan.experts
     names = [_match(base, expert, plan) for expert in experts]
-    layouts, steps = storage(base.entries), []
+    layouts, layers, steps = storage(base.entries), depths(base.entries), []
     for name, entry in base.entries.items():
-        options = recipe.of(name, len(experts))
+        options = recipe.of(name, len(experts), layers[name])
         found = _partners(name, entry, base, experts, names, plan.notes) if options["merge"] else ()
         rows = _common_rows(entry, found, base, experts, plan.notes)
         layout = options["layout"] or layouts[name]

@@ -4,38 +4,29 @@ A recipe is a handful of plain values, the same on the command line and in `merg
 come from patterns over their names ("*.mlp.*:scale=0.5"); of two that match a name, the later one wins.
 """
 
-import contextlib
 import dataclasses
-import fnmatch
 import hashlib
+import inspect
 import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-import torch
-import tyro
 import yaml
 
-from merging.calibration import SVC, published_alpha
-from merging.checkpoints import Checkpoint
 from merging.command.recipe_files import check_value, located, portable
-from merging.command.storage import LAYOUTS
-from merging.mergers import MERGERS, merger
-from merging.peft_files import Adapter
-from merging.task_vectors import check_choice
 
-OUTPUT_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-SVC_FLAGS = {name: "kernels" if name == "flatten" else name for name in SVC.__dataclass_fields__}  # field → flag
-TENSOR_OPTIONS = {"final_scale": float, "svc": bool, "merge": bool, "layout": str}  # beside the merger's and SVC's
+if TYPE_CHECKING:  # flags are read before PyTorch is: its import takes seconds
+    import torch
+
+    from merging.checkpoints import Checkpoint
+    from merging.peft_files import Adapter
+
+OUTPUT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,14 @@ class Recipe:
     """The pretrained model: folder, file of weights, or Hub id."""
     experts: tuple[str, ...] = ()
     """The models fine-tuned from it, likewise."""
-    method: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(MERGERS)}.")] = ""
+    method: str = ""
+    """How: weight_average, task_arithmetic, plain_sum, ties, dare, tsv_m, iso_c, iso_cts or star."""
+    weights: tuple[float, ...] = ()
+    """A factor of each expert's update, 1 by default; it acts before everything else: SVC too sees an expert of weight
+    2 as one that went twice as far from the base, and of -1 as one that went back. Means are divided by the number of
+    experts; see --normalize. What an IA³ vector l changes is l - 1."""
+    normalize: bool = False
+    """Divide means (of weight_average, ties, dare) by the sum of the weights instead of the number of experts."""
     scale: float | None = None
     """The merger's own factor, if it has one; it acts BEFORE calibration, where changing it is like changing alpha."""
     seed: int | None = None
@@ -71,8 +69,9 @@ class Recipe:
     """Factor of the finished update, AFTER calibration: the scale to tune on validation data."""
     set: tuple[str, ...] = ()
     """Options of single tensors: 'PATTERN:OPTION=VALUE', OPTION being one of the merger's (scale, keep, drop, …), of
-    SVC's (svc, alpha, …), final_scale, merge (false keeps the base's tensor) or layout, how the tensor is stored
-    (matrix, transposed, stack, transposed stack, kernel)."""
+    SVC's (svc, alpha, …), weight, normalize, final_scale, merge (false keeps the base's tensor) or layout (matrix,
+    transposed, stack, transposed stack, kernel). weight[1], keep[1], drop[1] are those of the expert of index 1; a list
+    [0.2, 0.6] is interpolated from the first layer to the last."""
     output: Literal["model", "adapter"] = "model"
     """A whole model, into which adapters are folded, or an adapter of peft (LoRA of --rank, or IA³)."""
     rank: int | None = None
@@ -87,50 +86,92 @@ class Recipe:
     report: bool = False
     """Write the spectral diagnostics of each matrix, before calibration, and a figure into OUT/report."""
 
+    @cached_property
+    def assignments(self) -> list[Any]:
+        """What `set` says, in order (`merging.command.options.Assignment`)."""
+        from merging.command.options import read_assignment
+
+        return [read_assignment(text, self.method) for text in self.set]
+
     def check(self) -> None:
         """Raise a ValueError that names the option and what it can be, unless all are sound."""
+        from merging.mergers import MERGERS, merger
+        from merging.task_vectors import check_choice, of_each_task
+
         if not self.base or not self.experts or not self.method:
             raise ValueError("give --base, --experts and --method (or --recipe, a file that holds them)")
         check_choice("method", self.method, MERGERS)
         if self.dtype is not None:
             check_choice("dtype", self.dtype, OUTPUT_DTYPES)
         shard_bytes(self.shard_size)
-        for option in ("scale", "seed"):
-            if getattr(self, option) is not None and option not in merger_options(self.method):
-                has = ", ".join(merger_options(self.method)) or "none"
+        for option, has in ((key, merger(self.method).options) for key in ("scale", "seed")):
+            if getattr(self, option) is not None and option not in has:
                 raise ValueError(
-                    f"--{option}: {self.method} has no such option (it has: {has}); --final-scale scales any method"
+                    f"--{option}: {self.method} has no such option (it has: {', '.join(has) or 'none'}); "
+                    "--final-scale scales any method"
                 )
         check_choice("output", self.output, ("model", "adapter"))
         if self.rank is not None and (self.output != "adapter" or self.rank < 1):
             raise ValueError(f"--rank {self.rank}: at least 1, and with --output adapter only")
-        for text in self.set:
-            _assignment(text, self.method)
-        self.of("", 1)
+        if self.weights:
+            of_each_task("--weights", self.weights, len(self.experts))
+        self.of("", len(self.experts), 0.0)
 
-    def of(self, name: str, tasks: int) -> dict[str, Any]:
-        """Return the options of one tensor, those of the recipe changed by every pattern that its name matches."""
-        options = {key: getattr(self, key) for key in (*SVC_FLAGS.values(), "svc", "final_scale")}
+    def of(self, name: str, tasks: int, depth: float | None = None) -> dict[str, Any]:
+        """Return the options of one tensor, those of the recipe changed by every pattern that its name matches.
+
+        Args:
+            name: the tensor's.
+            tasks: K.
+            depth: of its layer, as `merging.command.options.depths` tells it; needed where options change over layers.
+
+        Raises:
+            ValueError: one line: an option of this tensor is out of range, or has no meaning for the method.
+        """
+        from merging.calibration import published_alpha
+        from merging.command.options import SVC_FLAGS
+        from merging.mergers import MERGERS, merger
+
+        keys = (*SVC_FLAGS.values(), "svc", "final_scale", "normalize")
+        options = {key: getattr(self, key) for key in keys} | {"merge": True, "layout": None}
+        options["weights"] = tuple(self.weights) or (1.0,) * tasks
         if options["alpha"] is None:
             options["alpha"] = published_alpha(self.method, tasks)
-        options |= {"merge": True, "layout": None}
+        options |= {key: merger(self.method).options[key] for key in merger(self.method).per_task}
         options |= {key: getattr(self, key) for key in ("scale", "seed") if getattr(self, key) is not None}
-        for text in self.set:
-            pattern, key, value = _assignment(text, self.method)
-            if fnmatch.fnmatchcase(name, pattern):
-                options[key] = value
+        for assignment in self.assignments:
+            if assignment.matches(name):
+                assignment.set(options, depth, tasks)
         if not math.isfinite(options["final_scale"]):
             raise ValueError(f"final_scale must be a finite number, got {options['final_scale']}")
+        _check_weights(name, options, MERGERS, self.method)
         return options
 
-    def output_dtype(self, stored: torch.dtype) -> torch.dtype:
+    def output_dtype(self, stored: "torch.dtype") -> "torch.dtype":
         """Return the dtype in which a tensor of the base is written."""
-        return OUTPUT_DTYPES.get(self.dtype, stored) if stored.is_floating_point else stored
+        import torch
+
+        chosen = self.dtype is not None and stored.is_floating_point
+        return getattr(torch, self.dtype) if chosen else stored
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
-        """Return the patterns of `set` that match none of the names."""
-        names = list(names)
-        return [text for text in self.set if not fnmatch.filter(names, _assignment(text, self.method)[0])]
+        """Return the patterns of `set` that match none of the names.
+
+        Raises:
+            ValueError: one is interpolated over layers, and matches only tensors outside of them.
+        """
+        from merging.command.options import layer_of
+
+        names, without = list(names), []
+        for assignment in self.assignments:
+            matched = list(filter(assignment.matches, names))
+            if matched and isinstance(assignment.value, list) and not any(map(layer_of, matched)):
+                raise ValueError(
+                    f"--set {assignment.text!r}: {matched[0]!r}, which it matches, has no number of a layer in its "
+                    "name, over which it could be interpolated; give one value"
+                )
+            without += [] if matched else [assignment.text]
+        return without
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as plain values, without options that have their default."""
@@ -140,30 +181,19 @@ class Recipe:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
 
 
-def merger_options(method: str) -> dict[str, Any]:
-    """Return the options of a merger which are numbers or words, with their defaults."""
-    return merger(method).options
+def _check_weights(name: str, options: Mapping[str, Any], table: Mapping[str, Any], method: str) -> None:
+    where, weights = f"{name!r}: " if name else "", options["weights"]
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"{where}weights must be finite numbers, got {' '.join(map(str, weights))}")
+    if options["normalize"] and not _takes_weights(table[method]):
+        means = ", ".join(other for other, own in table.items() if _takes_weights(own))
+        raise ValueError(f"--normalize: {method} takes no mean that could be weighted, as these do: {means}")
+    if options["normalize"] and abs(sum(weights)) < 1e-8:
+        raise ValueError(f"{where}--normalize: the weights {' '.join(map(str, weights))} sum to zero")
 
 
-def _assignment(text: str, method: str) -> tuple[str, str, Any]:
-    """Return pattern, option and value of a text such as "*.mlp.*:scale=0.5"."""
-    found = re.fullmatch(r"(.+):(\w+)=(.+)", text)
-    if not found:
-        raise ValueError(f"--set {text!r}: expected 'PATTERN:OPTION=VALUE', such as '*.mlp.*:scale=0.5'")
-    pattern, key, value = found[1], found[2], found[3]
-    hints = get_type_hints(SVC).items()
-    of_svc = {SVC_FLAGS[name]: next(iter(get_args(hint)), hint) for name, hint in hints}  # float | None → float
-    kinds = {name: type(default) for name, default in merger_options(method).items()} | of_svc | TENSOR_OPTIONS
-    check_choice(f"option in --set {text!r}:", key, kinds)
-    given = yaml.safe_load(value)
-    if kinds[key] is float and not isinstance(given, bool | float):
-        with contextlib.suppress(ValueError):
-            given = float(value)
-    if not isinstance(given, kinds[key]) or (kinds[key] is not bool and isinstance(given, bool)):
-        raise ValueError(f"--set {text!r}: {key} must be {kinds[key].__name__}, got {value!r}")
-    if key == "layout":
-        check_choice("layout", given, LAYOUTS)
-    return pattern, key, given
+def _takes_weights(own: Any) -> bool:
+    return "weights" in inspect.signature(getattr(own, "merge", own)).parameters
 
 
 def shard_bytes(text: str) -> int:
@@ -174,7 +204,7 @@ def shard_bytes(text: str) -> int:
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: "torch.dtype") -> str:
     """Return a dtype as the command line spells it."""
     return str(dtype).removeprefix("torch.")
 
@@ -185,6 +215,8 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         ValueError: the file is no recipe, or has an option that recipes lack.
     """
+    from merging.task_vectors import check_choice
+
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
@@ -206,7 +238,7 @@ def renamed(recipe: Recipe, name: Callable[[str], str]) -> Recipe:
     return dataclasses.replace(recipe, base=name(recipe.base), experts=tuple(map(name, recipe.experts)))
 
 
-def identity(recipe: Recipe, checkpoints: Iterable[Checkpoint | Adapter]) -> str:
+def identity(recipe: Recipe, checkpoints: "Iterable[Checkpoint | Adapter]") -> str:
     """Return the hash of a recipe and of the files it is applied to: their paths, sizes and times of change.
 
     How the recipe names the models does not matter, only which files they are.

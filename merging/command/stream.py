@@ -19,13 +19,13 @@ from torch import Tensor
 from merging.calibration import SVC, Diagnosis, calibrate, diagnose, own_bases
 from merging.command import changes
 from merging.command.changes import Step, differences, joined, ranges, row_ranges, task_vectors
+from merging.command.options import SVC_FLAGS
 from merging.command.plan import Plan
-from merging.command.recipe import SVC_FLAGS
 from merging.command.storage import Piece
 from merging.diagnosis import totals
 from merging.lowrank import LowRank, diagnose_low_rank, merge_low_rank
 from merging.mergers import Merger, merger, weight_average
-from merging.task_vectors import TaskVector
+from merging.task_vectors import Finite, TaskVector
 
 Rule = Callable[[Sequence[Tensor]], Tensor]
 
@@ -75,7 +75,8 @@ class Streamer:
 
     def low_rank(self, step: Step, rows: list[dict[str, Any]] | None = None) -> LowRank:
         """Return the merged update of a step of LoRA in factored form, before the final scale."""
-        read, options = step.change.read(self.device), step.of_merger(self.plan.recipe.method)
+        stored, options = step.change.read(self.device), step.of_merger(self.plan.recipe.method)
+        read = [replace(own, scale=own.scale * w) for own, w in zip(stored, step.weights, strict=True)]
         svc = replace(svc_of(step), split_qkv=False, vectors=False, flatten=False)  # there are matrices only
         (piece,), method = step.pieces, self.plan.recipe.method
         if rows is not None and treatment(step, piece) == "calibrated":
@@ -153,9 +154,9 @@ class Streamer:
             return None
         own, options = self.merger, step.of_merger(self.plan.recipe.method)
         if not takes(own, piece):
-            return lambda updates: weight_average([{piece.name: update} for update in updates])[piece.name]
+            return lambda updates: weight_average([Finite({piece.name: update}) for update in updates])[piece.name]
         if own.by_rows is None or (self.decided is None and piece.count <= changes.RANGE):  # a single range
-            return lambda updates: own([{piece.name: update} for update in updates], **options)[piece.name]
+            return lambda updates: own([Finite({piece.name: update}) for update in updates], **options)[piece.name]
         options, decided = own.options | options, self.decided
         if decided is None and own.by_rows.decide:
             decided = own.by_rows.decide([ranges(step, piece, self.device)], **options)
@@ -195,7 +196,6 @@ def rounded(name: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
         ValueError: an entry is beyond that dtype.
     """
     result = merged.reshape(-1).to("cpu", dtype)
-    if not result.sum(dtype=torch.float64).isfinite():
-        count = int((~result.isfinite()).sum())
+    if not result.sum().isfinite() and (count := int((~result.isfinite()).sum())):  # a sum may overflow by itself
         raise ValueError(f"{name!r}: {count} merged entries overflow {dtype}; choose --dtype float32")
     return result

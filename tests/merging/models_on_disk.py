@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -138,3 +139,41 @@ def peak_of_merge(first: Recipe, first_out: Path, recipe: Recipe, out: Path) -> 
     start = resident("VmRSS")
     merge(recipe, out)
     return resident("VmHWM") - start
+
+
+def llama_shapes(hidden=8192, intermediate=28672, layers=80, keys=1024, vocabulary=128256):
+    """The tensors of a Llama, by default those of 70e9 parameters."""
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
+    for layer in range(layers):
+        sizes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden)}
+        sizes |= {"self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, hidden)}
+        sizes |= {f"mlp.{part}_proj": (intermediate, hidden) for part in ("gate", "up")}
+        sizes |= {"mlp.down_proj": (hidden, intermediate), "input_layernorm": (hidden,)}
+        sizes |= {"post_attention_layernorm": (hidden,)}
+        shapes |= {f"model.layers.{layer}.{name}.weight": size for name, size in sizes.items()}
+    return shapes | {"model.norm.weight": (hidden,)}
+
+
+def sparse(folder, shapes, seed=0, shard=64):
+    """Shards of bfloat16, of which the disk holds headers and the first entries of each tensor; the rest is holes."""
+    folder.mkdir(parents=True)
+    generator, weight_map, names = torch.Generator().manual_seed(seed), {}, list(shapes)
+    for start in range(0, len(names), shard):
+        file, header, place = f"model-{start:05}.safetensors", {}, 0
+        for name in names[start : start + shard]:
+            size = 2 * math.prod(shapes[name])
+            header[name] = dict(dtype="BF16", shape=list(shapes[name]), data_offsets=[place, place + size])
+            place += size
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for facts in header.values():
+                stream.seek(8 + len(text) + facts["data_offsets"][0])
+                first = torch.randn(64, generator=generator).bfloat16()
+                stream.write(
+                    first.view(torch.uint8).numpy().tobytes()[: facts["data_offsets"][1] - facts["data_offsets"][0]]
+                )
+            stream.truncate(8 + len(text) + place)
+        weight_map |= dict.fromkeys(header, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return str(folder)

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ import yaml
 from models_on_disk import assert_equal, content, experts_of, in_memory, models, saved, state_of, weights
 from safetensors.torch import save_file
 
-from merging import checkpoints, task_vector
-from merging.command.main import main, merge, parse
+from merging import MERGERS, checkpoints, task_vector
+from merging.command.flags import Flags, documentation, parse
+from merging.command.main import main, merge
 from merging.command.recipe import Recipe, read_recipe
 
 
@@ -210,7 +213,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, capsys):
     assert said["token_embedding.weight"].endswith("mean (tsv_m leaves it), no SVC")
     assert said["conv.weight"].endswith("mean (tsv_m leaves it), no SVC, kernel")
     assert said["moe"].endswith("tsv_m, SVC, stack of 2") and said["steps"].endswith("the base's value")
-    assert re.fullmatch(r"8 tensors, .* to write, memory up to about 0\.\d+ GB, about \d+ s", last)
+    assert re.fullmatch(r"8 tensors, .* to write \(.* GB free\), memory up to about 0\.\d+ GB, about \d+ s", last)
 
 
 def test_the_report_holds_the_diagnoses_of_every_matrix(tmp_path):
@@ -237,3 +240,40 @@ def test_wrong_devices_and_jobs_are_named(tmp_path):
                              ({"device": "meta"}, "no such device")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             merge(Recipe(where, others, "ties"), tmp_path / "out", **options)
+
+
+def test_the_help_is_two_screens_and_opens_with_three_commands_that_work_as_they_stand(tmp_path):
+    environment = os.environ | {"COLUMNS": "100"}
+    command = [sys.executable, "-m", "merging", "--help"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert len(said.splitlines()) <= 100
+    commands = [line.strip() for line in said.splitlines() if line.strip().startswith("python -m merging --")]
+    assert len(commands) == 3
+    base = state_of()
+    where, others = models(tmp_path, base, experts_of(base, 2))
+    names = {"BASE": where, "MODEL MODEL": " ".join(others), "ADAPTER ADAPTER": " ".join(others)}
+    for index, command in enumerate(commands):  # the third one reads what the first has made
+        for word, name in (names | {"--out DIR": f"--out {tmp_path}/{index}", "DIR/": f"{tmp_path}/0/"}).items():
+            command = command.replace(word, name)
+        assert main(command.removeprefix("python -m merging ").split("   ")[0].split()) == 0, command
+
+
+def test_flags_are_read_before_pytorch_is_imported():
+    code = (
+        "import sys\nfrom merging.command.flags import parse\nparse(['--base', 'x'])\nassert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_option_of_a_recipe_has_a_flag_with_a_text_of_its_own(capsys):
+    texts = documentation(Flags)
+    for field in dataclasses.fields(Flags):
+        assert len(texts[field.name]) > 10
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = capsys.readouterr().out
+    assert [name for name in texts if f"--{name.replace('_', '-')}" not in said] == []
+
+
+def test_the_help_names_every_merger():
+    assert [name for name in MERGERS if name not in documentation(Flags)["method"]] == []

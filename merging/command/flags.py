@@ -1,0 +1,124 @@
+"""Merge fine-tuned models on disk, tensor by tensor, whatever their size and architecture.
+
+    python -m merging --base BASE --experts MODEL MODEL --method ties --scale 0.3 --svc --out DIR      full models
+    python -m merging --base BASE --experts ADAPTER ADAPTER --method task_arithmetic --out DIR         adapters of peft
+    python -m merging --recipe DIR/merging.yaml --final-scale 0.8 --out DIR2                           a recipe again
+
+Models are folders, single files (safetensors, or state dicts loaded with weights_only), or ids of the Hub. LoRA or IA³
+adapters are merged in factored form and folded into the base; --output adapter writes one adapter instead. The same
+command continues a merge that was interrupted; processes of `accelerate launch` share the work. --dry-run says what
+would be done, and what it takes.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, make_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import tyro
+
+from merging.command.mergekit import read_mergekit
+from merging.command.recipe import Recipe, read_recipe
+
+GROUPS = {  # of the help text; what stands in none of them belongs to the last
+    "main": ("base", "experts", "method", "out", "svc", "recipe", "mergekit", "dry_run"),
+    "merging": ("scale", "final_scale", "weights", "normalize", "seed", "set"),
+    "calibration": ("alpha", "space", "rule", "target", "split_qkv", "vectors", "kernels"),
+    "output": ("output", "rank", "dtype", "shard_size"),
+    "other": (),
+}
+
+
+@dataclass(frozen=True)
+class Flags(Recipe):
+    """The recipe, and how it is carried out."""
+
+    out: str = ""
+    """Folder of the result; it must not exist, be empty, or hold what the same recipe made."""
+    recipe: Path | None = None
+    """File with a recipe, such as the merging.yaml of an earlier output; flags override it."""
+    mergekit: Path | None = None
+    """A recipe of mergekit (linear, task_arithmetic, ties, dare_linear, dare_ties), likewise."""
+    jobs: int = 1
+    """Tensors merged at the same time, in threads; each needs its own memory."""
+    device: str = "cpu"
+    """Where the arithmetic is done: cpu, cuda or cuda:N."""
+    push: str = ""
+    """Upload the finished merge to this repository of the Hub, OWNER/NAME, which is made if it does not exist."""
+    dry_run: bool = False
+    """Print what would become of each tensor, memory, time and disk to expect, and write nothing."""
+
+
+def parse(arguments: Sequence[str]) -> Flags:
+    """Return the flags; what the command line leaves out is taken from the file of --recipe or --mergekit.
+
+    Raises:
+        ValueError: that file is no recipe.
+        SystemExit: a flag is wrong, or --help was asked for.
+    """
+    arguments = _joined(list(arguments))
+    start = Flags()
+    for flag, read in (("--recipe", read_recipe), ("--mergekit", lambda path: read_mergekit(path)[0])):
+        if flag in arguments[:-1]:
+            start = Flags(**asdict(read(Path(arguments[arguments.index(flag) + 1]))))
+    groups = _groups()
+    record = make_dataclass("Grouped", [(title, tyro.conf.OmitArgPrefixes[kind]) for title, kind in groups.items()])
+    default = record(*(kind(*(getattr(start, one.name) for one in fields(kind))) for kind in groups.values()))
+    options = dict(prog="python -m merging", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    found = asdict(tyro.cli(record, args=arguments, default=default, **options))
+    return Flags(**{name: value for group in found.values() for name, value in group.items()})
+
+
+def _groups() -> dict[str, type]:
+    """Return a dataclass for each group of flags, which tyro makes a group of the help text."""
+    hints, texts = get_type_hints(Flags), documentation(Flags)
+    named = {name for names in GROUPS.values() for name in names}
+    *others, last = GROUPS
+    members = {title: GROUPS[title] for title in others} | {last: [name for name in hints if name not in named]}
+    return {
+        title: make_dataclass(title, [(name, _argument(hints[name], texts[name])) for name in names])
+        for title, names in members.items()
+    }
+
+
+def _argument(hint: Any, text: str) -> Any:
+    """Return the type of a flag with its help; only defaults that say something are shown."""
+    kinds = {"float": "FLOAT", "int": "INT", "str": "TEXT", "Path": "FILE"}
+    metavar = next((word for kind, word in kinds.items() if kind in str(hint)), None) if hint is not bool else None
+    if "tuple" in str(hint):
+        metavar = f"{metavar} …"
+    shown = lambda default: "" if default in ("", "''", "None", "False") else f"(default: {default})"  # noqa: E731
+    metavar = None if "Literal" in str(hint) else metavar
+    return Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=shown)]
+
+
+@cache
+def documentation(kind: type) -> dict[str, str]:
+    """Return the texts below the fields of a dataclass and of those that it extends."""
+    texts: dict[str, str] = {}
+    for own in reversed(kind.__mro__[:-1]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(own))).body
+        for field, text in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                texts[field.target.id] = " ".join(text.value.value.split())
+    return texts
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Collect the values of a list behind the first of its flags, where that is given several times."""
+    for flag in ("--set", "--experts"):
+        values: list[str] = []
+        while arguments.count(flag) > 1:
+            start = len(arguments) - 1 - arguments[::-1].index(flag)
+            stop = next((i for i in range(start + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
+            values = arguments[start + 1 : stop] + values
+            del arguments[start:stop]
+        if values:
+            start = arguments.index(flag)
+            stop = next((i for i in range(start + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
+            arguments[stop:stop] = values
+    return arguments
