@@ -12,6 +12,7 @@ from merging.checkpoints import WEIGHT_ENDINGS
 from merging.command.outputs import AdapterOutput, ModelOutput
 from merging.command.plan import Plan, some
 from merging.command.recipe import write_recipe
+from merging.command.report import write_report
 from merging.command.shards import write_text
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter
@@ -132,29 +133,3 @@ def _public_name(given: str) -> str:
     if path.is_file():
         return f"{path.parent.name}/{path.name}"
     return path.name if path.exists() else given
-
-
-def write_report(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write the diagnostics of all matrices as matrices.csv and over_accumulation.png.
-
-    Args:
-        rows: one per matrix, of equal keys: tensor, shape, and numbers.
-        folder: is made.
-    """
-    import pandas as pd
-
-    from common.lab import figures
-
-    folder.mkdir(exist_ok=True)
-    data = pd.DataFrame(rows)
-    data.to_csv(folder / "matrices.csv", index=False, float_format="%.6g")
-    data["matrix"] = range(1, len(data) + 1)
-    measures = {
-        "inflation, largest σ": "largest σ / mean of the experts'",
-        "s, top tenth": "s, top tenth of directions",
-        "s, lower half": "s, lower half of directions",
-    }
-    tidy = data.melt("matrix", list(measures), "measure", "value")
-    options = {"x": "matrix", "by": "measure", "level": 1.0, "names": measures}
-    figure = figures.lines(tidy, **options, xlabel="matrix, in the order of matrices.csv", ylabel="merged / own")
-    figures.save(figure, folder / "over_accumulation.png")

@@ -25,6 +25,7 @@ from merging.command.adapter_plan import adapter_steps
 from merging.command.changes import Full, Step
 from merging.command.recipe import Recipe
 from merging.command.storage import pieces, storage
+from merging.command.vocabulary import common_rows
 from merging.peft_files import Adapter
 
 COMPARED = 2**22  # entries compared at a time
@@ -75,7 +76,7 @@ def _model_steps(plan: Plan) -> list[Step]:
     for name, entry in base.entries.items():
         options = recipe.of(name, len(experts))
         found = _partners(name, entry, base, experts, names, plan.notes) if options["merge"] else ()
-        rows = _common_rows(entry, found, base, experts, plan.notes)
+        rows = common_rows(entry, found, base, experts, plan.notes)
         layout = options["layout"] or layouts[name]
         change, parts = (Full(found), pieces(entry, layout, rows)) if found else (None, ())
         steps.append(Step(entry, change, parts, recipe.output_dtype(entry.dtype), layout, options))
@@ -205,37 +206,6 @@ def _merged_as(step: Step, first: Step) -> Step:
 def _tied(first: Step, second: Step) -> bool:
     ours, theirs = ((step.base, *step.experts) for step in (first, second))
     return all(_equal(one, other) for one, other in zip(ours, theirs, strict=True))
-
-
-# Vocabularies --------------------------------------------------------------------------------------------------------
-
-
-def _common_rows(
-    entry: Entry, found: Sequence[Entry], base: Checkpoint, experts: Sequence[Checkpoint], notes: list[str]
-) -> int | None:
-    """Return how many rows are merged: None for all, fewer where vocabularies differ."""
-    odd = [(expert, other) for expert, other in zip(experts, found, strict=False) if other.shape != entry.shape]
-    if not odd:
-        return None
-    for expert, other in odd:
-        rows_differ = entry.shape and other.shape and other.shape[1:] == entry.shape[1:]
-        sizes = _vocabulary(base), _vocabulary(expert)
-        if not rows_differ or (None not in sizes and sizes != (entry.shape[0], other.shape[0])):
-            raise ValueError(
-                f"{other.where}: shape {list(other.shape)}, and {list(entry.shape)} in {base.given}; "
-                f"--set '{entry.name}:merge=false' keeps the base's"
-            )
-    rows = min(other.shape[0] for other in (entry, *found))
-    kept = f"; rows {rows} to {entry.shape[0] - 1} are the base's" if rows < entry.shape[0] else ""
-    sizes = " / ".join(str(other.shape[0]) for other in (entry, *found))
-    notes.append(f"{entry.name!r}: {sizes} rows (base / experts): the first {rows} are merged{kept}")
-    return rows
-
-
-def _vocabulary(checkpoint: Checkpoint) -> int | None:
-    config = checkpoint.config
-    nested = next((part for part in config.values() if isinstance(part, dict) and "vocab_size" in part), {})
-    return config.get("vocab_size", nested.get("vocab_size"))
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
