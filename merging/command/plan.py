@@ -7,8 +7,7 @@ Names       experts may carry a prefix that the base lacks, or lack one ("transf
 Missing     a tensor that no expert has (another head) keeps the base's value; one that some have and others lack is
             refused. Tensors that only experts have are left out. A tied copy that one side does not store is found by
             comparing bytes.
-Vocabulary  tensors that differ in their number of rows alone: the rows that all have are merged, the base's other
-            rows are kept. With config.json on both sides the rows must be their vocab_size, else it is refused.
+Rows        where tensors differ in their number of rows, `merging.command.vocabulary` says what is merged.
 Integers    keep the base's value; where experts differ in more than a single counter, that is refused.
 Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told by `merging.command.storage`.
 """
@@ -25,7 +24,7 @@ from merging.command.adapter_plan import adapter_steps
 from merging.command.changes import Full, Step
 from merging.command.recipe import Recipe
 from merging.command.storage import pieces, storage
-from merging.command.vocabulary import common_rows
+from merging.command.vocabulary import matching_rows
 from merging.peft_files import Adapter
 
 COMPARED = 2**22  # entries compared at a time
@@ -76,7 +75,7 @@ def _model_steps(plan: Plan) -> list[Step]:
     for name, entry in base.entries.items():
         options = recipe.of(name, len(experts))
         found = _partners(name, entry, base, experts, names, plan.notes) if options["merge"] else ()
-        rows = common_rows(entry, found, base, experts, plan.notes)
+        found, rows = matching_rows(entry, found, base, experts, plan.notes)
         layout = options["layout"] or layouts[name]
         change, parts = (Full(found), pieces(entry, layout, rows)) if found else (None, ())
         steps.append(Step(entry, change, parts, recipe.output_dtype(entry.dtype), layout, options))
