@@ -84,7 +84,8 @@ class Recipe:
     strict: bool = False
     """Refuse what is otherwise kept from the base or left out, and reported: heads, vocabularies, extra tensors."""
     report: bool = False
-    """Write the spectral diagnostics of each matrix, before calibration, and a figure into OUT/report."""
+    """Write OUT/report/index.html, one page that one can send: what was merged and left out, inflation and overlap of
+    each layer against chance, γ, sizes of the updates; the numbers of each matrix as matrices.csv beside it."""
 
     def check(self) -> None:
         """Raise a ValueError that names the option and what it can be, unless all are sound."""
@@ -212,3 +213,11 @@ def identity(recipe: Recipe, checkpoints: Iterable[Checkpoint | Adapter]) -> str
 def write_recipe(recipe: Recipe, made_from: str) -> str:
     """Return the text of `merging.yaml`: the recipe, and the hash by which the same merge is known again."""
     return yaml.safe_dump(recipe.plain() | {"identity": made_from}, sort_keys=False, allow_unicode=True)
+
+
+def public_name(given: str) -> str:
+    """Return a name of a model that is safe to publish: no local paths."""
+    path = Path(given).resolve()
+    if path.is_file():
+        return f"{path.parent.name}/{path.name}"
+    return path.name if path.exists() else given
