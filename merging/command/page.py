@@ -35,9 +35,14 @@ code, td, th, li, h1 { overflow-wrap: anywhere }
 .tiles dt { color: var(--muted); font-size: .875rem } .tiles dd { margin: 0 }
 .tiles .value { font-size: 1.6rem; line-height: 1.3; font-variant-numeric: tabular-nums }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem 2rem }
-.pair > * { min-width: 0 } figure { margin: 1rem 0 0 } figure svg { display: block; width: 100%; max-width: 34rem;
+.pair > * { min-width: 0 } figure { margin: .5rem 0 0 } figure svg { display: block; width: 100%; max-width: 31rem;
   height: auto } figure svg text { font-family: inherit !important } figcaption { font-size: .875rem }
-.scroll { overflow-x: auto; margin: 1rem 0; max-width: 100% } .scroll:focus-visible { outline: 2px solid var(--link) }
+.scroll { overflow-x: auto; margin: 1rem 0; max-width: 100%; background: /* a shadow where more is to the side */
+  linear-gradient(to right, var(--paper), transparent) 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper), transparent) 100% / 2.5rem 100% no-repeat local,
+  linear-gradient(to right, var(--faint), transparent) 0 / .9rem 100% no-repeat,
+  linear-gradient(to left, var(--faint), transparent) 100% / .9rem 100% no-repeat }
+.scroll:focus-visible { outline: 2px solid var(--link) }
 pre { background: var(--card); border-radius: .5rem; padding: 1rem; margin: 0 }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 caption { text-align: left; color: var(--muted); padding-bottom: .4rem }
@@ -81,6 +86,11 @@ def paragraph(text: str, kind: str = "") -> str:
 def section(title: str, *parts: str) -> str:
     """Return parts under a heading."""
     return "\n".join((f"<section>\n<h2>{escape(title)}</h2>", *parts, "</section>"))
+
+
+def beside(first: str, second: str) -> str:
+    """Return two parts side by side, or one below the other where the page is narrow."""
+    return f'<div class="pair">\n<div>{first}</div>\n<div>{second}</div>\n</div>'
 
 
 def listed(items: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from merging.mergers import merger
 
 REPORT = ("index.html", "matrices.csv")  # its files
 INFLATION_BY_CHANCE = "inflation, largest σ, by chance"
+WIDTH = 4.2  # inches of a figure: its text stays readable on a telephone
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)")
 BY_KIND = {
     "inflation, largest σ": "inflation, largest σ",
@@ -69,8 +70,11 @@ class Report:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """The matrices with the place of each: `layer`, numbered in the order of the files, and `kind`."""
-        return self.matrices.join(places(self.matrices["tensor"])) if len(self.matrices) else self.matrices
+        """The matrices that the experts changed, with the place of each (`places`)."""
+        if not len(self.matrices):
+            return self.matrices
+        changed = self.matrices[self.matrices["inflation, largest σ"] > 0].reset_index(drop=True)
+        return changed.join(places(changed["tensor"]))
 
     def page(self) -> str:
         """Return the whole page."""
@@ -91,17 +95,19 @@ class Report:
     def _tiles(self) -> str:
         if not len(self.table):
             return ""
-        means = self.table.mean(numeric_only=True)
+        means, left = self.table.mean(numeric_only=True), len(self.matrices) - len(self.table)
+        beside = f"left out without an update: {left}" if left else "all that have a spectrum"
         return page.tiles([
-            ("Matrices diagnosed", str(len(self.table)), f"{self.table['layer'].nunique()} layers or places"),
+            ("Matrices diagnosed", str(len(self.table)), beside),
             ("Inflation", _number(means["inflation, largest σ"]), f"by chance {_number(means[INFLATION_BY_CHANCE])}"),
             ("Overlap of experts", _number(means["overlap"]), f"by chance {_number(means['overlap, by chance'])}"),
             ("Median γ", _number(means["γ, median"]), "applied" if self.plan.recipe.svc else "SVC was not used"),
         ])  # fmt: skip
 
     def _models(self) -> str:
-        rows = [("base", self.models[0]), *((f"E{i}", name) for i, name in enumerate(self.models[1:], start=1))]
-        return page.section("What was merged", page.table(["role", "model"], rows, "Models, by their public names"))
+        base, *experts = self.models
+        names = [f"E{index}: {name}" for index, name in enumerate(experts, start=1)]
+        return page.section("What was merged", page.listed([f"base: {base}", *names]))
 
     def _nothing(self) -> str:
         return page.section(
@@ -114,15 +120,14 @@ class Report:
             "Inflation is the largest singular value of the merged update over the mean of the experts' own: how much "
             "stronger the merged update is in its strongest direction than one expert is in its own. At 1 both are as "
             "strong. The dashed line is what the same merger makes of unrelated updates with the same singular values, "
-            "in directions drawn at random (one draw for each matrix). What lies above it comes from directions that "
-            "the experts share and the merger counts more than once."
+            "in directions drawn at random (one draw for each matrix). Where a merger adds updates up, what lies above "
+            "it comes from directions that the experts share."
         )
         unknown = int(self.table[INFLATION_BY_CHANCE].isna().sum())
         drawn = f"{unknown} large matrices have no chance level: the merger would need all unrelated updates in memory."
-        shown = self._by_layer("inflation, largest σ", INFLATION_BY_CHANCE, "inflation", "Inflation by layer")
-        by_kind = self._by_kind()
-        return page.section("Inflation", page.paragraph(words), page.paragraph(drawn, "small") if unknown else "",
-                            f'<div class="pair">{shown}{by_kind}</div>')  # fmt: skip
+        shown = self._by_layer("inflation, largest σ", INFLATION_BY_CHANCE, "inflation", "Inflation by layer", "merged")
+        said = page.paragraph(words) + (page.paragraph(drawn, "small") if unknown else "")
+        return page.section("Inflation", page.beside(said, shown), self._by_kind())
 
     def _overlap(self) -> str:
         words = (
@@ -133,8 +138,8 @@ class Report:
         )
         if len(self.models) < 3:
             return page.section("Overlap", page.paragraph("With one expert there is no overlap between experts."))
-        shown = self._by_layer("overlap", "overlap, by chance", "overlap", "Overlap by layer")
-        return page.section("Overlap of experts", page.paragraph(words), shown)
+        shown = self._by_layer("overlap", "overlap, by chance", "overlap", "Overlap by layer", "these experts")
+        return page.section("Overlap of experts", page.beside(page.paragraph(words), shown))
 
     def _gamma(self) -> str:
         used = "SVC multiplied" if self.plan.recipe.svc else "SVC was not used; it would multiply"
@@ -145,7 +150,7 @@ class Report:
             "the mean over the matrices of that kind. Directions of size zero are left out."
         )
         shown = page.figure(_gamma_figure(self.table), "gamma", _alt_of_gamma(self.table), "γ by kind of matrix")
-        return page.section("Calibration factors γ", page.paragraph(words), shown)
+        return page.section("Calibration factors γ", page.beside(page.paragraph(words), shown))
 
     def _by_kind(self) -> str:
         means = self.table.groupby("kind", sort=False).mean(numeric_only=True)
@@ -155,8 +160,8 @@ class Report:
         ]
         return page.table(["kind", "matrices", *BY_KIND.values()], rows, "Means over the matrices of each kind")
 
-    def _by_layer(self, column: str, chance: str, name: str, caption: str) -> str:
-        drawn = _layer_figure(self.table, column, chance, name)
+    def _by_layer(self, column: str, chance: str, name: str, caption: str, label: str) -> str:
+        drawn = _layer_figure(self.table, column, chance, name, label)
         return page.figure(drawn, name, _alt(self.table, column, chance), f"{caption}: points are matrices, the line "
                            "their mean in each layer, dashed the chance level.")  # fmt: skip
 
@@ -187,9 +192,7 @@ class Report:
             + ", ".join(f"{name} {_number(100 * relative[i])} % overall" for i, name in enumerate(names)),
             "Size of the updates by layer, in % of the base's norm",
         )  # fmt: skip
-        return page.section(
-            "How far the experts moved", page.paragraph(words), f'<div class="pair">{drawn}{shown}</div>'
-        )
+        return page.section("How far the experts moved", page.beside(page.paragraph(words), drawn), shown)
 
     def _left_out(self) -> str:
         remarks = list(self.remarks)
@@ -227,7 +230,7 @@ def _number(value: float) -> str:
 
 
 def places(names: Sequence[str]) -> pd.DataFrame:
-    """Return the place of tensors in their model: `layer` (text), `position` of that layer, and `kind` of tensor.
+    """Return the place of tensors in their model: `stack` of layers, `layer`, its `position` among all, and `kind`.
 
     Layers are told by the first number in a name ("model.layers.3.mlp.up_proj.weight": layer 3, kind "mlp.up_proj");
     where there are several stacks of layers, the layer names its stack too. Tensors outside of all layers come last.
@@ -238,10 +241,10 @@ def places(names: Sequence[str]) -> pd.DataFrame:
     keys = [(stacks.index(match[1]), int(match[2])) if match else (len(stacks), 0) for match in found]
     order = {key: position for position, key in enumerate(sorted(set(keys)))}
     rows = [
-        (f"{short[match[1]]}{match[2]}" if match else "other", order[key], _kind(match[3] if match else name))
+        (key[0], f"{short[match[1]]}{match[2]}" if match else "other", order[key], _kind(match[3] if match else name))
         for name, match, key in zip(names, found, keys, strict=True)
     ]
-    return pd.DataFrame(rows, columns=["layer", "position", "kind"])
+    return pd.DataFrame(rows, columns=["stack", "layer", "position", "kind"])
 
 
 def _telling(stack: str, stacks: Sequence[str]) -> str:
@@ -274,12 +277,12 @@ def _alt_of_gamma(data: pd.DataFrame) -> str:
 
 
 @figures.plot_style
-def _layer_figure(data: pd.DataFrame, column: str, chance: str, ylabel: str) -> Figure:
-    drawn, axes = figures.new_figure(width=4.8, height=3.0)
-    ax, means = axes[0, 0], data.groupby("position")[[column, chance]].mean()
+def _layer_figure(data: pd.DataFrame, column: str, chance: str, ylabel: str, label: str) -> Figure:
+    drawn, axes = figures.new_figure(width=WIDTH, height=2.8)
+    ax, means = axes[0, 0], data.groupby(["stack", "position"])[[column, chance]].mean()
     ax.plot(data["position"], data[column], "o", ms=3, alpha=0.45, color=figures.CYCLE[0], mew=0)
-    ax.plot(means.index, means[column], color=figures.CYCLE[0], marker="o", ms=5, label="merged")
-    ax.plot(means.index, means[chance], color=figures.CYCLE[1], ls=figures.DASHED, marker="_", ms=9, label="by chance")
+    _line(ax, means[column], color=figures.CYCLE[0], marker="o", ms=5, label=label)
+    _line(ax, means[chance], color=figures.CYCLE[1], ls=figures.DASHED, marker="_", ms=9, label="by chance")
     _layer_axis(ax, data)
     ax.set(ylabel=ylabel, ylim=(0, None))
     drawn.legend(loc="outside upper left", ncols=2)
@@ -289,13 +292,13 @@ def _layer_figure(data: pd.DataFrame, column: str, chance: str, ylabel: str) -> 
 @figures.plot_style
 def _gamma_figure(data: pd.DataFrame) -> Figure:
     kinds = data.groupby("kind", sort=False)[["γ, 10 % quantile", "γ, median", "γ, 90 % quantile"]].mean()
-    drawn, axes = figures.new_figure(width=4.8, height=0.9 + 0.26 * len(kinds))
+    drawn, axes = figures.new_figure(width=WIDTH, height=0.9 + 0.24 * len(kinds))
     ax, rows = axes[0, 0], range(len(kinds))
     ax.axvline(1, color=figures.MUTED, lw=1, ls=figures.DASHED)
     ax.hlines(rows, kinds.iloc[:, 0], kinds.iloc[:, 2], color=figures.CYCLE[0], lw=3, alpha=0.45)
     ax.plot(kinds["γ, median"], rows, "o", color=figures.CYCLE[0], ms=6)
     ax.set(xlabel="γ", xlim=(0, None), ylim=(len(kinds) - 0.4, -0.6), yticks=list(rows))
-    ax.set_yticklabels([kind if len(kind) < 34 else f"…{kind[-32:]}" for kind in kinds.index])
+    ax.set_yticklabels([kind if len(kind) < 26 else f"…{kind[-24:]}" for kind in kinds.index])
     return drawn
 
 
@@ -305,21 +308,28 @@ def _moves_figure(moves: Sequence[Mapping[str, Any]], experts: Sequence[str]) ->
     data["energy"] = [each["energy"] for each in moves]
     for index, name in enumerate(experts):
         data[name] = [each["products"][index][index] for each in moves]
-    sums = data.groupby("position")[["energy", *experts]].sum()
-    drawn, axes = figures.new_figure(width=4.8, height=3.0)
+    sums = data.groupby(["stack", "position"])[["energy", *experts]].sum()
+    drawn, axes = figures.new_figure(width=WIDTH, height=2.8)
     for index, name in enumerate(experts):
         values = 100 * np.sqrt(sums[name] / sums["energy"].where(sums["energy"] > 0))
-        axes[0, 0].plot(sums.index, values, color=figures.colour(name, index), marker="o", ms=4, label=name)
+        _line(axes[0, 0], values, color=figures.colour(name, index), marker="o", ms=4, label=name)
     _layer_axis(axes[0, 0], data)
     axes[0, 0].set(ylabel="update / base, %", ylim=(0, None))
     drawn.legend(loc="outside upper left", ncols=6)
     return drawn
 
 
+def _line(ax: Any, values: pd.Series, label: str, **style: Any) -> None:
+    """Draw values by (stack, position): a line for each stack of layers, all of one label."""
+    for _, part in values.groupby(level="stack"):
+        ax.plot(part.index.get_level_values("position"), part, label=label, **style)
+        label = ""
+
+
 def _layer_axis(ax: Any, data: pd.DataFrame) -> None:
     """Name the layers on the x-axis, as many as there is room for."""
     labels = data.drop_duplicates("position").set_index("position")["layer"].sort_index()
-    room = max(1, 46 // (max(map(len, labels)) + 1))
+    room = max(1, 48 // (max(map(len, labels)) + 1))
     shown = labels.iloc[:: max(1, -(-len(labels) // room))]
     ax.xaxis.set_major_locator(FixedLocator(list(shown.index)))
     ax.set_xticks(list(shown.index), list(shown))
