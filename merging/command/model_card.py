@@ -13,6 +13,7 @@ from merging.command.outputs import AdapterOutput, ModelOutput
 from merging.command.plan import Plan, some
 from merging.command.recipe import public_name, write_recipe
 from merging.command.shards import write_text
+from merging.command.tokens import write_tokenizer
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter
 
@@ -52,6 +53,8 @@ def write_companions(
     elif plan.base.folder:
         _copy(plan.base.folder, folder)
         _set_dtype(folder / "config.json", plan)
+        if plan.recipe.tokens == "union":
+            write_tokenizer(folder, plan.base, plan.experts)
     if plan.recipe.report:
         from merging.command.report import write_report  # draws figures: loaded only where they are asked for
 

@@ -24,6 +24,7 @@ from merging.command.adapter_plan import adapter_steps
 from merging.command.changes import Full, Step
 from merging.command.recipe import Recipe
 from merging.command.storage import pieces, storage
+from merging.command.tokens import union, united_rows
 from merging.command.vocabulary import matching_rows
 from merging.peft_files import Adapter
 
@@ -58,6 +59,8 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
     if any(adapters) and not all(adapters):
         odd = recipe.experts[adapters.index(False)]
         raise ValueError(f"{odd}: is no adapter, and other experts are; fold those into the base first, one by one")
+    if any(adapters) and recipe.tokens == "union":
+        raise ValueError(f"--tokens union: {recipe.experts[0]} is an adapter; fold adapters into full models first")
     plan.steps = adapter_steps(recipe, base, experts, plan.notes) if any(adapters) else _model_steps(plan)
     if odd := recipe.unmatched(base.entries):
         raise ValueError(f"--set {odd[0]!r}: matches no tensor of {base.given}")
@@ -71,11 +74,16 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
 def _model_steps(plan: Plan) -> list[Step]:
     recipe, base, experts = plan.recipe, plan.base, plan.experts
     names = [_match(base, expert, plan) for expert in experts]
+    joint = union(base, experts) if recipe.tokens == "union" else None
+    plan.remarks += [str(joint)] if joint else []
     layouts, steps = storage(base.entries), []
     for name, entry in base.entries.items():
         options = recipe.of(name, len(experts))
         found = _partners(name, entry, base, experts, names, plan.notes) if options["merge"] else ()
-        found, rows = matching_rows(entry, found, base, experts, plan.notes)
+        if joint and (united := united_rows(entry, found, base, experts, joint)):
+            entry, found, rows = united
+        else:
+            found, rows = matching_rows(entry, found, base, experts, plan.notes)
         layout = options["layout"] or layouts[name]
         change, parts = (Full(found), pieces(entry, layout, rows)) if found else (None, ())
         steps.append(Step(entry, change, parts, recipe.output_dtype(entry.dtype), layout, options))

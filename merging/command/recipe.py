@@ -81,6 +81,9 @@ class Recipe:
     for the factors of an adapter."""
     shard_size: str = "5GB"
     """Largest file of the output (500MB, 5GB, …); a single tensor may be larger."""
+    tokens: Literal["base", "union"] = "base"
+    """Where experts have added tokens: the base's vocabulary, or the union: each added token gets the mean of the rows
+    of the experts that have it, and tokenizer and vocab_size of the output are in step."""
     strict: bool = False
     """Refuse what is otherwise kept from the base or left out, and reported: heads, vocabularies, extra tensors."""
     report: bool = False
@@ -102,6 +105,9 @@ class Recipe:
                     f"--{option}: {self.method} has no such option (it has: {has}); --final-scale scales any method"
                 )
         check_choice("output", self.output, ("model", "adapter"))
+        check_choice("tokens", self.tokens, ("base", "union"))
+        if self.tokens == "union" and self.output == "adapter":
+            raise ValueError("--tokens union: an adapter cannot hold added rows; write a model")
         if self.rank is not None and (self.output != "adapter" or self.rank < 1):
             raise ValueError(f"--rank {self.rank}: at least 1, and with --output adapter only")
         for text in self.set:

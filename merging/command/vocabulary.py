@@ -79,14 +79,14 @@ def is_vocabulary(entry: Entry, owner: Checkpoint) -> bool:
     """Return whether the rows of a tensor are the tokens of the model that it belongs to."""
     if not entry.shape or POSITIONS.search(entry.name):
         return False
-    if sizes := set(_numbers(owner.config, "vocab_size")):
+    if sizes := set(numbers(owner.config, "vocab_size")):
         padded = any(size < entry.shape[0] < size + PADDING for size in sizes) and entry.shape[0] % 8 == 0
-        return entry.shape[0] in sizes or (padded and _is_of_tokens(entry))
+        return entry.shape[0] in sizes or (padded and is_of_tokens(entry))
     tokens = tokens_of(owner)
-    return bool(tokens) and 0 <= entry.shape[0] - _count(tokens) < PADDING and _is_of_tokens(entry)
+    return bool(tokens) and 0 <= entry.shape[0] - count(tokens) < PADDING and is_of_tokens(entry)
 
 
-def _is_of_tokens(entry: Entry) -> bool:
+def is_of_tokens(entry: Entry) -> bool:
     """Return whether the name is that of an embedding of tokens or of an output head."""
     return bool(OF_TOKENS.search(entry.name)) and not re.search(r"classif|token_type|patch", entry.name)
 
@@ -96,18 +96,18 @@ def _is_head(entry: Entry, owner: Checkpoint) -> bool:
     if POSITIONS.search(entry.name) or OF_TOKENS.search(entry.name):
         return False
     labels = {len(each) for each in (owner.config.get("id2label"), owner.config.get("label2id")) if each}
-    labels |= set(_numbers(owner.config, "num_labels")) | set(_numbers(owner.config, "num_classes"))
+    labels |= set(numbers(owner.config, "num_labels")) | set(numbers(owner.config, "num_classes"))
     in_a_layer = re.search(r"\.\d+\.", entry.name)
     return entry.shape[0] in labels or bool(HEADS.search(entry.name) and not in_a_layer)
 
 
-def _numbers(config: Mapping[str, Any], key: str) -> Iterator[int]:
+def numbers(config: Mapping[str, Any], key: str) -> Iterator[int]:
     """Yield the values of a key in a configuration and in those nested in it (text_config, decoder, …)."""
     if isinstance(config.get(key), int):
         yield config[key]
     for part in config.values():
         if isinstance(part, dict):
-            yield from _numbers(part, key)
+            yield from numbers(part, key)
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------
@@ -122,19 +122,24 @@ def tokens_of(owner: Checkpoint) -> dict[str, int] | None:
     folder = owner.folder
     if folder is None:
         return None
-    if whole := _json(folder / "tokenizer.json"):
+    if whole := json_of(folder / "tokenizer.json"):
         model = whole.get("model", {}).get("vocab", {})
         tokens = dict(model) if isinstance(model, dict) else {piece[0]: row for row, piece in enumerate(model)}
         return tokens | {each["content"]: each["id"] for each in whole.get("added_tokens", ())}
-    if words := _json(folder / "vocab.json"):
-        return words | (_json(folder / "added_tokens.json") or {})
+    if words := json_of(folder / "vocab.json"):
+        return words | (json_of(folder / "added_tokens.json") or {})
     if (folder / "vocab.txt").is_file():
         lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-        return {line: row for row, line in enumerate(lines)} | (_json(folder / "added_tokens.json") or {})
+        return {line: row for row, line in enumerate(lines)} | (json_of(folder / "added_tokens.json") or {})
     return None
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def json_of(path: Path) -> dict[str, Any] | None:
+    """Return what a file of JSON holds, None if there is no such file.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     if not path.is_file():
         return None
     try:
@@ -146,7 +151,7 @@ def _json(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _count(tokens: Mapping[str, int]) -> int:
+def count(tokens: Mapping[str, int]) -> int:
     """Return the number of rows that tokens take, gaps included."""
     return max(tokens.values(), default=-1) + 1
 
