@@ -23,6 +23,7 @@ import yaml
 from merging.calibration import SVC, published_alpha
 from merging.checkpoints import Checkpoint
 from merging.command.storage import LAYOUTS
+from merging.command.vocabulary import tokenizer_files
 from merging.mergers import MERGERS, merger
 from merging.peft_files import Adapter
 from merging.task_vectors import check_choice
@@ -211,7 +212,8 @@ def identity(recipe: Recipe, checkpoints: Iterable[Checkpoint | Adapter]) -> str
     """Return the hash of a recipe and of the files it is applied to: their paths, sizes and times of change."""
     facts = [recipe.plain()]
     for checkpoint in checkpoints:
-        for path in checkpoint.files:
+        texts = tokenizer_files(checkpoint.folder) if recipe.tokens == "union" else []
+        for path in (*checkpoint.files, *texts):
             facts.append([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

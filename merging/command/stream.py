@@ -29,7 +29,7 @@ from merging.mergers import Merger, merger, weight_average
 from merging.task_vectors import TaskVector
 from merging.unrelated import Unrelated
 
-CHANCE = 2**24  # entries of all unrelated updates together, up to which methods get them that need all at once
+CHANCE = 2**24  # entries of all unrelated updates together, up to which they are in memory at once: 64 MiB
 Rule = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -133,7 +133,7 @@ class Streamer:
 
     def _found(self, step: Step, piece: Piece, seen: Mapping[str, Diagnosis]) -> dict[str, Any]:
         """Return the numbers of a piece for the report, beside what merging makes of unrelated updates."""
-        height, width = piece.seen if len(piece.seen) > 1 else (1, piece.count)
+        height = piece.seen[0] if len(piece.seen) > 1 else 1
         width = piece.count // height  # kernels are (out, rest)
         svc = svc_of(step)
         side = width if svc.space == "input" or len(piece.seen) < 2 else height // len(seen)
@@ -151,9 +151,12 @@ class Streamer:
         if self.is_factored(step, piece):
             merged = merge_low_rank([task.factors() for task in tasks], method, name=name, **options)
             return singular_values(joint_basis([merged]).cores[0])
+        small = len(tasks) * piece.count <= CHANCE
+        if small:
+            tasks = [dict(task) for task in tasks]  # drawn once
         if not takes(self.merger, piece):
             return singular_values(weight_average(tasks)[name])
-        if self.merger.by_rows and len(tasks) * piece.count > CHANCE:
+        if self.merger.by_rows and not small:
             return None
         return singular_values(self.merger(tasks, **options)[name])
 

@@ -48,7 +48,7 @@ def matching_rows(
     if rows_differ and all(is_vocabulary(other, owner) for owner, other in ((base, entry), *pairs)):
         rows = min(other.shape[0] for other in (entry, *found))
         for expert, _ in pairs:
-            check_tokens(base, expert, rows)
+            check_tokens(base, expert, rows, entry.name)
         kept = f"; rows {rows} to {entry.shape[0] - 1} are the base's" if rows < entry.shape[0] else ""
         notes.append(f"{entry.name!r}: {sizes} rows (base / experts): the first {rows} are merged{kept}")
         return found, rows
@@ -134,6 +134,12 @@ def tokens_of(owner: Checkpoint) -> dict[str, int] | None:
     return None
 
 
+def tokenizer_files(folder: Path | None) -> list[Path]:
+    """Return the files of a folder that say what its tokens are."""
+    names = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
+    return [folder / name for name in names if (folder / name).is_file()] if folder else []
+
+
 def json_of(path: Path) -> dict[str, Any] | None:
     """Return what a file of JSON holds, None if there is no such file.
 
@@ -156,8 +162,8 @@ def count(tokens: Mapping[str, int]) -> int:
     return max(tokens.values(), default=-1) + 1
 
 
-def check_tokens(base: Checkpoint, expert: Checkpoint, rows: int) -> None:
-    """Check that the first rows of two models name the same tokens, as far as tokenizers say.
+def check_tokens(base: Checkpoint, expert: Checkpoint, rows: int, name: str) -> None:
+    """Check that the first rows of a tensor of two models are the same tokens, as far as tokenizers say.
 
     Raises:
         ValueError: a token of the base is another one in the expert.
@@ -170,5 +176,5 @@ def check_tokens(base: Checkpoint, expert: Checkpoint, rows: int) -> None:
         if row < rows and there.get(row, token) != token:
             raise ValueError(
                 f"{expert.given}: row {row} of its vocabulary is {there[row]!r}, and {token!r} in {base.given}; "
-                "these are other tokens, whose rows cannot be merged"
+                f"these are other tokens, whose rows cannot be merged: --set '{name}:merge=false' keeps the base's"
             )

@@ -105,6 +105,25 @@ def test_its_numbers_are_those_of_diagnose_and_of_unrelated_updates(tmp_path, me
         assert f">{table[column].mean():.3g}<" in text
 
 
+@pytest.mark.parametrize("options, found", [
+    ({"kernels": True}, {"conv.weight": (8, 27), "moe.weight[0]": (10, 9), "moe.weight[1]": (10, 9)}),
+    ({"split_qkv": True}, {"in_proj_weight": (8, 8)}),
+    ({"space": "input"}, {"in_proj_weight": (24, 8), "moe.weight[0]": (10, 9)}),
+    ({"output": "adapter", "rank": 2}, {"in_proj_weight": (24, 8)}),
+])  # fmt: skip
+def test_kernels_stacks_and_parts_of_fused_weights_have_chance_levels_of_their_own_shape(tmp_path, options, found):
+    base = state_of(conv=(8, 3, 3, 3), moe=(2, 10, 9), lin=(12, 10)) | {"in_proj_weight": torch.randn(24, 8)}
+    where, others = models(tmp_path, base, experts_of(base, 2))
+    merge(Recipe(where, others, "task_arithmetic", svc=True, report=True, **options), tmp_path / "out")
+    text, table = report_of(tmp_path / "out" / "report")
+    table = table.set_index("tensor")
+    for name, shape in found.items():
+        side = shape[1] if options.get("space") == "input" else shape[0]
+        assert table.loc[name, "overlap, by chance"] == pytest.approx(min(8, *shape) / side, rel=1e-5)
+        assert table.loc[name, "overlap"] <= 1 + 1e-6 and table.loc[name, "inflation, largest σ, by chance"] > 0
+    assert Page(text).open == []
+
+
 def test_sizes_and_cosines_are_those_of_the_whole_updates(tmp_path):
     base, experts, where, others = layered(tmp_path)
     merge(Recipe(where, others, "weight_average", report=True), tmp_path / "out")
