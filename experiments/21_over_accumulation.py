@@ -30,8 +30,8 @@ from common.lab import figures
 from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from common.lab.statistics import spread
-from merging import MERGERS, calibrate, calibration, diagnose, diagnosis, mergers
-from merging.suites import comparison, unrelated, vision
+from merging import MERGERS, calibrate, calibration, diagnose, diagnosis, mergers, unrelated
+from merging.suites import comparison, vision
 from merging.suites.suite import measure_suites
 
 SUM, CHANCE = "plain_sum", "unrelated"  # the latter: the plain sum of unrelated updates

@@ -186,6 +186,7 @@ class Diagnosis:
     gamma: Tensor | None = None  # (r,) γ: the calibrated singular value is γ σ
     energy: Tensor | None = None  # (K, r) ‖a‖², the tasks' own response
     interference: Tensor | None = None  # (K, r) (s − 1)² ‖a‖²
+    spectra: Tensor | None = None  # (K, r) the tasks' own singular values
     inflation: Tensor | None = None  # (r,) σ over the mean of the tasks' own j-th singular values
     overlap: Tensor | None = None  # (K, K) of the leading min(8, r) directions of each task, see `diagnose`
 
@@ -366,6 +367,7 @@ def _diagnosis(treatment: str, block: _Block, updates: Sequence[Tensor], svc: SV
         gamma=1 / found.divisor[order],
         energy=energy,
         interference=(coefficients - 1).square() * energy,
+        spectra=torch.stack(spectra),
         inflation=inflation_of_spectra(singular, torch.stack(spectra)),
         overlap=subspace_overlap(torch.stack(leading)),
     )

@@ -70,7 +70,7 @@ def totals(layers: Iterable[Diagnosis]) -> dict[str, float]:
         "inflation, largest σ": float(mean(lambda seen: seen.inflation[0], layers)),
         "inflation, top tenth": float(mean(lambda seen: tenths(seen.inflation)[0], layers)),
         "s, top tenth": float(counted[0]),
-        "s, lower half": float(counted[5:].mean()),
+        "s, lower half": float(counted[5:].nanmean()),  # with fewer than 10 directions some tenths are empty
         "interference": relative_interference(layers),
     } | ranks(seen.singular_values for seen in layers)
 

@@ -28,7 +28,7 @@ GROUPS = {  # of the help text; what stands in none of them belongs to the last
     "main": ("base", "experts", "method", "out", "svc", "recipe", "mergekit", "dry_run"),
     "merging": ("scale", "final_scale", "weights", "normalize", "seed", "set"),
     "calibration": ("alpha", "space", "rule", "target", "split_qkv", "vectors", "kernels"),
-    "output": ("output", "rank", "dtype", "shard_size"),
+    "output": ("output", "rank", "dtype", "shard_size", "tokens"),
     "other": (),
 }
 
@@ -51,6 +51,8 @@ class Flags(Recipe):
     """Upload the finished merge to this repository of the Hub, OWNER/NAME, which is made if it does not exist."""
     dry_run: bool = False
     """Print what would become of each tensor, memory, time and disk to expect, and write nothing."""
+    report_only: bool = False
+    """Write the report of --report into --out, a folder of its own, and no weights."""
 
 
 def parse(arguments: Sequence[str]) -> Flags:

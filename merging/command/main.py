@@ -9,6 +9,7 @@ are reported, and refused with --strict. The rules by which names and shapes tel
 `merging/command/plan.py`, `merging/command/storage.py` and `merging/command/adapter_plan.py`.
 """
 
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -31,7 +32,7 @@ from merging.command.dry_run import describe
 from merging.command.flags import parse
 from merging.command.licences import licence_warning, licences
 from merging.command.mergekit import read_mergekit
-from merging.command.model_card import companions, write_companions
+from merging.command.model_card import companions, what_to_say, write_companions
 from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
 from merging.command.plan import Plan, make_plan
 from merging.command.push import check_push, push
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for note in read_mergekit(flags.mergekit)[1] if flags.mergekit and _process()[0] == 0 else ():
             print(f"note: {flags.mergekit}: {note}", file=sys.stderr)
         values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Recipe)}
-        merge(Recipe(**values), flags.out, flags.jobs, flags.device, flags.dry_run, flags.push)
+        merge(Recipe(**values), flags.out, flags.jobs, flags.device, flags.dry_run, flags.report_only, flags.push)
     except (ValueError, TypeError, OSError) as error:
         print(f"python -m merging: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -66,7 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def merge(
-    recipe: Recipe, out: str | Path, jobs: int = 1, device: str = "cpu", dry_run: bool = False, to: str = ""
+    recipe: Recipe,
+    out: str | Path,
+    jobs: int = 1,
+    device: str = "cpu",
+    dry_run: bool = False,
+    report_only: bool = False,
+    to: str = "",
 ) -> None:
     """Merge by a recipe into a folder, continuing what an interrupted call has left.
 
@@ -76,16 +83,20 @@ def merge(
         jobs: tensors merged at the same time.
         device: cpu, cuda or cuda:N.
         dry_run: print the plan only.
+        report_only: write the report of that merge into `out`, and no weights.
         to: repository of the Hub, to which the finished merge is uploaded.
 
     Raises:
         ValueError, OSError: one line that names file and tensor, and says what to do.
     """
+    recipe = dataclasses.replace(recipe, report=recipe.report or report_only)
     recipe.check()
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     if not str(out) and not dry_run:
         raise ValueError("give --out, the folder of the merged model")
+    if to and report_only:
+        raise ValueError("--push uploads a finished merge, and --report-only makes none; give one of them")
     if to and not dry_run and _process()[0] == 0:
         check_push(to)
     base, *experts = open_checkpoint(recipe.base), *map(_open_expert, recipe.experts)
@@ -106,6 +117,8 @@ def merge(
         print(f"note: {note}", file=sys.stderr)
     if dry_run:
         print("\n".join(describe(output, jobs, on, Path(os.path.abspath(out)) if str(out) else None)))
+    elif report_only:
+        _report_alone(output, Path(os.path.abspath(out)), jobs, on)
     elif _is_complete(out := Path(os.path.abspath(out)), made_from):
         remove_leftovers(out, made_from)  # of a merge that was killed after its last step
         print(f"{out}: this recipe has made it already; nothing to do")
@@ -146,6 +159,24 @@ def _carry_out(output: ModelOutput | AdapterOutput, out: Path, made_from: str, j
             files.finish()
             sizes = [tensor.size for shard in shards for tensor in shard.tensors]
             print(f"{out}: {len(sizes)} tensors, {sum(sizes) / 1e9:.3f} GB")
+
+
+def _report_alone(output: ModelOutput | AdapterOutput, out: Path, jobs: int, device: torch.device) -> None:
+    """Merge everything, write the report of it and forget the weights; rank 0 does it for all."""
+    from merging.command.report import REPORT, write_report
+
+    if _process()[0] > 0:
+        return
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - set(REPORT)):
+        raise ValueError(f"{out}: holds something else than a report; choose another --out for --report-only")
+    _hand_back_freed_memory()
+    every = lambda function, items: _in_threads(function, list(items), jobs)  # noqa: E731
+    streamer = Streamer(output.plan, device, decided_together(output.plan, device, every))
+    whole = Shard("", tuple(output.steps), ())
+    with _progress([whole], [whole], 0) as bar:
+        notes = _merged(output, whole, streamer, jobs, bar, lambda name, parts: collections.deque(parts, maxlen=0))
+    write_report(output.plan, notes, what_to_say(output, notes), out)
+    print(f"{out / REPORT[0]}: the report of {len(output.plan.merged)} merged tensors; no weights were written")
 
 
 def _progress(own: Sequence[Shard], left: Sequence[Shard], rank: int) -> tqdm:

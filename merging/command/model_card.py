@@ -12,8 +12,9 @@ import yaml
 from merging.command.licences import licence_fields, licences
 from merging.command.outputs import AdapterOutput, ModelOutput
 from merging.command.plan import Plan, some
-from merging.command.recipe import write_recipe
+from merging.command.recipe import public_name, write_recipe
 from merging.command.shards import write_text
+from merging.command.tokens import write_tokenizer
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter
 from merging.weight_files import is_weights, parts, subfolders, within
@@ -48,30 +49,45 @@ def write_companions(
         notes: one per step, what was noted while its tensors were written.
     """
     plan = output.plan
-    remarks = [*plan.notes, *plan.remarks]
+    remarks = what_to_say(output, notes)
     if isinstance(output, AdapterOutput):
         write_text(folder / ADAPTER_CONFIG, json.dumps(output.config(), indent=2, sort_keys=True) + "\n")
-        remarks += _write_losses([note["lost"] for note in notes], folder)
+        _write_losses([note["lost"] for note in notes], folder)
     elif plan.base.folder:
         _copy(plan.base.folder, folder)
         for part in ("", *plan.base.parts):
             _set_dtype(folder / part / "config.json", plan)
-    if rows := [row for note in notes for row in note["report"] or ()]:
-        write_report(rows, folder / "report")
+        if plan.recipe.tokens == "union":
+            write_tokenizer(folder, plan.base, plan.experts)
+    if plan.recipe.report:
+        from merging.command.report import write_report  # draws figures: loaded only where they are asked for
+
+        write_report(plan, notes, remarks, folder / "report")
     write_text(folder / "README.md", card(output, remarks))
     write_text(folder / "merging.yaml", write_recipe(plan.recipe, made_from, out))
 
 
-def _write_losses(rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
-    """Write what an adapter loses of each tensor as energy_lost.csv, and return that in words."""
-    lines = ["tensor,shape,energy,energy lost"]
-    lines += [f"{row['tensor']},{row['shape']},{row['energy']:.6g},{row['lost']:.6g}" for row in rows]
-    write_text(folder / "energy_lost.csv", "\n".join(lines) + "\n")
+def what_to_say(output: ModelOutput | AdapterOutput, notes: Sequence[dict[str, Any]] = ()) -> list[str]:
+    """Return what was kept, left out and tied, and what an adapter loses, one line each.
+
+    Args:
+        output: what was merged.
+        notes: one per step, as for `write_companions`.
+    """
+    rows = [note["lost"] for note in notes if "lost" in note]
     total = sum(row["energy"] for row in rows)
     lost = sum(row["energy"] * row["lost"] for row in rows)
     gone = [row["tensor"] for row in rows if row["lost"] == 1]
     said = [f"{lost / total:.3%} of the merged update's energy is not in the adapter (energy_lost.csv)"] if lost else []
-    return said + ([f"{len(gone)} tensors have no place in it: {some(gone)}"] if gone else [])
+    said += [f"{len(gone)} tensors have no place in it: {some(gone)}"] if gone else []
+    return [*output.plan.notes, *output.plan.remarks, *said]
+
+
+def _write_losses(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write what an adapter loses of each tensor as energy_lost.csv."""
+    lines = ["tensor,shape,energy,energy lost"]
+    lines += [f"{row['tensor']},{row['shape']},{row['energy']:.6g},{row['lost']:.6g}" for row in rows]
+    write_text(folder / "energy_lost.csv", "\n".join(lines) + "\n")
 
 
 def companions(folder: Path) -> list[str]:
@@ -112,7 +128,7 @@ def _set_dtype(config: Path, plan: Plan) -> None:
 def card(output: ModelOutput | AdapterOutput, remarks: Sequence[str] = ()) -> str:
     """Return the model card: front matter with the models and the tag "merge", the method, and what was special."""
     plan, recipe = output.plan, output.plan.recipe
-    models = [_public_name(name) for name in (recipe.base, *recipe.experts)]
+    models = [public_name(name) for name in (recipe.base, *recipe.experts)]
     front: dict[str, Any] = licence_fields(found := licences(plan))
     if ids := [name for name in dict.fromkeys(models) if _is_repository(name)]:
         front |= {"base_model": ids, "base_model_relation": "merge"}
@@ -133,7 +149,7 @@ def card(output: ModelOutput | AdapterOutput, remarks: Sequence[str] = ()) -> st
     written = "written as an adapter of it" if adapter else "the others are the base's"
     notes = "".join(f"- {note}\n" for note in remarks)
     for given in sorted((recipe.base, *recipe.experts), key=len, reverse=True):
-        notes = notes.replace(given, _public_name(given))
+        notes = notes.replace(given, public_name(given))
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         title=f"A merge of {len(recipe.experts)} {experts}",
@@ -156,37 +172,3 @@ def _is_repository(name: str) -> bool:
 
 def _from_adapters(plan: Plan) -> bool:
     return isinstance(plan.experts[0], Adapter)
-
-
-def _public_name(given: str) -> str:
-    """Return a name safe to publish: no local paths."""
-    path = Path(given).resolve()
-    if path.is_file():
-        return f"{path.parent.name}/{path.name}"
-    return path.name if path.exists() else given
-
-
-def write_report(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write the diagnostics of all matrices as matrices.csv and over_accumulation.png.
-
-    Args:
-        rows: one per matrix, of equal keys: tensor, shape, and numbers.
-        folder: is made.
-    """
-    import pandas as pd
-
-    from common.lab import figures
-
-    folder.mkdir(exist_ok=True)
-    data = pd.DataFrame(rows)
-    data.to_csv(folder / "matrices.csv", index=False, float_format="%.6g")
-    data["matrix"] = range(1, len(data) + 1)
-    measures = {
-        "inflation, largest σ": "largest σ / mean of the experts'",
-        "s, top tenth": "s, top tenth of directions",
-        "s, lower half": "s, lower half of directions",
-    }
-    tidy = data.melt("matrix", list(measures), "measure", "value")
-    options = {"x": "matrix", "by": "measure", "level": 1.0, "names": measures}
-    figure = figures.lines(tidy, **options, xlabel="matrix, in the order of matrices.csv", ylabel="merged / own")
-    figures.save(figure, folder / "over_accumulation.png")

@@ -18,6 +18,7 @@ import torch
 
 from merging.adapters import MODULES, joint_config, rename_to_base
 from merging.command.changes import IA3, Step
+from merging.command.findings import moves
 from merging.command.plan import Plan
 from merging.command.recipe import shard_bytes
 from merging.command.shards import Shard, TensorSpec, Write, arrange
@@ -60,7 +61,7 @@ class ModelOutput:
         rows = [] if self.plan.recipe.report and not step.repeats else None
         (tensor,) = self.tensors(step)
         write(tensor.name, streamer.tensor(step, rows))  # fills rows
-        return {"report": rows}
+        return {"report": rows, "moves": moves(step, streamer.device) if rows is not None else None}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class AdapterOutput:
             energy = sum(float(part.double().square().sum()) for part in update.reshape(-1).split(2**21))
             lost = float(energy > 0)
         shape = "×".join(map(str, step.base.shape))
-        return {"report": rows, "lost": dict(tensor=step.name, shape=shape, energy=energy, lost=lost)}
+        lost = dict(tensor=step.name, shape=shape, energy=energy, lost=lost)
+        return {"report": rows, "moves": moves(step, streamer.device) if rows is not None else None, "lost": lost}
 
     def _write_factors(
         self, step: Step, name: str, streamer: Streamer, write: Write, rows: list[dict] | None

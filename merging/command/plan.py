@@ -7,8 +7,7 @@ Names       experts may carry a prefix that the base lacks, or lack one ("transf
 Missing     a tensor that no expert has (another head) keeps the base's value; one that some have and others lack is
             refused. Tensors that only experts have are left out. A tied copy that one side does not store is found by
             comparing bytes.
-Vocabulary  tensors that differ in their number of rows alone: the rows that all have are merged, the base's other
-            rows are kept. With config.json on both sides the rows must be their vocab_size, else it is refused.
+Rows        where tensors differ in their number of rows, `merging.command.vocabulary` says what is merged.
 Integers    keep the base's value; where experts differ in more than a single counter, that is refused. They may be
             absent from some experts, and so may what a model computes by itself (inv_freq).
 Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told by `merging.command.storage`.
@@ -28,6 +27,8 @@ from merging.command.changes import Full, Step
 from merging.command.options import depths
 from merging.command.recipe import Recipe
 from merging.command.storage import pieces, storage
+from merging.command.tokens import union, united_rows
+from merging.command.vocabulary import matching_rows
 from merging.peft_files import Adapter
 
 COMPARED = 2**22  # entries compared at a time
@@ -64,6 +65,8 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
     if any(adapters) and not all(adapters):
         odd = recipe.experts[adapters.index(False)]
         raise ValueError(f"{odd}: is no adapter, and other experts are; fold those into the base first, one by one")
+    if any(adapters) and recipe.tokens == "union":
+        raise ValueError(f"--tokens union: {recipe.experts[0]} is an adapter; fold adapters into full models first")
     plan.steps = adapter_steps(recipe, base, experts, plan.notes) if any(adapters) else _model_steps(plan)
     if odd := recipe.unmatched(base.entries):
         raise ValueError(f"--set {odd[0]!r}: matches no tensor of {base.given}")
@@ -77,11 +80,16 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
 def _model_steps(plan: Plan) -> list[Step]:
     recipe, base, experts = plan.recipe, plan.base, plan.experts
     names = [_match(base, expert, plan) for expert in experts]
+    joint = union(base, experts) if recipe.tokens == "union" else None
+    plan.remarks += [str(joint)] if joint else []
     layouts, layers, steps = storage(base.entries), depths(base.entries), []
     for name, entry in base.entries.items():
         options = recipe.of(name, len(experts), layers[name])
         found = _partners(name, entry, base, experts, names, plan.notes) if options["merge"] else ()
-        rows = _common_rows(entry, found, base, experts, plan.notes)
+        if joint and (united := united_rows(entry, found, base, experts, joint)):
+            entry, found, rows = united
+        else:
+            found, rows = matching_rows(entry, found, base, experts, plan.notes)
         layout = options["layout"] or layouts[name]
         change, parts = (Full(found), pieces(entry, layout, rows)) if found else (None, ())
         steps.append(Step(entry, change, parts, recipe.output_dtype(entry.dtype), layout, options))
@@ -214,37 +222,6 @@ def _merged_as(step: Step, first: Step) -> Step:
 def _tied(first: Step, second: Step) -> bool:
     ours, theirs = ((step.base, *step.experts) for step in (first, second))
     return all(_equal(one, other) for one, other in zip(ours, theirs, strict=True))
-
-
-# Vocabularies --------------------------------------------------------------------------------------------------------
-
-
-def _common_rows(
-    entry: Entry, found: Sequence[Entry], base: Checkpoint, experts: Sequence[Checkpoint], notes: list[str]
-) -> int | None:
-    """Return how many rows are merged: None for all, fewer where vocabularies differ."""
-    odd = [(expert, other) for expert, other in zip(experts, found, strict=False) if other.shape != entry.shape]
-    if not odd:
-        return None
-    for expert, other in odd:
-        rows_differ = entry.shape and other.shape and other.shape[1:] == entry.shape[1:]
-        sizes = _vocabulary(base), _vocabulary(expert)
-        if not rows_differ or (None not in sizes and sizes != (entry.shape[0], other.shape[0])):
-            raise ValueError(
-                f"{other.where}: shape {list(other.shape)}, and {list(entry.shape)} in {base.given}; "
-                f"--set '{entry.name}:merge=false' keeps the base's"
-            )
-    rows = min(other.shape[0] for other in (entry, *found))
-    kept = f"; rows {rows} to {entry.shape[0] - 1} are the base's" if rows < entry.shape[0] else ""
-    sizes = " / ".join(str(other.shape[0]) for other in (entry, *found))
-    notes.append(f"{entry.name!r}: {sizes} rows (base / experts): the first {rows} are merged{kept}")
-    return rows
-
-
-def _vocabulary(checkpoint: Checkpoint) -> int | None:
-    config = checkpoint.config
-    nested = next((part for part in config.values() if isinstance(part, dict) and "vocab_size" in part), {})
-    return config.get("vocab_size", nested.get("vocab_size"))
 
 
 # Words ---------------------------------------------------------------------------------------------------------------

@@ -81,10 +81,14 @@ class Recipe:
     for the factors of an adapter."""
     shard_size: str = "5GB"
     """Largest file of the output (500MB, 5GB, …); a single tensor may be larger."""
+    tokens: Literal["base", "union"] = "base"
+    """Where experts have added tokens: the base's vocabulary, or the union: each added token gets the mean of the rows
+    of the experts that have it, and tokenizer and vocab_size of the output are in step."""
     strict: bool = False
     """Refuse what is otherwise kept from the base or left out, and reported: heads, vocabularies, extra tensors."""
     report: bool = False
-    """Write the spectral diagnostics of each matrix, before calibration, and a figure into OUT/report."""
+    """Write OUT/report/index.html, one page that one can send: what was merged and left out, inflation and overlap of
+    each layer against chance, γ, sizes of the updates; the numbers of each matrix as matrices.csv beside it."""
 
     @cached_property
     def assignments(self) -> list[Any]:
@@ -111,6 +115,9 @@ class Recipe:
                     "--final-scale scales any method"
                 )
         check_choice("output", self.output, ("model", "adapter"))
+        check_choice("tokens", self.tokens, ("base", "union"))
+        if self.tokens == "union" and self.output == "adapter":
+            raise ValueError("--tokens union: an adapter cannot hold added rows; write a model")
         if self.rank is not None and (self.output != "adapter" or self.rank < 1):
             raise ValueError(f"--rank {self.rank}: at least 1, and with --output adapter only")
         if self.weights:
@@ -243,9 +250,12 @@ def identity(recipe: Recipe, checkpoints: "Iterable[Checkpoint | Adapter]") -> s
 
     How the recipe names the models does not matter, only which files they are.
     """
+    from merging.command.vocabulary import tokenizer_files
+
     facts: list[Any] = [{key: value for key, value in recipe.plain().items() if key not in ("base", "experts")}]
     for checkpoint in checkpoints:
-        stats = ((path, path.stat()) for path in checkpoint.files)
+        texts = tokenizer_files(checkpoint.folder) if recipe.tokens == "union" else []
+        stats = ((path, path.stat()) for path in (*checkpoint.files, *texts))
         facts.append([[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -254,3 +264,11 @@ def write_recipe(recipe: Recipe, made_from: str, out: Path) -> str:
     """Return the text of OUT/merging.yaml: the recipe, and the hash by which the same merge is known again."""
     recipe = renamed(recipe, lambda given: portable(given, out))
     return yaml.safe_dump(recipe.plain() | {"identity": made_from}, sort_keys=False, allow_unicode=True)
+
+
+def public_name(given: str) -> str:
+    """Return a name of a model that is safe to publish: no local paths."""
+    path = Path(given).resolve()
+    if path.is_file():
+        return f"{path.parent.name}/{path.name}"
+    return path.name if path.exists() else given

@@ -8,7 +8,7 @@ reads the task vectors of one tensor one after the other, and holds a few more t
 LoRA updates are merged in factored form, where a method has one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -16,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.spectral import singular_values
 from merging.calibration import SVC, Diagnosis, calibrate, diagnose, own_bases
 from merging.command import changes
 from merging.command.changes import Step, differences, joined, ranges, row_ranges, task_vectors
+from merging.command.findings import matrix_row
 from merging.command.options import SVC_FLAGS
 from merging.command.plan import Plan
 from merging.command.storage import Piece
-from merging.diagnosis import totals
-from merging.lowrank import LowRank, diagnose_low_rank, merge_low_rank
+from merging.lowrank import LowRank, diagnose_low_rank, joint_basis, merge_low_rank
 from merging.mergers import Merger, merger, weight_average
 from merging.task_vectors import Finite, TaskVector
+from merging.unrelated import Unrelated
 
+CHANCE = 2**24  # entries of all unrelated updates together, up to which they are in memory at once: 64 MiB
 Rule = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -80,7 +83,8 @@ class Streamer:
         svc = replace(svc_of(step), split_qkv=False, vectors=False, flatten=False)  # there are matrices only
         (piece,), method = step.pieces, self.plan.recipe.method
         if rows is not None and treatment(step, piece) == "calibrated":
-            rows.append(_numbers(piece, diagnose_low_rank(read, method, svc, name=step.name, **options)))
+            seen = diagnose_low_rank(read, method, svc, name=step.name, **options)
+            rows.append(self._found(step, piece, seen))
         return merge_low_rank(read, method, svc if step.options["svc"] else None, name=step.name, **options)
 
     def _updates(self, step: Step, rows: list[dict] | None) -> Iterator[tuple[int, Tensor]]:
@@ -122,11 +126,40 @@ class Streamer:
     ) -> Tensor:
         svc = svc_of(step)
         if rows is not None:
-            rows.append(_numbers(piece, diagnose({piece.name: merged}, tasks, svc)))
+            rows.append(self._found(step, piece, diagnose({piece.name: merged}, tasks, svc)))
         if not step.options["svc"]:
             return merged
         bases = own_bases(self.plan.recipe.method, tasks, svc)
         return calibrate({piece.name: merged}, tasks, svc, bases=bases)[piece.name]
+
+    def _found(self, step: Step, piece: Piece, seen: Mapping[str, Diagnosis]) -> dict[str, Any]:
+        """Return the numbers of a piece for the report, beside what merging makes of unrelated updates."""
+        height = piece.seen[0] if len(piece.seen) > 1 else 1
+        width = piece.count // height  # kernels are (out, rest)
+        svc = svc_of(step)
+        side = width if svc.space == "input" or len(piece.seen) < 2 else height // len(seen)
+        drawn = []
+        for name, part in seen.items():
+            shape = (height // len(seen), width)
+            tasks = [Unrelated(name, shape, spectrum, task) for task, spectrum in enumerate(part.spectra)]
+            if (spectrum := self._merged_by_chance(step, piece, name, tasks)) is not None:
+                drawn.append(spectrum)
+        return matrix_row(piece, seen, side, drawn)
+
+    def _merged_by_chance(self, step: Step, piece: Piece, name: str, tasks: Sequence[Unrelated]) -> Tensor | None:
+        """Return the singular values (r,) of merged unrelated updates; None where that needs all of them at once."""
+        method, options = self.plan.recipe.method, step.of_merger(self.plan.recipe.method)
+        if self.is_factored(step, piece):
+            merged = merge_low_rank([task.factors() for task in tasks], method, name=name, **options)
+            return singular_values(joint_basis([merged]).cores[0])
+        small = len(tasks) * piece.count <= CHANCE
+        if small:
+            tasks = [dict(task) for task in tasks]  # drawn once
+        if not takes(self.merger, piece):
+            return singular_values(weight_average(tasks)[name])
+        if self.merger.by_rows and not small:
+            return None
+        return singular_values(self.merger(tasks, **options)[name])
 
     # Which way -------------------------------------------------------------------------------------------------------
 
@@ -176,17 +209,6 @@ def treatment(step: Step, piece: Piece) -> str:
 def takes(own: Merger, piece: Piece) -> bool:
     """Return whether a merger treats a piece by its own rule; where not, it takes the mean."""
     return own.takes(piece.name, torch.empty(piece.seen, device="meta"))
-
-
-def _numbers(piece: Piece, diagnoses: dict[str, Diagnosis]) -> dict[str, Any]:
-    gamma = torch.cat([seen.gamma for seen in diagnoses.values()])
-    return {
-        "tensor": piece.name,
-        "shape": "×".join(map(str, piece.seen)),
-        **totals(diagnoses.values()),
-        "smallest γ": float(gamma.min()),
-        "largest γ": float(gamma.max()),
-    }
 
 
 def rounded(name: str, merged: Tensor, dtype: torch.dtype) -> Tensor:

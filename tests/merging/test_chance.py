@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from merging import diagnose, plain_sum
-from merging.suites.unrelated import unrelated
+from merging.unrelated import Unrelated, overlap_by_chance, unrelated
 
 
 def task_vectors() -> list[dict[str, torch.Tensor]]:
@@ -62,3 +62,26 @@ def test_a_predicate_chooses_and_bad_input_is_refused():
     assert unrelated(tasks, matrices=lambda name, _: name == "tall")[0]["wide"].equal(tasks[0]["wide"])
     with pytest.raises(ValueError, match="empty list"):
         unrelated([])
+
+
+def test_a_matrix_is_drawn_from_its_spectrum_the_same_each_time():
+    spectrum = torch.logspace(0, -2, 30)
+    first, second = (Unrelated("wide", (40, 60), spectrum, task) for task in (0, 1))
+    assert first["wide"].equal(first["wide"]) and not first["wide"].allclose(second["wide"])
+    assert not first["wide"].allclose(Unrelated("other", (40, 60), spectrum, 0)["other"])
+    torch.testing.assert_close(torch.linalg.svdvals(first["wide"])[:30], spectrum, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(first.factors().dense(), first["wide"])
+    with pytest.raises(KeyError):
+        first["bias"]
+
+
+@pytest.mark.parametrize("ranks", [(8, 8), (20, 3, 5), (1, 1)])
+def test_overlap_by_chance_is_the_mean_over_many_draws(ranks):
+    spectra = torch.stack([(torch.arange(20) < rank) * torch.linspace(2, 1, 20) for rank in ranks])
+    found = []
+    for index in range(100):
+        tasks = [Unrelated(f"w{index}", (30, 20), spectrum, task) for task, spectrum in enumerate(spectra)]
+        dense = [{"w": task[f"w{index}"]} for task in tasks]
+        overlap = diagnose(plain_sum(dense), dense)["w"].overlap
+        found.append(float(overlap[~torch.eye(len(ranks), dtype=torch.bool)].mean()))
+    assert sum(found) / 100 == pytest.approx(overlap_by_chance(ranks, 8, 30), rel=0.15)

@@ -225,7 +225,6 @@ def test_the_report_holds_the_diagnoses_of_every_matrix(tmp_path):
     merge(Recipe(where, others, "plain_sum", report=True), tmp_path / "out", jobs=2)
     table = pd.read_csv(tmp_path / "out" / "report" / "matrices.csv")
     assert set(table.tensor) == {"mlp.weight", "attn.weight"}
-    assert (tmp_path / "out" / "report" / "over_accumulation.png").stat().st_size > 1000
     assert_equal(weights(tmp_path / "out"), in_memory(base, experts, "plain_sum"))
     update = sum(task_vector(expert, base)["mlp.weight"] for expert in experts)
     own = [torch.linalg.svdvals(task_vector(expert, base)["mlp.weight"])[0] for expert in experts]

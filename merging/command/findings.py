@@ -1,0 +1,100 @@
+"""What the report says of one tensor: numbers of each matrix before calibration, and how far and where experts moved.
+
+By chance: what merging does to UNRELATED updates, which have the experts' own singular values in directions drawn at
+random (`merging.unrelated`). The overlap to expect of them is known in closed form; their inflation is that of one draw
+per matrix, whose directions depend on its name and shape alone, so that every run finds the same.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.spectral import inflation_of_spectra, numerical_rank
+from merging.calibration import OVERLAP_RANK, Diagnosis
+from merging.command.changes import IA3, Step, differences, row_ranges
+from merging.command.storage import Piece
+from merging.diagnosis import overlap_between_tasks, tenths, totals
+from merging.lowrank import joint_basis
+from merging.unrelated import overlap_by_chance
+
+QUANTILES = {"γ, 10 % quantile": 0.1, "γ, median": 0.5, "γ, 90 % quantile": 0.9}
+
+
+def matrix_row(
+    piece: Piece, diagnoses: Mapping[str, Diagnosis], side: int, merged_by_chance: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Return the numbers of one matrix, or of the parts of a fused one: means over the parts.
+
+    Args:
+        piece: the matrix.
+        diagnoses: of its parts, before calibration.
+        side: entries of a direction in the space that SVC compares.
+        merged_by_chance: singular values of the merged unrelated updates, one tensor (r,) per part; empty where they
+            were not drawn.
+    """
+    parts = list(diagnoses.values())
+    gamma = torch.cat([seen.gamma[: max(1, seen.rank)] for seen in parts])  # directions that are not null
+    drawn = [inflation_of_spectra(_padded(found, seen.spectra), seen.spectra) for found, seen in zip(
+        merged_by_chance, parts, strict=False)]  # fmt: skip
+    return {
+        "tensor": piece.name,
+        "shape": "×".join(map(str, piece.seen)),
+        **totals(parts),
+        "smallest γ": float(gamma.min()),
+        "largest γ": float(gamma.max()),
+        **{name: float(torch.quantile(gamma.float(), quantile)) for name, quantile in QUANTILES.items()},
+        "overlap": _mean([float(overlap_between_tasks(seen)) for seen in parts]),
+        "overlap, by chance": _mean([_overlap_by_chance(seen, side) for seen in parts]),
+        "inflation, largest σ, by chance": _mean([float(each[0]) for each in drawn]),
+        "inflation, top tenth, by chance": _mean([float(tenths(each)[0]) for each in drawn]),
+    }
+
+
+def _overlap_by_chance(seen: Diagnosis, side: int) -> float:
+    width = min(OVERLAP_RANK, seen.spectra.shape[1])
+    return overlap_by_chance(numerical_rank(seen.spectra).tolist(), width, side)
+
+
+def _padded(singular: Tensor, spectra: Tensor) -> Tensor:
+    width = spectra.shape[1]
+    return torch.nn.functional.pad(singular.to(spectra), (0, max(0, width - len(singular))))[:width]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+@torch.no_grad()
+def moves(step: Step, device: torch.device) -> dict[str, Any] | None:
+    """Return how far the experts moved one tensor, and in which directions; None where nothing is merged.
+
+    Returns:
+        tensor, energy ‖base‖² (of what is merged; for IA³ of the vector of ones), and products (K, K), <τ_i, τ_j>.
+    """
+    if step.change is None or step.repeats:
+        return None
+    energy, products = 0.0, torch.zeros(len(step.experts), len(step.experts), dtype=torch.float64)
+    if step.change.factored:
+        products += _products([core.reshape(-1) for core in joint_basis(step.change.read(device), step.name).cores])
+    for piece in step.pieces:
+        for part in row_ranges(piece):
+            start, stop = (piece.start + row * piece.width for row in (part.start, part.stop))
+            if isinstance(step.change, IA3):
+                energy += stop - start
+            else:
+                energy += float(step.base.read(start, stop, torch.float32, device).double().square().sum())
+            if not step.change.factored:
+                products += _products([each.reshape(-1) for each in differences(step, piece, part, device)])
+    return {"tensor": step.name, "energy": energy, "products": products.tolist()}
+
+
+def _products(updates: Sequence[Tensor]) -> Tensor:
+    """Return <τ_i, τ_j> of flat updates, (K, K), float64; converted a pair at a time."""
+    found = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for i, first in enumerate(updates):
+        for j, second in enumerate(updates[: i + 1]):
+            found[i, j] = found[j, i] = float(torch.dot(first.double(), second.double()))
+    return found
