@@ -2,8 +2,8 @@
 
 No list of architectures: everything is read off names, shapes and, where two tensors may be tied, bytes.
 
-Names       experts may carry a prefix that the base lacks, or lack one ("transformer.", "module."); the one under
-            which most names agree is taken.
+Names       experts may be stored under other names and in another layout than the base: what transformers knows of its
+            class is used, and a prefix added, dropped or changed (`merging.command.naming`, `merging.command.names`).
 Missing     a tensor that no expert has (another head) keeps the base's value; one that some have and others lack is
             refused. Tensors that only experts have are left out. A tied copy that one side does not store is found by
             comparing bytes.
@@ -13,8 +13,7 @@ Integers    keep the base's value; where experts differ in more than a single co
 Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told by `merging.command.storage`.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from merging.checkpoints import Checkpoint, Entry
 from merging.command.adapter_plan import adapter_steps
 from merging.command.changes import Full, Step
+from merging.command.names import align, base_parts
 from merging.command.recipe import Recipe
 from merging.command.storage import pieces, storage
 from merging.command.vocabulary import common_rows
@@ -71,14 +71,14 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
 
 def _model_steps(plan: Plan) -> list[Step]:
     recipe, base, experts = plan.recipe, plan.base, plan.experts
-    names = [_match(base, expert, plan) for expert in experts]
-    layouts, steps = storage(base.entries), []
+    aligned = [_aligned(base, expert, plan) for expert in experts]
+    layouts, packed, steps = storage(base.entries), base_parts(base), []
     for name, entry in base.entries.items():
-        options = recipe.of(name, len(experts))
-        found = _partners(name, entry, base, experts, names, plan.notes) if options["merge"] else ()
+        options, parts = recipe.of(name, len(experts)), packed.get(name, ())
+        found = _partners(name, entry, base, experts, aligned, plan.notes) if options["merge"] else ()
         rows = common_rows(entry, found, base, experts, plan.notes)
-        layout = options["layout"] or layouts[name]
-        change, parts = (Full(found), pieces(entry, layout, rows)) if found else (None, ())
+        layout = options["layout"] or ("transposed stack" if len(parts) == 1 else layouts[name])
+        change, parts = (Full(found), pieces(entry, layout, rows, parts)) if found else (None, ())
         steps.append(Step(entry, change, parts, recipe.output_dtype(entry.dtype), layout, options))
     return _with_ties(steps, plan.remarks)
 
@@ -86,35 +86,15 @@ def _model_steps(plan: Plan) -> list[Step]:
 # Which tensors belong together ---------------------------------------------------------------------------------------
 
 
-def _match(base: Checkpoint, expert: Checkpoint, plan: Plan) -> dict[str, str]:
-    """Return base name → expert name under the prefix, added or taken away, with which most names agree."""
-    ours, theirs = base.entries.keys(), expert.entries.keys()
-    matches = [{name: name for name in ours if name in theirs}]
-    matches += [{name: p + name for name in ours if p + name in theirs} for p in _prefixes(theirs)]
-    matches += [
-        {name: name[len(p) :] for name in ours if name.startswith(p) and name[len(p) :] in theirs}
-        for p in _prefixes(ours)
-    ]
-    best = max(matches, key=len)  # the first of equals: names as they are
-    if not best:
-        raise ValueError(f"{expert.given}: shares no tensor name with {base.given}; is it of the same architecture?")
-    used = set(best.values())
-    extra = [name for name in theirs if name not in used]
-    copies = [name for name in extra if _copy_of(expert.entries[name], [expert.entries[other] for other in used])]
+def _aligned(base: Checkpoint, expert: Checkpoint, plan: Plan) -> Mapping[str, Entry]:
+    """Return base name → the expert's tensor; what the base has no place for is noted."""
+    found = align(base, expert)
+    copies = [entry.name for entry in found.left if _copy_of(entry, list(found.entries.values()))]
     if copies:
         plan.remarks.append(f"{expert.given}: {some(copies)}: a tied copy, not stored in {base.given}; left out")
-    if extra := [name for name in extra if name not in copies]:
+    if extra := [entry.name for entry in found.left if entry.name not in copies]:
         plan.notes.append(f"{expert.given}: {some(extra)}: not in {base.given}; left out")
-    return best
-
-
-def _prefixes(names: Sequence[str]) -> list[str]:
-    """Return what names begin with, up to their first and second dot, the most frequent first."""
-    counts: Counter[str] = Counter()
-    for name in names:
-        parts = name.split(".")
-        counts.update(".".join(parts[:depth]) + "." for depth in (1, 2) if len(parts) > depth)
-    return [prefix for prefix, _ in counts.most_common(16)]
+    return found.entries
 
 
 def _partners(
@@ -122,14 +102,13 @@ def _partners(
     entry: Entry,
     base: Checkpoint,
     experts: Sequence[Checkpoint],
-    names: Sequence[Mapping[str, str]],
+    aligned: Sequence[Mapping[str, Entry]],
     notes: list[str],
 ) -> tuple[Entry, ...]:
     """Return each expert's tensor for one of the base, or () if the base's value is kept."""
     found: list[Entry | None] = []
-    for expert, known in zip(experts, names, strict=True):
-        other = known.get(name) or known.get(_twin(entry, base, known) or "")
-        found.append(expert.entries[other] if other else None)
+    for known in aligned:
+        found.append(known.get(name) or known.get(_twin(entry, base, known) or ""))
     if not any(found):
         notes.append(f"{base.given}: {name!r}: in no expert; the base's value is kept")
         return ()
@@ -156,7 +135,7 @@ def _same_integers(entry: Entry, found: Sequence[Entry]) -> tuple[Entry, ...]:
     return ()
 
 
-def _twin(entry: Entry, base: Checkpoint, known: Mapping[str, str]) -> str | None:
+def _twin(entry: Entry, base: Checkpoint, known: Collection[str]) -> str | None:
     """Return the name of a tensor that is tied to this one, with the same bytes in the base, and that an expert has."""
     others = [base.entries[name] for name in known if name != entry.name]
     copy = _copy_of(entry, others)
