@@ -10,7 +10,8 @@ import yaml
 
 from merging.checkpoints import WEIGHT_ENDINGS
 from merging.command.outputs import AdapterOutput, ModelOutput
-from merging.command.plan import Plan, some
+from merging.command.plan import Plan
+from merging.command.proportion import some
 from merging.command.recipe import write_recipe
 from merging.command.report import write_report
 from merging.command.shards import write_text

@@ -5,6 +5,7 @@ Three steps, each only where names still differ: as stored; under the canonical 
 "model.language_model."), that with which most names agree. What no rule knows stays without a partner.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from merging.checkpoints import Checkpoint, Entry
 from merging.command.naming import Naming, Parts, naming
 from merging.views import Transposed, joined, renamed, transposed
 
+NUMBER = re.compile(r"(^|\.)\d+\.")  # of a layer, or an expert
 PREFIXES = 16  # the most frequent ones are tried, on either side
 TRIED = 2000  # names on which they are tried
 
@@ -79,24 +81,26 @@ def _laid_out(entry: Entry, own: Sequence[Entry], parts: Sequence[Entry]) -> Ent
 def best_prefix(ours: Sequence[str], theirs: Collection[str]) -> dict[str, str]:
     """Return name of ours → name of theirs under one change of prefix, or none, for all names that have a partner.
 
-    A name that the change leads nowhere stays as it is; layers are never renumbered.
+    The change is that which leads from most of the numbered layers to layers of theirs, which are never renumbered; a
+    name that it leads nowhere stays as it is.
     """
     theirs = set(theirs)
-    if all(name in theirs for name in ours):
-        return {name: name for name in ours}
-    tried = ours[:: -(-len(ours) // TRIED)]
-    changes = [("", ""), *((old, new) for old in _prefixes(ours) for new in _prefixes(theirs) if old != new)]
-    agreeing = {change: len(set(_partners(tried, change, theirs).values())) for change in changes}
-    best = max(changes, key=agreeing.__getitem__)  # the first of equals: names as they are
-    return _partners(ours, best, theirs)
-
-
-def _partners(ours: Sequence[str], change: tuple[str, str], theirs: Collection[str]) -> dict[str, str]:
-    old, new = change
-    changed = {name: new + name.removeprefix(old) for name in ours if name.startswith(old)}
-    found = {name: other for name, other in changed.items() if other in theirs}
+    tried = [name for name in ours if NUMBER.search(name)] or ours
+    tried = tried[:: -(-len(tried) // TRIED)]
+    changes = [("", "")]
+    if not all(name in theirs for name in tried):
+        changes += [(old, new) for old in _prefixes(ours) for new in _prefixes(theirs) if old != new]
+    best = max(changes, key=lambda change: len(_changed(tried, change, theirs)))  # the first of equals: as they are
+    found = _changed(ours, best, theirs)
     taken = set(found.values())
     return found | {name: name for name in ours if name not in found and name in theirs and name not in taken}
+
+
+def _changed(ours: Sequence[str], change: tuple[str, str], theirs: Collection[str]) -> dict[str, str]:
+    """Return what a change of prefix makes of names, where that is one of theirs."""
+    old, new = change
+    changed = {name: new + name.removeprefix(old) for name in ours if name.startswith(old)}
+    return {name: other for name, other in changed.items() if other in theirs}
 
 
 def _prefixes(names: Collection[str]) -> list[str]:

@@ -5,10 +5,11 @@ No list of architectures: everything is read off names, shapes and, where two te
 Names       experts may be stored under other names and in another layout than the base: what transformers knows of its
             class is used, and a prefix added, dropped or changed (`merging.command.naming`, `merging.command.names`).
 Missing     a tensor that no expert has (another head) keeps the base's value; one that some have and others lack is
-            refused. Tensors that only experts have are left out. A tied copy that one side does not store is found by
-            comparing bytes.
-Vocabulary  tensors that differ in their number of rows alone: the rows that all have are merged, the base's other
-            rows are kept. With config.json on both sides the rows must be their vocab_size, else it is refused.
+            refused, unless nothing was trained in it. Tensors that only experts have are left out. A tied copy that
+            one side does not store is found by comparing bytes.
+Proportion  heads may differ; if more than 1 % of the bytes of the rest have no partner, or left-out and kept tensors
+            fit each other by shape, it is refused without `partial` (`merging.command.proportion`).
+Rows        where tensors differ in their number of rows, `merging.command.vocabulary` says what is merged.
 Integers    keep the base's value; where experts differ in more than a single counter, that is refused.
 Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told by `merging.command.storage`.
 """
@@ -23,9 +24,10 @@ from merging.checkpoints import Checkpoint, Entry
 from merging.command.adapter_plan import adapter_steps
 from merging.command.changes import Full, Step
 from merging.command.names import align, base_parts
+from merging.command.proportion import Side, some, told
 from merging.command.recipe import Recipe
 from merging.command.storage import pieces, storage
-from merging.command.vocabulary import common_rows
+from merging.command.vocabulary import matching_rows
 from merging.peft_files import Adapter
 
 COMPARED = 2**22  # entries compared at a time
@@ -72,14 +74,16 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
 def _model_steps(plan: Plan) -> list[Step]:
     recipe, base, experts = plan.recipe, plan.base, plan.experts
     aligned = [_aligned(base, expert, plan) for expert in experts]
-    layouts, packed, steps = storage(base.entries), base_parts(base), []
+    layouts, packed, steps, kept = storage(base.entries), base_parts(base), [], []
     for name, entry in base.entries.items():
         options, parts = recipe.of(name, len(experts)), packed.get(name, ())
-        found = _partners(name, entry, base, experts, aligned, plan.notes) if options["merge"] else ()
-        rows = common_rows(entry, found, base, experts, plan.notes)
+        found = _partners(name, entry, plan, aligned, kept) if options["merge"] else ()
+        found, rows = matching_rows(entry, found, base, experts, plan.notes)
         layout = options["layout"] or ("transposed stack" if len(parts) == 1 else layouts[name])
         change, parts = (Full(found), pieces(entry, layout, rows, parts)) if found else (None, ())
         steps.append(Step(entry, change, parts, recipe.output_dtype(entry.dtype), layout, options))
+    if kept:
+        plan.notes.append(f"{base.given}: {some(kept)}: in no expert; the base's value is kept")
     return _with_ties(steps, plan.remarks)
 
 
@@ -87,41 +91,50 @@ def _model_steps(plan: Plan) -> list[Step]:
 
 
 def _aligned(base: Checkpoint, expert: Checkpoint, plan: Plan) -> Mapping[str, Entry]:
-    """Return base name → the expert's tensor; what the base has no place for is noted."""
+    """Return base name → the expert's tensor, also of tied ones that it does not store; what is left out is noted.
+
+    Raises:
+        ValueError: too much of the two models has no partner.
+    """
     found = align(base, expert)
     copies = [entry.name for entry in found.left if _copy_of(entry, list(found.entries.values()))]
     if copies:
         plan.remarks.append(f"{expert.given}: {some(copies)}: a tied copy, not stored in {base.given}; left out")
-    if extra := [entry.name for entry in found.left if entry.name not in copies]:
-        plan.notes.append(f"{expert.given}: {some(extra)}: not in {base.given}; left out")
-    return found.entries
+    missing = [entry for name, entry in base.entries.items() if name not in found.entries]
+    twins = {entry.name: twin for entry in missing if (twin := _twin(entry, base, found.entries.keys()))}
+    wanted = [each for each in missing if each.name not in twins and plan.recipe.of(each.name, 1)["merge"]]
+    sides = (
+        Side(base.given, base.entries, wanted, base.config),
+        Side(expert.given, expert.entries, [e for e in found.left if e.name not in copies], expert.config),
+    )
+    plan.notes += told(*sides, plan.recipe.partial)
+    return {**found.entries, **{name: found.entries[twin] for name, twin in twins.items()}}
 
 
 def _partners(
-    name: str,
-    entry: Entry,
-    base: Checkpoint,
-    experts: Sequence[Checkpoint],
-    aligned: Sequence[Mapping[str, Entry]],
-    notes: list[str],
+    name: str, entry: Entry, plan: Plan, aligned: Sequence[Mapping[str, Entry]], kept: list[str]
 ) -> tuple[Entry, ...]:
     """Return each expert's tensor for one of the base, or () if the base's value is kept."""
-    found: list[Entry | None] = []
-    for known in aligned:
-        found.append(known.get(name) or known.get(_twin(entry, base, known) or ""))
-    if not any(found):
-        notes.append(f"{base.given}: {name!r}: in no expert; the base's value is kept")
-        return ()
-    for expert, other in zip(experts, found, strict=True):
-        if other is None:
-            raise ValueError(
-                f"{expert.given}: lacks {name!r}, which other experts have; --set '{name}:merge=false' keeps the base's"
-            )
+    base, found = plan.base, [known.get(name) for known in aligned]
+    there = list(filter(None, found))
+    for other in there:
         if other.dtype.is_floating_point != entry.dtype.is_floating_point:
             raise ValueError(f"{other.where}: {other.dtype}, and {entry.dtype} in {base.given}; they cannot be merged")
         if any(each.dtype.is_floating_point and each.dtype.itemsize == 1 for each in (entry, other)):
             raise ValueError(f"{other.where}: stored as {other.dtype}, which is quantised; dequantise the model first")
-    return _same_integers(entry, found) if not entry.dtype.is_floating_point else tuple(found)
+    if not there:
+        kept.append(name)
+        return ()
+    if not entry.dtype.is_floating_point:
+        return _same_integers(entry, there)
+    if len(there) < len(found):
+        if not plan.recipe.partial and not all(_equal(entry, other) for other in there):  # a buffer, or nothing trained
+            odd = plan.experts[found.index(None)].given
+            raise ValueError(
+                f"{odd}: lacks {name!r}, which other experts have; --set '{name}:merge=false' keeps the base's"
+            )
+        return ()
+    return tuple(there)
 
 
 def _same_integers(entry: Entry, found: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -188,11 +201,6 @@ def _tied(first: Step, second: Step) -> bool:
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first few names, for messages."""
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _more(count: int) -> str:

@@ -83,6 +83,9 @@ class Recipe:
     """Largest file of the output (500MB, 5GB, …); a single tensor may be larger."""
     strict: bool = False
     """Refuse what is otherwise kept from the base or left out, and reported: heads, vocabularies, extra tensors."""
+    partial: bool = False
+    """Merge models of which a good part has no partner (another depth or architecture, a vision tower): such tensors
+    keep the base's value or are left out, and are told in one line."""
     report: bool = False
     """Write the spectral diagnostics of each matrix, before calibration, and a figure into OUT/report."""
 
