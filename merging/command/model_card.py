@@ -15,6 +15,7 @@ from merging.command.proportion import some
 from merging.command.recipe import write_recipe
 from merging.command.report import write_report
 from merging.command.shards import write_text
+from merging.command.tied import untied
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter
 
@@ -53,7 +54,7 @@ def write_companions(
         remarks += _write_losses([note["lost"] for note in notes], folder)
     elif plan.base.folder:
         _copy(plan.base.folder, folder)
-        _set_dtype(folder / "config.json", plan)
+        _adapt(folder / "config.json", plan)
     if rows := [row for note in notes for row in note["report"] or ()]:
         write_report(rows, folder / "report")
     write_text(folder / "README.md", card(output, remarks))
@@ -85,13 +86,14 @@ def _copy(source: Path, target: Path) -> None:
                     shutil.copyfile(text, target / path.name / text.name)
 
 
-def _set_dtype(config: Path, plan: Plan) -> None:
-    """Let the configuration name the dtype of the output, where it names one and another was chosen."""
-    if plan.recipe.dtype is None or not config.is_file():
+def _adapt(config: Path, plan: Plan) -> None:
+    """Let the configuration say how the output differs from the base: another dtype, embeddings that are not tied."""
+    if not (plan.recipe.dtype or plan.untied) or not config.is_file():
         return
     values = json.loads(config.read_text(encoding="utf-8"))
-    for key in {"dtype", "torch_dtype"} & values.keys():
+    for key in {"dtype", "torch_dtype"} & values.keys() if plan.recipe.dtype else ():
         values[key] = plan.recipe.dtype
+    values = untied(values) if plan.untied else values
     write_text(config, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -139,6 +139,11 @@ def naming(checkpoint: Checkpoint, other: Checkpoint | None = None) -> Naming:
     """Return what transformers knows of the class of a checkpoint, by its config.json, or that of another model of its
     architecture where it has none; of no class in particular where there is neither."""
     config = checkpoint.config if "model_type" in checkpoint.config or other is None else other.config
+    return naming_of(config)
+
+
+def naming_of(config: Mapping[str, Any]) -> Naming:
+    """Return what transformers knows of the class that a configuration names."""
     return _naming(json.dumps(config, sort_keys=True))
 
 

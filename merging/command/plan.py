@@ -14,11 +14,9 @@ Integers    keep the base's value; where experts differ in more than a single co
 Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told by `merging.command.storage`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
 
 from merging.checkpoints import Checkpoint, Entry
 from merging.command.adapter_plan import adapter_steps
@@ -27,10 +25,11 @@ from merging.command.names import align, base_parts
 from merging.command.proportion import Side, some, told
 from merging.command.recipe import Recipe
 from merging.command.storage import pieces, storage
+from merging.command.tied import copy_of, equal, trained_apart, twin_of, with_ties
 from merging.command.vocabulary import matching_rows
 from merging.peft_files import Adapter
 
-COMPARED = 2**22  # entries compared at a time
+NO_PARAMETERS = re.compile(r"(^|\.)((original_)?inv_freq|masked_bias)$")  # computed, and saved by some versions only
 
 
 @dataclass
@@ -43,6 +42,7 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what differs between the models, and is refused by --strict
     remarks: list[str] = field(default_factory=list)  # tied tensors
+    untied: bool = False  # whether the output holds by itself what the base's configuration ties to another tensor
 
     @property
     def merged(self) -> list[Step]:
@@ -58,6 +58,10 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
     """
     plan = Plan(recipe, base, tuple(experts))
     adapters = [isinstance(expert, Adapter) for expert in experts]
+    if apart := trained_apart(base, experts):
+        base = plan.base = replace(base, entries={**apart, **base.entries})
+        plan.untied = True
+        plan.remarks.append(f"{some(list(apart))}: tied in {base.given}, and trained apart; written untied")
     if any(adapters) and not all(adapters):
         odd = recipe.experts[adapters.index(False)]
         raise ValueError(f"{odd}: is no adapter, and other experts are; fold those into the base first, one by one")
@@ -84,7 +88,7 @@ def _model_steps(plan: Plan) -> list[Step]:
         steps.append(Step(entry, change, parts, recipe.output_dtype(entry.dtype), layout, options))
     if kept:
         plan.notes.append(f"{base.given}: {some(kept)}: in no expert; the base's value is kept")
-    return _with_ties(steps, plan.remarks)
+    return with_ties(steps, plan.remarks)
 
 
 # Which tensors belong together ---------------------------------------------------------------------------------------
@@ -97,11 +101,11 @@ def _aligned(base: Checkpoint, expert: Checkpoint, plan: Plan) -> Mapping[str, E
         ValueError: too much of the two models has no partner.
     """
     found = align(base, expert)
-    copies = [entry.name for entry in found.left if _copy_of(entry, list(found.entries.values()))]
+    copies = [entry.name for entry in found.left if copy_of(entry, list(found.entries.values()))]
     if copies:
         plan.remarks.append(f"{expert.given}: {some(copies)}: a tied copy, not stored in {base.given}; left out")
     missing = [entry for name, entry in base.entries.items() if name not in found.entries]
-    twins = {entry.name: twin for entry in missing if (twin := _twin(entry, base, found.entries.keys()))}
+    twins = {entry.name: twin for entry in missing if (twin := twin_of(entry, base, found.entries))}
     wanted = [each for each in missing if each.name not in twins and plan.recipe.of(each.name, 1)["merge"]]
     sides = (
         Side(base.given, base.entries, wanted, base.config),
@@ -128,7 +132,9 @@ def _partners(
     if not entry.dtype.is_floating_point:
         return _same_integers(entry, there)
     if len(there) < len(found):
-        if not plan.recipe.partial and not all(_equal(entry, other) for other in there):  # a buffer, or nothing trained
+        if NO_PARAMETERS.search(name):
+            plan.notes.append(f"{base.given}: {name!r}: not in all experts, and no parameter; the base's value is kept")
+        elif not plan.recipe.partial and not all(equal(entry, other) for other in there):  # nothing was trained
             odd = plan.experts[found.index(None)].given
             raise ValueError(
                 f"{odd}: lacks {name!r}, which other experts have; --set '{name}:merge=false' keeps the base's"
@@ -140,64 +146,12 @@ def _partners(
 def _same_integers(entry: Entry, found: Sequence[Entry]) -> tuple[Entry, ...]:
     """Return (): integers keep the base's value, which must be that of all experts, except for single counters."""
     for other in found:
-        if entry.count > 1 and not _equal(entry, other):
+        if entry.count > 1 and not equal(entry, other):
             raise ValueError(
                 f"{other.where}: {other.dtype} and different from the base's; integers cannot be merged (quantised? "
                 f"dequantise first): --set '{entry.name}:merge=false' keeps the base's"
             )
     return ()
-
-
-def _twin(entry: Entry, base: Checkpoint, known: Collection[str]) -> str | None:
-    """Return the name of a tensor that is tied to this one, with the same bytes in the base, and that an expert has."""
-    others = [base.entries[name] for name in known if name != entry.name]
-    copy = _copy_of(entry, others)
-    return copy.name if copy else None
-
-
-def _copy_of(entry: Entry, others: Sequence[Entry]) -> Entry | None:
-    if len(entry.shape) < 2:
-        return None
-    same = (other for other in others if other.shape == entry.shape and other.dtype == entry.dtype)
-    return next((other for other in same if _equal(entry, other)), None)
-
-
-def _equal(entry: Entry, other: Entry) -> bool:
-    if entry.shape != other.shape or entry.dtype != other.dtype:
-        return False
-    if (entry.path, entry.name) == (other.path, other.name):
-        return True
-    for start in (0, *range(64, entry.count, COMPARED)):  # nearly all pairs differ in their first entries
-        stop = min(64, entry.count) if start == 0 else min(start + COMPARED, entry.count)
-        if not torch.equal(entry.read(start, stop), other.read(start, stop)):
-            return False
-    return True
-
-
-def _with_ties(steps: list[Step], remarks: list[str]) -> list[Step]:
-    """Give tied tensors, those with the same bytes in the base and in every expert, the name of the first of them."""
-    groups: dict[Any, list[Step]] = {}
-    for step in steps:
-        if step.change and len(step.base.shape) > 1:
-            start = step.base.read(0, min(64, step.base.count)).view(torch.uint8)
-            groups.setdefault((step.base.shape, step.base.dtype, bytes(start.numpy())), []).append(step)
-    renamed = {}
-    for group in groups.values():
-        for index, step in enumerate(group):
-            first = next((other for other in group[:index] if _tied(step, other)), None)
-            if first and first.name not in renamed:
-                renamed[step.name] = first
-                remarks.append(f"{step.name!r}: tied to {first.name!r}; both are merged as {first.name!r}")
-    return [_merged_as(step, renamed[step.name]) if step.name in renamed else step for step in steps]
-
-
-def _merged_as(step: Step, first: Step) -> Step:
-    return replace(step, pieces=first.pieces, layout=first.layout, options=first.options)
-
-
-def _tied(first: Step, second: Step) -> bool:
-    ours, theirs = ((step.base, *step.experts) for step in (first, second))
-    return all(_equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 # Words ---------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ Body    everything else, and everything in a model without numbered layers. It i
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,19 +29,14 @@ class Side:
     alone: Sequence[Entry]
     config: Mapping[str, Any]
 
-    def body(self, others: Collection[tuple[int, ...]] = ()) -> list[Entry]:
-        """Return the tensors without partner that are no heads; a tensor of one of the shapes `others` is none."""
-        if not any(NUMBER.search(name) for name in self.entries):
-            return list(self.alone)
-        return [
-            entry
-            for entry in self.alone
-            if NUMBER.search(entry.name) or EMBEDDING.search(entry.name) or entry.shape in others
-        ]
-
     def share(self, entries: Sequence[Entry]) -> float:
         """Return the share of the model's bytes that some of its tensors have."""
         return sum(entry.size for entry in entries) / max(1, sum(entry.size for entry in self.entries.values()))
+
+
+def is_head(entry: Entry) -> bool:
+    """Return whether a tensor is part of a head, by its name."""
+    return not (NUMBER.search(entry.name) or EMBEDDING.search(entry.name))
 
 
 def told(base: Side, expert: Side, partial: bool = False) -> list[str]:
@@ -51,7 +46,9 @@ def told(base: Side, expert: Side, partial: bool = False) -> list[str]:
         ValueError: one line, where more than heads have no partner, and that was not asked for (`partial`).
     """
     embeddings = {e.shape for name, e in base.entries.items() if EMBEDDING.search(name) and len(e.shape) == 2}
-    kept, left = base.body(), expert.body(embeddings)
+    layers = any(NUMBER.search(name) for name in (*base.entries, *expert.entries))
+    kept = [entry for entry in base.alone if not (layers and is_head(entry))]
+    left = [entry for entry in expert.alone if not (layers and is_head(entry)) or entry.shape in embeddings]
     alike = {entry.shape for entry in kept} & {entry.shape for entry in left} - {()}
     extra = f"{_told(expert)}: not in {base.given}; left out" if expert.alone else ""
     if not alike and base.share(kept) <= SHARE and expert.share(left) <= SHARE:
