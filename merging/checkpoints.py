@@ -34,6 +34,8 @@ PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_ENDINGS = (".safetensors", *PICKLE_ENDINGS, ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".index.json")
 HUB_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
+DEQUANTISED = ("fp8", "compressed-tensors")  # by `merging.fp8`, as far as they are 8-bit floating point
+
 COPIED = 2**21  # entries that are read and converted at a time
 
 
@@ -134,6 +136,8 @@ def open_checkpoint(given: str | Path, path: Path | None = None) -> Checkpoint:
         checkpoint = Checkpoint(str(given), path, _entries(*_weight_files(path)))
     if method := checkpoint.config.get("quantization_config"):
         kind = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
+        if kind in DEQUANTISED:
+            return checkpoint
         raise ValueError(f"{path / 'config.json'}: the weights are quantised ({kind}); dequantise the model first")
     return checkpoint
 

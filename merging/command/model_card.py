@@ -87,10 +87,12 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _adapt(config: Path, plan: Plan) -> None:
-    """Let the configuration say how the output differs from the base: another dtype, embeddings that are not tied."""
-    if not (plan.recipe.dtype or plan.untied) or not config.is_file():
+    """Let the configuration say how the output differs from the base: another dtype, nothing quantised or tied."""
+    quantised = "quantization_config" in plan.base.config  # and read as what it stands for
+    if not (plan.recipe.dtype or plan.untied or quantised) or not config.is_file():
         return
     values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("quantization_config", None)
     for key in {"dtype", "torch_dtype"} & values.keys() if plan.recipe.dtype else ():
         values[key] = plan.recipe.dtype
     values = untied(values) if plan.untied else values

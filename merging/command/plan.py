@@ -10,6 +10,8 @@ Missing     a tensor that no expert has (another head) keeps the base's value; o
 Proportion  heads may differ; if more than 1 % of the bytes of the rest have no partner, or left-out and kept tensors
             fit each other by shape, it is refused without `partial` (`merging.command.proportion`).
 Rows        where tensors differ in their number of rows, `merging.command.vocabulary` says what is merged.
+8 bits      weights with scales are read as what they stand for (`merging.fp8`); other quantised ones are refused.
+Tied        an output head that the base ties and an expert trained apart is written (`merging.command.tied`).
 Integers    keep the base's value; where experts differ in more than a single counter, that is refused.
 Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told by `merging.command.storage`.
 """
@@ -27,6 +29,7 @@ from merging.command.recipe import Recipe
 from merging.command.storage import pieces, storage
 from merging.command.tied import copy_of, equal, trained_apart, twin_of, with_ties
 from merging.command.vocabulary import matching_rows
+from merging.fp8 import dequantised
 from merging.peft_files import Adapter
 
 NO_PARAMETERS = re.compile(r"(^|\.)((original_)?inv_freq|masked_bias)$")  # computed, and saved by some versions only
@@ -56,7 +59,11 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
     Raises:
         ValueError: one line that names file and tensor; with `recipe.strict` for everything that would be a note.
     """
+    base, experts = dequantised(base), [each if isinstance(each, Adapter) else dequantised(each) for each in experts]
     plan = Plan(recipe, base, tuple(experts))
+    for model in (base, *experts):
+        if not isinstance(model, Adapter) and "quantization_config" in model.config:
+            plan.remarks.append(f"{model.given}: 8-bit weights, read as weight · scale; nothing is written in 8 bits")
     adapters = [isinstance(expert, Adapter) for expert in experts]
     if apart := trained_apart(base, experts):
         base = plan.base = replace(base, entries={**apart, **base.entries})
