@@ -165,18 +165,18 @@ def _class_of(config: str) -> Any | None:
 
 def _naming(config: str) -> Naming:
     try:
-        from transformers import conversion_mapping
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
-    except ImportError:  # a version without tables
+    except ImportError:  # a version without these tables: names are matched as they are
         return Naming()
     model = _class_of(config)
     if model is not None:
-        table = conversion_mapping.get_model_conversion_mapping(model)
+        table = get_model_conversion_mapping(model)
     else:
         values = json.loads(config)
         kinds = [values, *(value for value in values.values() if isinstance(value, dict))]
         known = (kind["model_type"] for kind in kinds if isinstance(kind.get("model_type"), str))
-        tables = map(conversion_mapping.get_checkpoint_conversion_mapping, (*known, "legacy"))
+        tables = map(get_checkpoint_conversion_mapping, (*known, "legacy"))
         table = [each for table in tables for each in table or ()]
     return Naming(
         tuple(each for each in table if isinstance(each, WeightRenaming)),

@@ -19,11 +19,8 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [4, 3], "activation_scheme": 
 
 def compressed(strategy, **more):
     weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, **more}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "config_groups": {"a": {"weights": weights}},
-    }
+    groups = {"group_0": {"weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
 
 
 CASES = {  # configuration, ending, shape of the weight, shape of the scales, what one scale is for

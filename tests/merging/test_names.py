@@ -1,6 +1,7 @@
 """Names and layouts: experts that store their tensors otherwise than the base are merged as transformers loads them."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -275,3 +276,15 @@ def test_a_class_that_transformers_does_not_know_is_matched_by_names_alone(tmp_p
     rewritten(tmp_path / "e0", old_norms)
     plan = make_plan(Recipe(base, (expert,), "weight_average"), open_checkpoint(base), [open_checkpoint(expert)])
     assert all(step.change for step in plan.steps) and not plan.notes
+
+
+def test_a_version_of_transformers_without_tables_matches_names_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    state = {f"layers.{index}.LayerNorm.weight": torch.ones(9) for index in range(3)} | {"layers.0.w": torch.ones(9, 9)}
+    base, expert = saved(tmp_path / "base", state), saved(tmp_path / "e0", state)
+    rewritten(tmp_path / "e0", lambda name: f"module.{name}")
+    plan = make_plan(Recipe(base, (expert,), "weight_average"), open_checkpoint(base), [open_checkpoint(expert)])
+    assert all(step.change for step in plan.steps)
+    rewritten(tmp_path / "e0", old_norms)
+    with pytest.raises(ValueError, match=r"LayerNorm.*the same tensors under names or in a layout that no rule"):
+        make_plan(Recipe(base, (expert,), "weight_average"), open_checkpoint(base), [open_checkpoint(expert)])
