@@ -42,6 +42,8 @@ DTYPES = {
 
 HUB_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md")
 
+DEQUANTISED = ("fp8", "compressed-tensors")  # by `merging.fp8`, as far as they are 8-bit floating point
+
 COPIED = 2**21  # entries that are read and converted at a time
 
 
@@ -173,6 +175,8 @@ def open_checkpoint(given: str | Path, path: Path | None = None) -> Checkpoint:
     checkpoint = Checkpoint(str(given), path, entries, tuple(notes), known)
     if method := checkpoint.config.get("quantization_config"):
         kind = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
+        if kind in DEQUANTISED:
+            return checkpoint
         raise ValueError(f"{path / 'config.json'}: the weights are quantised ({kind}); dequantise the model first")
     return checkpoint
 

@@ -6,23 +6,25 @@ LoRA        the factors of an adapted weight are merged as factors where the met
 IA³         the vectors l are merged as updates l − 1, whatever the size of what they multiply: the weight and, where
             they act on the output, its bias. SVC gives them its rule for vectors.
 The rest    biases and modules that an adapter holds whole are merged like tensors of full models; they are zero updates
-            of the adapters that lack them. What the base lacks (a new head) is left out.
+            of the adapters that lack them. A head that the base lacks is left out; other tensors that it lacks are
+            refused without `partial`.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from merging.adapters import rename_to_base
 from merging.checkpoints import Checkpoint, Entry
-from merging.command.changes import IA3, RANGE, Full, LoRA, Step
+from merging.command.changes import IA3, Full, LoRA, Step
 from merging.command.options import depths
+from merging.command.proportion import Side, told
 from merging.command.recipe import Recipe
 from merging.command.storage import Piece, pieces, storage
+from merging.command.tied import copy_of, same_values
 from merging.mergers import merger
 from merging.peft_files import Adapter, Factors
+from merging.views import renamed
 
 # names of input embeddings and heads over a vocabulary
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|embed_in|embed_out|shared|lm_head)\.")
@@ -44,8 +46,7 @@ def adapter_steps(recipe: Recipe, base: Checkpoint, experts: Sequence[Adapter], 
         )
     adapters = [_named_as_base(given, adapter, base) for given, adapter in zip(recipe.experts, experts, strict=True)]
     for given, adapter in zip(recipe.experts, adapters, strict=True):
-        for name in sorted(adapter.values.keys() - base.entries.keys()):
-            notes.append(f"{given}: {name!r}: held whole, and not in {base.given}; left out")
+        notes += _left_out(given, adapter, base, recipe.partial)
     layouts, layers = storage(base.entries), depths(base.entries)
     return [_step(recipe, base, entry, adapters, layouts[name], layers) for name, entry in base.entries.items()]
 
@@ -55,6 +56,16 @@ def _named_as_base(given: str, adapter: Adapter, base: Checkpoint) -> Adapter:
         return rename_to_base(adapter, base.entries)
     except ValueError as error:
         raise ValueError(f"{given}: {error}") from None
+
+
+def _left_out(given: str, adapter: Adapter, base: Checkpoint, partial: bool) -> list[str]:
+    """Return a note on what an adapter holds whole and the base lacks; refused, unless these are heads."""
+    values = {name: renamed(value, name) for name, value in adapter.values.items()}
+    factors = [each for pair in adapter.modules.values() for each in (pair.down, pair.up)]
+    held = values | {each.where: each for each in (*factors, *adapter.vectors.values())}
+    alone = [value for name, value in values.items() if name not in base.entries]
+    alone = [value for value in alone if not copy_of(value, [each for each in values.values() if each is not value])]
+    return told(Side(base.given, base.entries, (), base.config), Side(given, held, alone, {}), partial)
 
 
 def _step(
@@ -93,14 +104,7 @@ def _step(
 def _value(adapter: Adapter, entry: Entry) -> Entry | None:
     """Return what an adapter holds whole; the base's own lm_head, saved by peft beside its update, is left out."""
     value = adapter.values.get(entry.name)
-    return None if value and entry.name in adapter.modules and _same(value, entry) else value
-
-
-def _same(value: Entry, entry: Entry) -> bool:
-    if value.shape != entry.shape:
-        return False
-    ranges = [(start, min(start + RANGE, entry.count)) for start in range(0, entry.count, RANGE)]
-    return all(torch.equal(value.read(*part, torch.float32), entry.read(*part, torch.float32)) for part in ranges)
+    return None if value and entry.name in adapter.modules and same_values(value, entry) else value
 
 
 def _vector(adapter: Adapter, name: str, weight: str) -> Entry | None:

@@ -11,9 +11,11 @@ import yaml
 
 from merging.command.licences import licence_fields, licences
 from merging.command.outputs import AdapterOutput, ModelOutput
-from merging.command.plan import Plan, some
+from merging.command.plan import Plan
+from merging.command.proportion import some
 from merging.command.recipe import public_name, write_recipe
 from merging.command.shards import write_text
+from merging.command.tied import untied
 from merging.command.tokens import write_tokenizer
 from merging.peft_files import CONFIG as ADAPTER_CONFIG
 from merging.peft_files import Adapter
@@ -56,7 +58,7 @@ def write_companions(
     elif plan.base.folder:
         _copy(plan.base.folder, folder)
         for part in ("", *plan.base.parts):
-            _set_dtype(folder / part / "config.json", plan)
+            _adapt(folder / part / "config.json", plan)
         if plan.recipe.tokens == "union":
             write_tokenizer(folder, plan.base, plan.experts)
     if plan.recipe.report:
@@ -115,13 +117,16 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def _set_dtype(config: Path, plan: Plan) -> None:
-    """Let the configuration name the dtype of the output, where it names one and another was chosen."""
-    if plan.recipe.dtype is None or not config.is_file():
+def _adapt(config: Path, plan: Plan) -> None:
+    """Let the configuration say how the output differs from the base: another dtype, nothing quantised or tied."""
+    quantised = "quantization_config" in plan.base.config  # and read as what it stands for
+    if not (plan.recipe.dtype or plan.untied or quantised) or not config.is_file():
         return
     values = json.loads(config.read_text(encoding="utf-8"))
-    for key in {"dtype", "torch_dtype"} & values.keys():
+    values.pop("quantization_config", None)
+    for key in {"dtype", "torch_dtype"} & values.keys() if plan.recipe.dtype else ():
         values[key] = plan.recipe.dtype
+    values = untied(values) if plan.untied else values
     write_text(config, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 

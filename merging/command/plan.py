@@ -2,39 +2,37 @@
 
 No list of architectures: everything is read off names, shapes and, where two tensors may be tied, bytes.
 
-Names       experts may carry a prefix that the base lacks, or lack one ("transformer.", "module."); the one under
-            which most names agree is taken.
+Names       experts may be stored under other names and in another layout than the base: what transformers knows of its
+            class is used, and a prefix added, dropped or changed (`merging.command.naming`, `merging.command.names`).
 Missing     a tensor that no expert has (another head) keeps the base's value; one that some have and others lack is
-            refused. Tensors that only experts have are left out. A tied copy that one side does not store is found by
-            comparing bytes.
+            refused, unless nothing was trained in it. Tensors that only experts have are left out. A tied copy that
+            one side does not store is found by comparing bytes.
+Proportion  heads may differ; if more than 1 % of the bytes of the rest have no partner, or left-out and kept tensors
+            fit each other by shape, it is refused without `partial` (`merging.command.proportion`).
 Rows        where tensors differ in their number of rows, `merging.command.vocabulary` says what is merged.
+8 bits      weights with scales are read as what they stand for (`merging.fp8`); other quantised ones are refused.
+Tied        an output head that the base ties and an expert trained apart is written (`merging.command.tied`).
 Integers    keep the base's value; where experts differ in more than a single counter, that is refused. They may be
             absent from some experts, and so may what a model computes by itself (inv_freq).
 Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told by `merging.command.storage`.
 """
 
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
 
 from merging.checkpoints import Checkpoint, Entry
 from merging.command.adapter_plan import adapter_steps
 from merging.command.changes import Full, Step
+from merging.command.names import align, base_parts
 from merging.command.options import depths
+from merging.command.proportion import Side, is_computed, some, told
 from merging.command.recipe import Recipe
 from merging.command.storage import pieces, storage
+from merging.command.tied import copy_of, equal, trained_apart, twin_of, with_ties
 from merging.command.tokens import union, united_rows
 from merging.command.vocabulary import matching_rows
+from merging.fp8 import dequantised
 from merging.peft_files import Adapter
-
-COMPARED = 2**22  # entries compared at a time
-NO_PARAMETERS = re.compile(
-    r"(^|\.)(original_)?inv_freq$|(^|\.)masked_bias$"
-)  # computed, and saved by some versions only
 
 
 @dataclass
@@ -47,6 +45,7 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what differs between the models, and is refused by --strict
     remarks: list[str] = field(default_factory=list)  # tied tensors
+    untied: bool = False  # whether the output holds by itself what the base's configuration ties to another tensor
 
     @property
     def merged(self) -> list[Step]:
@@ -60,8 +59,16 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
     Raises:
         ValueError: one line that names file and tensor; with `recipe.strict` for everything that would be a note.
     """
+    base, experts = dequantised(base), [each if isinstance(each, Adapter) else dequantised(each) for each in experts]
     plan = Plan(recipe, base, tuple(experts))
+    for model in (base, *experts):
+        if not isinstance(model, Adapter) and "quantization_config" in model.config:
+            plan.remarks.append(f"{model.given}: 8-bit weights, read as weight · scale; nothing is written in 8 bits")
     adapters = [isinstance(expert, Adapter) for expert in experts]
+    if apart := trained_apart(base, experts):
+        base = plan.base = replace(base, entries={**apart, **base.entries})
+        plan.untied = True
+        plan.remarks.append(f"{some(list(apart))}: tied in {base.given}, and trained apart; written untied")
     if any(adapters) and not all(adapters):
         odd = recipe.experts[adapters.index(False)]
         raise ValueError(f"{odd}: is no adapter, and other experts are; fold those into the base first, one by one")
@@ -79,92 +86,84 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
 
 def _model_steps(plan: Plan) -> list[Step]:
     recipe, base, experts = plan.recipe, plan.base, plan.experts
-    names = [_match(base, expert, plan) for expert in experts]
+    layers = depths(base.entries)
+    options = {name: recipe.of(name, len(experts), layers[name]) for name in base.entries}
+    wanted = {name for name, own in options.items() if own["merge"]}
+    aligned = [_aligned(base, expert, plan, wanted) for expert in experts]
     joint = union(base, experts) if recipe.tokens == "union" else None
     plan.remarks += [str(joint)] if joint else []
-    layouts, layers, steps = storage(base.entries), depths(base.entries), []
+    layouts, packed, steps, kept = storage(base.entries), base_parts(base), [], []
     for name, entry in base.entries.items():
-        options = recipe.of(name, len(experts), layers[name])
-        found = _partners(name, entry, base, experts, names, plan.notes) if options["merge"] else ()
+        own, parts = options[name], packed.get(name, ())
+        found = _partners(name, entry, plan, aligned, kept) if name in wanted else ()
         if joint and (united := united_rows(entry, found, base, experts, joint)):
             entry, found, rows = united
         else:
             found, rows = matching_rows(entry, found, base, experts, plan.notes)
-        layout = options["layout"] or layouts[name]
-        change, parts = (Full(found), pieces(entry, layout, rows)) if found else (None, ())
-        steps.append(Step(entry, change, parts, recipe.output_dtype(entry.dtype), layout, options))
-    return _with_ties(steps, plan.remarks)
+        layout = own["layout"] or ("transposed stack" if len(parts) == 1 else layouts[name])
+        change, parts = (Full(found), pieces(entry, layout, rows, parts)) if found else (None, ())
+        steps.append(Step(entry, change, parts, recipe.output_dtype(entry.dtype), layout, own))
+    if kept:
+        plan.notes.append(f"{base.given}: {some(kept)}: in no expert; the base's value is kept")
+    return with_ties(steps, plan.remarks)
 
 
 # Which tensors belong together ---------------------------------------------------------------------------------------
 
 
-def _match(base: Checkpoint, expert: Checkpoint, plan: Plan) -> dict[str, str]:
-    """Return base name → expert name under the prefix, added or taken away, with which most names agree."""
-    ours, theirs = base.entries.keys(), expert.entries.keys()
-    matches = [{name: name for name in ours if name in theirs}]
-    matches += [{name: p + name for name in ours if p + name in theirs} for p in _prefixes(theirs)]
-    matches += [
-        {name: name[len(p) :] for name in ours if name.startswith(p) and name[len(p) :] in theirs}
-        for p in _prefixes(ours)
-    ]
-    best = max(matches, key=len)  # the first of equals: names as they are
-    if not best:
-        raise ValueError(f"{expert.given}: shares no tensor name with {base.given}; is it of the same architecture?")
-    used = set(best.values())
-    extra = [name for name in theirs if name not in used]
-    copies = [name for name in extra if _copy_of(expert.entries[name], [expert.entries[other] for other in used])]
+def _aligned(base: Checkpoint, expert: Checkpoint, plan: Plan, wanted: Collection[str]) -> Mapping[str, Entry]:
+    """Return base name → the expert's tensor, also of tied ones that it does not store; what is left out is noted.
+
+    Raises:
+        ValueError: too much of the two models has no partner.
+    """
+    found = align(base, expert)
+    copies = [entry.name for entry in found.left if copy_of(entry, list(found.entries.values()))]
     if copies:
         plan.remarks.append(f"{expert.given}: {some(copies)}: a tied copy, not stored in {base.given}; left out")
-    if extra := [name for name in extra if name not in copies]:
-        plan.notes.append(f"{expert.given}: {some(extra)}: not in {base.given}; left out")
-    return best
-
-
-def _prefixes(names: Sequence[str]) -> list[str]:
-    """Return what names begin with, up to their first and second dot, the most frequent first."""
-    counts: Counter[str] = Counter()
-    for name in names:
-        parts = name.split(".")
-        counts.update(".".join(parts[:depth]) + "." for depth in (1, 2) if len(parts) > depth)
-    return [prefix for prefix, _ in counts.most_common(16)]
+    missing = [entry for name, entry in base.entries.items() if name not in found.entries]
+    twins = {entry.name: twin for entry in missing if (twin := twin_of(entry, base, found.entries))}
+    alone = [entry for entry in missing if entry.name in wanted and entry.name not in twins]
+    sides = (
+        Side(base.given, base.entries, alone, base.config),
+        Side(expert.given, expert.entries, [e for e in found.left if e.name not in copies], expert.config),
+    )
+    plan.notes += told(*sides, plan.recipe.partial)
+    return {**found.entries, **{name: found.entries[twin] for name, twin in twins.items()}}
 
 
 def _partners(
-    name: str,
-    entry: Entry,
-    base: Checkpoint,
-    experts: Sequence[Checkpoint],
-    names: Sequence[Mapping[str, str]],
-    notes: list[str],
+    name: str, entry: Entry, plan: Plan, aligned: Sequence[Mapping[str, Entry]], kept: list[str]
 ) -> tuple[Entry, ...]:
     """Return each expert's tensor for one of the base, or () if the base's value is kept."""
-    found: list[Entry | None] = []
-    for expert, known in zip(experts, names, strict=True):
-        other = known.get(name) or known.get(_twin(entry, base, known) or "")
-        found.append(expert.entries[other] if other else None)
-    if not any(found):
-        notes.append(f"{base.given}: {name!r}: in no expert; the base's value is kept")
-        return ()
-    if None in found and (not entry.dtype.is_floating_point or NO_PARAMETERS.search(name)):
-        notes.append(f"{base.given}: {name!r}: not in all experts, and no parameter; the base's value is kept")
-        return ()
-    for expert, other in zip(experts, found, strict=True):
-        if other is None:
-            raise ValueError(
-                f"{expert.given}: lacks {name!r}, which other experts have; --set '{name}:merge=false' keeps the base's"
-            )
+    base, found = plan.base, [known.get(name) for known in aligned]
+    there = list(filter(None, found))
+    for other in there:
         if other.dtype.is_floating_point != entry.dtype.is_floating_point:
             raise ValueError(f"{other.where}: {other.dtype}, and {entry.dtype} in {base.given}; they cannot be merged")
         if any(each.dtype.is_floating_point and each.dtype.itemsize == 1 for each in (entry, other)):
             raise ValueError(f"{other.where}: stored as {other.dtype}, which is quantised; dequantise the model first")
-    return _same_integers(entry, found) if not entry.dtype.is_floating_point else tuple(found)
+    if not there:
+        kept.append(name)
+        return ()
+    if len(there) == len(found) and not entry.dtype.is_floating_point:
+        return _same_integers(entry, there)
+    if len(there) < len(found):
+        if is_computed(entry):
+            plan.notes.append(f"{base.given}: {name!r}: not in all experts, and no parameter; the base's value is kept")
+        elif not plan.recipe.partial and not all(equal(entry, other) for other in there):  # nothing was trained
+            odd = plan.experts[found.index(None)].given
+            raise ValueError(
+                f"{odd}: lacks {name!r}, which other experts have; --set '{name}:merge=false' keeps the base's"
+            )
+        return ()
+    return tuple(there)
 
 
 def _same_integers(entry: Entry, found: Sequence[Entry]) -> tuple[Entry, ...]:
     """Return (): integers keep the base's value, which must be that of all experts, except for single counters."""
     for other in found:
-        if entry.count > 1 and not _equal(entry, other):
+        if entry.count > 1 and not equal(entry, other):
             raise ValueError(
                 f"{other.where}: {other.dtype} and different from the base's; integers cannot be merged (quantised? "
                 f"dequantise first): --set '{entry.name}:merge=false' keeps the base's"
@@ -172,64 +171,7 @@ def _same_integers(entry: Entry, found: Sequence[Entry]) -> tuple[Entry, ...]:
     return ()
 
 
-def _twin(entry: Entry, base: Checkpoint, known: Mapping[str, str]) -> str | None:
-    """Return the name of a tensor that is tied to this one, with the same bytes in the base, and that an expert has."""
-    others = [base.entries[name] for name in known if name != entry.name]
-    copy = _copy_of(entry, others)
-    return copy.name if copy else None
-
-
-def _copy_of(entry: Entry, others: Sequence[Entry]) -> Entry | None:
-    if len(entry.shape) < 2:
-        return None
-    same = (other for other in others if other.shape == entry.shape and other.dtype == entry.dtype)
-    return next((other for other in same if _equal(entry, other)), None)
-
-
-def _equal(entry: Entry, other: Entry) -> bool:
-    if entry.shape != other.shape or entry.dtype != other.dtype:
-        return False
-    if (entry.path, entry.name) == (other.path, other.name):
-        return True
-    for start in (0, *range(64, entry.count, COMPARED)):  # nearly all pairs differ in their first entries
-        stop = min(64, entry.count) if start == 0 else min(start + COMPARED, entry.count)
-        if not torch.equal(entry.read(start, stop), other.read(start, stop)):
-            return False
-    return True
-
-
-def _with_ties(steps: list[Step], remarks: list[str]) -> list[Step]:
-    """Give tied tensors, those with the same bytes in the base and in every expert, the name of the first of them."""
-    groups: dict[Any, list[Step]] = {}
-    for step in steps:
-        if step.change and len(step.base.shape) > 1:
-            start = step.base.read(0, min(64, step.base.count)).view(torch.uint8)
-            groups.setdefault((step.base.shape, step.base.dtype, bytes(start.numpy())), []).append(step)
-    renamed = {}
-    for group in groups.values():
-        for index, step in enumerate(group):
-            first = next((other for other in group[:index] if _tied(step, other)), None)
-            if first and first.name not in renamed:
-                renamed[step.name] = first
-                remarks.append(f"{step.name!r}: tied to {first.name!r}; both are merged as {first.name!r}")
-    return [_merged_as(step, renamed[step.name]) if step.name in renamed else step for step in steps]
-
-
-def _merged_as(step: Step, first: Step) -> Step:
-    return replace(step, pieces=first.pieces, layout=first.layout, options=first.options)
-
-
-def _tied(first: Step, second: Step) -> bool:
-    ours, theirs = ((step.base, *step.experts) for step in (first, second))
-    return all(_equal(one, other) for one, other in zip(ours, theirs, strict=True))
-
-
 # Words ---------------------------------------------------------------------------------------------------------------
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first few names, for messages."""
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _more(count: int) -> str:

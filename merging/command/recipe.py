@@ -86,6 +86,9 @@ class Recipe:
     of the experts that have it, and tokenizer and vocab_size of the output are in step."""
     strict: bool = False
     """Refuse what is otherwise kept from the base or left out, and reported: heads, vocabularies, extra tensors."""
+    partial: bool = False
+    """Merge models of which a good part has no partner (another depth or architecture, a vision tower): such tensors
+    keep the base's value or are left out, and are told in one line."""
     report: bool = False
     """Write OUT/report/index.html, one page that one can send: what was merged and left out, inflation and overlap of
     each layer against chance, γ, sizes of the updates; the numbers of each matrix as matrices.csv beside it."""

@@ -4,7 +4,8 @@ matrix            (out, in); an embedding is taken as it is stored, its rows bei
 transposed        (in, out): told by the length of its bias (GPT-2's Conv1D; square ones go by the other tensors of the
                   same last name), and by the name of parameters *proj and *projection (OpenCLIP)
 stack             of matrices: three dimensions, of which the first is the smallest, or a name that says "expert"; each
-                  matrix is merged by itself under the name NAME[i]
+                  matrix is merged by itself under the name NAME[i], or, where transformers says what is packed in it
+                  (an expert's gate and up), under the name of what is packed
 transposed stack  of matrices (in, out)
 kernel            every other tensor of more than two dimensions: methods for matrices that take kernels see it as
                   (out, rest), the others take the mean, and SVC leaves it alone unless told otherwise
@@ -17,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -112,13 +114,15 @@ def _last_name(name: str) -> str:
     return name.removesuffix(".weight").split(".")[-1]
 
 
-def pieces(entry: Entry, layout: str, rows: int | None = None) -> tuple[Piece, ...]:
+def pieces(entry: Entry, layout: str, rows: int | None = None, parts: Sequence[Entry] = ()) -> tuple[Piece, ...]:
     """Return what of a tensor is merged by itself.
 
     Args:
         entry: the base's tensor.
         layout: how it is stored, in the words above.
         rows: how many of its first rows are merged (default: all).
+        parts: the matrices that a stack packs, consecutive in it, where they are known (`merging.command.naming`): an
+            expert's gate by itself and its up by itself.
 
     Raises:
         ValueError: it has too few or too many dimensions for that layout.
@@ -127,6 +131,11 @@ def pieces(entry: Entry, layout: str, rows: int | None = None) -> tuple[Piece, .
     if layout.endswith("stack"):
         if len(shape) != 3:
             raise ValueError(f"{entry.where}: layout {layout!r} needs three dimensions, the shape is {list(shape)}")
+        if layout == "stack" and len(parts) > 1:
+            starts = accumulate((part.count for part in parts), initial=0)
+            return tuple(
+                Piece(part.name, start, part.shape, "matrix") for part, start in zip(parts, starts, strict=False)
+            )
         size, each = shape[1] * shape[2], "transposed" if layout == "transposed stack" else "matrix"
         return tuple(Piece(f"{entry.name}[{index}]", index * size, shape[1:], each) for index in range(shape[0]))
     if layout == "transposed" and len(shape) != 2:

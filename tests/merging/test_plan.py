@@ -102,7 +102,7 @@ def test_prefixes_are_bridged_and_heads_are_reported(tmp_path):
     first["classifier.weight"] = torch.ones(2, 4)
     plan = plan_of(tmp_path, base, [first, second])
     assert [step.name for step in plan.steps if step.experts] == ["layer.0.weight", "layer.1.weight"]
-    assert any("e0: 'classifier.weight': not in" in note for note in plan.notes)
+    assert any("e0: 'classifier.weight' (20.00% of its bytes): not in" in note for note in plan.notes)
     assert any("'pooler.weight': in no expert; the base's value is kept" in note for note in plan.notes)
     with pytest.raises(ValueError, match="--strict: "):
         plan_of(tmp_path, base, [first, second], strict=True)
@@ -135,7 +135,7 @@ def _with(name, tensor):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (_without("mlp.weight"), r"e1: lacks 'mlp\.weight', which other experts have"),
+    (_without("mlp.weight"), r"base: 'mlp\.weight' \(28\.83% of its bytes\): not in \S*e1; the base's value"),
     (_with("mlp.weight", torch.ones(12, 9)), r"e1/model\.safetensors: 'mlp\.weight': shape \[12, 9\], and \[12, 8\]"),
     (_with("mlp.weight", torch.ones(12, 8).int()), r"e1/model\.safetensors: 'mlp\.weight': torch\.int32, and"),
     (_with("mlp.weight", torch.ones(12, 8).to(torch.float8_e4m3fn)), r"'mlp\.weight': stored as torch\.float8_e4m3fn"),

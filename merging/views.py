@@ -1,0 +1,104 @@
+"""Tensors that are made of stored ones without loading them: renamed, a part of one, several joined, or transposed.
+
+A view has the interface of the `Entry` that it is made of; it is read by ranges, when it is asked for.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from merging.checkpoints import Entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class View(Entry):
+    """A tensor made of stored ones; dtype and path are those of the first."""
+
+    sources: tuple[Entry, ...]
+
+    @property
+    def where(self) -> str:
+        """File and stored tensor, for messages."""
+        more = f" and {len(self.sources) - 1} more" if len(self.sources) > 1 else ""
+        return self.sources[0].where + more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(View):
+    """Consecutive entries of a flattened tensor; all of them for a tensor that is only renamed or reshaped."""
+
+    first: int = 0  # the place of its first entry in the whole
+
+    def _stored(self, start: int, stop: int) -> Tensor:
+        return self.sources[0]._stored(self.first + start, self.first + stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined(View):
+    """Several flattened tensors, one behind the other: a concatenation by rows, or a stack."""
+
+    def _stored(self, start: int, stop: int) -> Tensor:
+        found, first = [], 0
+        for source in self.sources:
+            low, high = max(start, first), min(stop, first + source.count)
+            if low < high:
+                found.append(source._stored(low - first, high - first))
+            first += source.count
+        return torch.cat(found) if found else torch.empty(0, dtype=self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transposed(View):
+    """A matrix, or each matrix of a stack, with its last two dimensions swapped; one matrix is in memory at a time."""
+
+    def _stored(self, start: int, stop: int) -> Tensor:
+        size, shape = math.prod(self.shape[-2:]), self.sources[0].shape[-2:]
+        found = []
+        for index in range(start // size, -(-stop // size)):
+            flipped = self.sources[0]._stored(index * size, (index + 1) * size).reshape(shape).T.reshape(-1)
+            found.append(flipped[max(start - index * size, 0) : stop - index * size])
+        return torch.cat(found) if found else torch.empty(0, dtype=self.dtype)
+
+
+def renamed(entry: Entry, name: str) -> Entry:
+    """Return a tensor under another name."""
+    if name == entry.name:
+        return entry
+    if isinstance(entry, View):
+        return replace(entry, name=name)
+    return Part(name, entry.dtype, entry.shape, entry.path, sources=(entry,))
+
+
+def part(entry: Entry, name: str, first: int, shape: tuple[int, ...]) -> Entry:
+    """Return the entries from `first` on of a flattened tensor, as a tensor of their own."""
+    if isinstance(entry, Part):
+        return part(entry.sources[0], name, entry.first + first, shape)
+    return Part(name, entry.dtype, shape, entry.path, sources=(entry,), first=first)
+
+
+def joined(entries: Sequence[Entry], name: str, shape: tuple[int, ...]) -> Entry:
+    """Return flattened tensors one behind the other as one tensor; parts that follow each other are read as one.
+
+    Raises:
+        ValueError: their dtypes differ.
+    """
+    for entry in entries:
+        if entry.dtype != entries[0].dtype:
+            raise ValueError(f"{entry.where}: {entry.dtype}, and {entries[0].dtype} in {entries[0].where}")
+    first = entries[0]
+    if all(isinstance(entry, Part) and entry.sources == first.sources for entry in entries):
+        ends = [entry.first + entry.count for entry in entries]
+        if [entry.first for entry in entries[1:]] == ends[:-1]:
+            return part(first, name, 0, shape)
+    return Joined(name, first.dtype, shape, first.path, sources=tuple(entries))
+
+
+def transposed(entry: Entry, name: str) -> Entry:
+    """Return a matrix, or a stack of matrices, each transposed."""
+    if isinstance(entry, Transposed):
+        return renamed(entry.sources[0], name)
+    shape = (*entry.shape[:-2], *entry.shape[:-3:-1])
+    return Transposed(name, entry.dtype, shape, entry.path, sources=(entry,))
