@@ -148,3 +148,25 @@ def test_a_buffer_that_some_experts_lack_keeps_the_value_of_the_base_and_a_train
         plan_of(where, *others)
     plan = plan_of(where, *others, set=("pooler.w:merge=false",))
     assert not next(step for step in plan.steps if step.name == "pooler.w").change
+
+
+@pytest.mark.parametrize("holder", ["base", "expert"])
+@pytest.mark.parametrize("name, buffer", [
+    ("h.{}.attn.bias", torch.ones(1, 1, 64, 64).tril()),  # as GPT-2's first checkpoints have it, most of a small model
+    ("h.{}.attn.bias", torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()),
+    ("h.{}.attn.masked_bias", torch.tensor(-1e4)),
+    ("h.{}.attn.rotary_emb.inv_freq", torch.ones(4096)),
+    ("h.{}.position_ids", torch.arange(4096)),
+])  # fmt: skip
+def test_what_is_no_parameter_does_not_count(tmp_path, holder, name, buffer):
+    torch.manual_seed(0)
+    plain = {f"h.{index}.mlp.weight": torch.randn(8, 8) for index in range(2)} | {"wte.weight": torch.randn(10, 8)}
+    full = plain | {name.format(index): buffer.clone() for index in range(2)}
+    base, expert = (full, plain) if holder == "base" else (plain, full)
+    saved(tmp_path / "base", base)
+    saved(tmp_path / "expert", {key: value + value if value.ndim == 2 else value for key, value in expert.items()})
+    merge(Recipe(str(tmp_path / "base"), (str(tmp_path / "expert"),) * 2, "weight_average"), tmp_path / "out")
+    merged = weights(tmp_path / "out")
+    assert merged.keys() == base.keys()
+    for key, value in base.items():
+        torch.testing.assert_close(merged[key], value + value if value.ndim == 2 else value)
