@@ -22,7 +22,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK, MUTED, FAINT = "#222222", "#8A8A8A", "#DDDDDD"
 DASHED = (0, (4, 3))
@@ -153,7 +153,11 @@ def paired(
         for text, at in (references or {}).items():
             ax.axvline(at, color=MUTED, linewidth=1, linestyle=DASHED, zorder=0)
             ax.text(at, -len(items) + 0.45, f"{text} ", rotation=90, ha="right", va="bottom", fontsize=7.5, color=MUTED)
-        ax.set(title=title, xlabel=xlabel, **({"xscale": "log"} if log else {}))
+        ax.set(title=title, xlabel=xlabel)
+        if log:
+            ax.set_xscale("log")
+            for set_formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+                set_formatter(LogFormatter(labelOnlyBase=False))  # 20, not 2 × 10¹
         _items_axis(ax, [label(name, names) for name in items])
     handles = [Line2D([], [], **_circle(key, start, conditions)) for key in conditions]
     texts = [label(key, names) for key in conditions]
