@@ -11,6 +11,7 @@ The modules themselves, and what keeps b and w within their bounds, are in spars
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,18 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.activations import Mixture, make
-from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks
+from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks, layers_without
 from sparsity.plugin_modules import (
+    BatchShape,
     BlockPlugins,
     CachedTokens,
-    SparsifiedBlock,
+    SparsifiedLayer,
     ZerothBiasAtInput,
     ZerothBiasAtOutput,
     add_mixin,
+    add_zeroth_bias,
     bound_norm,
+    follow_batch,
     follow_cache,
+    forget_bias,
+    innermost,
     keep_constraints,
 )
+from sparsity.tracing import attribute, trace_model
 
 PLACEMENTS = ("input", "output")
 EXEMPTIONS = ("zeroth_bias", "mlp_norms", "norms", "biases", "vectors")
@@ -49,6 +56,7 @@ def sparsify(
     mixing_steps: int = 0,
     uplift_steps: int = 0,
     layouts: Sequence[Layout] = LAYOUTS,
+    example: Any = None,
 ) -> nn.Module:
     """Install the plug-ins (equations above) in every MLP block of `model`, IN PLACE, and return it.
 
@@ -56,14 +64,19 @@ def sparsify(
 
     - Module paths, parameter names and classes (isinstance) stay. Each block gets a parameter `zeroth_bias`
       (tokens, d), zero at first, at the MLP's entrance or its second linear; the bias of its norm becomes a buffer of
-      the same name. State dicts of the model as it was load strictly: absent zeroth biases as zero, and schedules stay.
+      the same name. State dicts of the model as it was load strictly: absent zeroth biases as zero, and schedules stay;
+      the biases of norms are loaded only with `uplift_steps`, and stay zero otherwise.
+    - Which norm feeds an MLP is found by running its layer, by itself and on a few made-up tokens. A model whose norms
+      stand elsewhere (behind the MLP, as in OLMo-2) is refused.
     - After each step of any torch optimizer that owns parameters of a block, its norm is bounded and then its zeroth
       bias clipped. Weights that are loaded and exceed the bounds are put right by the next step.
     - Weight decay acts on zeroth biases and norm weights as on any parameter: see `parameter_groups`.
-    - In post-norm models (BERT) the norm before the MLP feeds the residual stream too. It is restricted all the same.
+    - In post-norm models (BERT) the norm before the MLP feeds the residual stream too, in parallel layers (Phi, Falcon)
+      attention. It is restricted all the same; for attention there is a warning.
     - Fine-tuning, with both `mixing_steps` and `uplift_steps`, starts with exactly the outputs of the model as it was.
       A step that GradScaler skips does not count; where several optimizers share a block, a step of each of them counts
-      as one. The count is saved with models that have schedules: a buffer `schedule_step` of each block.
+      as one. The count is saved with models that have schedules: a buffer `schedule_step` of each layer.
+    - peft: either may come first. Norms in `modules_to_save` are bounded; merging keeps the zeroth biases.
     - Row t of a zeroth bias belongs to column t of the batch, so that padding on the left shifts which token gets it.
       With a KV cache the rows go on after those of the cached tokens.
 
@@ -80,60 +93,94 @@ def sparsify(
         uplift_steps: optimizer steps over which norm weights are lifted to 1; the norms' biases are frozen as they
             are. 0, for training from scratch: weights below 1 are raised at once, and the norms' biases become zero.
         layouts: the kinds of layer to look for; your own go first: [Layout(...), *LAYOUTS].
+        example: inputs of the model (a mapping is passed as keywords, a tuple as arguments), on which it is run once;
+            needed only where a message says so, because a layer cannot be run by itself.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: an option is out of range; there is no MLP block; a block has plug-ins already, is gated (only
-            activation=None), has no norm, or does not say how many tokens. The model is unchanged then.
+        ValueError: an option is out of range; there is no MLP block, or layers of the same class have none (mixtures of
+            experts); a block has plug-ins already, is gated (only activation=None), no norm feeds it, its activation or
+            its tokens cannot be reached, or it does not say how many tokens. The model is unchanged then.
     """
     _check_options(activation, placement, tokens, clip, mixing_steps, uplift_steps, restricted_norm)
     blocks = find_blocks(model, layouts)
-    shapes = []
+    if example is not None:
+        for block, seen in zip(blocks, trace_model(model, [(b.layer, b.parts) for b in blocks], example), strict=True):
+            vars(block)["trace"] = seen
+    if missing := layers_without(model, blocks):
+        raise ValueError(
+            f"{missing[0]}: no MLP that a layout describes was found in this layer, but in others of its class (a "
+            f"mixture of experts?), e.g. {blocks[0].name}; describe its MLP too, layouts=[Layout(...), *LAYOUTS]"
+        )
+    biases = []
     for block in blocks:
-        _check(block, activation, zeroth_bias, restricted_norm or (zeroth_bias and clip is not None), mixing_steps)
-        shapes.append((tokens or _infer_tokens(model, block), _width(block)) if zeroth_bias else None)
+        _check(block, activation, placement if zeroth_bias else None, restricted_norm, clip, mixing_steps)
+        biases.append(_make_zeroth_bias(model, block, tokens) if zeroth_bias else None)
+    if restricted_norm:
+        _warn_of_shared_norms(blocks)
     stacks = {id(block.stack): block.stack for block in blocks} if zeroth_bias else {}
     cached = {key: follow_cache(stack) for key, stack in stacks.items()}
-    for block, shape in zip(blocks, shapes, strict=True):
-        plugins = BlockPlugins(block.norm, block.value, restricted_norm, clip, mixing_steps, uplift_steps)
-        _install_block(block, plugins, own_input=shape is not None and placement == "input")
-        if shape is not None:
-            _install_zeroth_bias(block, placement, shape, cached[id(block.stack)])
+    for block, bias in zip(blocks, biases, strict=True):
+        plugins = _install_block(block, bias, placement, restricted_norm, clip, mixing_steps, uplift_steps)
+        if bias is not None:
+            _install_zeroth_bias(block, placement, bias, cached[id(block.stack)])
         if activation is not None:
             _install_activation(block, plugins, make(activation))
         if restricted_norm:
-            _bias_to_buffer(plugins.norm, keep=uplift_steps > 0)
-            bound_norm(block.entrance)
+            _bias_to_buffer(block.norm, keep=uplift_steps > 0)
+            bound_norm(block.layer)
     return model
 
 
-def _install_block(block: Block, plugins: BlockPlugins, own_input: bool) -> None:
-    entrance = block.entrance
-    add_mixin(entrance, ZerothBiasAtInput if own_input else SparsifiedBlock)
-    entrance._plugins = plugins
-    if plugins.mixing_steps or plugins.uplift_steps:
+def _install_block(
+    block: Block,
+    bias: nn.Parameter | None,
+    placement: str,
+    restricted: bool,
+    clip: float | None,
+    mixing_steps: int,
+    uplift_steps: int,
+) -> BlockPlugins:
+    layer, layout = block.layer, block.layout
+    holder = {"input": layout.entrance, "output": layout.value}[placement] if bias is not None else None
+    add_mixin(layer, SparsifiedLayer)
+    layer._plugins = BlockPlugins(
+        block.trace.norm, layout.entrance, layout.activation, layout.value, holder, restricted, clip, mixing_steps,
+        uplift_steps,
+    )  # fmt: skip
+    if mixing_steps or uplift_steps:
         device = next(block.key.parameters()).device
-        entrance.register_buffer("schedule_step", torch.zeros((), dtype=torch.int64, device=device))
-    if isinstance(block.layer, nn.TransformerEncoderLayer):
-        block.layer.activation_relu_or_gelu = 0  # keeps it off its fast path for evaluation, which skips the modules
-    keep_constraints(entrance)
+        layer.register_buffer("schedule_step", torch.zeros((), dtype=torch.int64, device=device))
+    if isinstance(layer, nn.TransformerEncoderLayer):
+        layer.activation_relu_or_gelu = 0  # keeps it off its fast path for evaluation, which skips the modules
+    keep_constraints(layer)
+    return layer._plugins
 
 
-def _install_zeroth_bias(block: Block, placement: str, shape: tuple[int, int], cached: CachedTokens) -> None:
-    module = block.entrance
-    if placement == "output":
-        module = block.value
-        add_mixin(module, ZerothBiasAtOutput)
-    module.zeroth_bias = nn.Parameter(next(block.key.parameters()).detach().new_zeros(shape))
-    module._cached_tokens, module._path = cached, block.name
+def _make_zeroth_bias(model: nn.Module, block: Block, tokens: int | None) -> nn.Parameter:
+    """Return zeros (tokens, d) in the dtype of the keys; in that of the norm, where keys are quantised to integers."""
+    weights = [weight for part in (block.key, block.norm) if part is not None for weight in part.parameters()]
+    like = next((weight for weight in weights if weight.is_floating_point()), None)
+    if like is None:
+        kind = weights[0].dtype
+        raise ValueError(f"{block.name}: a zeroth bias cannot be {kind}, as the keys are; pass zeroth_bias=False")
+    return nn.Parameter(like.detach().new_zeros(tokens or _infer_tokens(model, block), block.width))
+
+
+def _install_zeroth_bias(block: Block, placement: str, bias: nn.Parameter, cached: CachedTokens) -> None:
+    module, mixin = (
+        (block.entrance, ZerothBiasAtInput) if placement == "input" else (innermost(block.value), ZerothBiasAtOutput)
+    )
+    batch = follow_batch(block.layer) if block.trace.flattened else BatchShape()
+    add_zeroth_bias(module, mixin, bias, _cached_tokens=cached, _batch_shape=batch, _path=block.name)
 
 
 def _install_activation(block: Block, plugins: BlockPlugins, activation: nn.Module) -> None:
     if plugins.mixing_steps:
-        activation = plugins.mixture = Mixture(block.activation, activation).to(next(block.key.parameters()).device)
-    block.replace_activation(activation.train(block.entrance.training))
+        activation = Mixture(block.activation, activation).to(next(block.key.parameters()).device)
+    block.replace_activation(activation.train(block.layer.training))
 
 
 def _bias_to_buffer(norm: nn.Module, keep: bool) -> None:
@@ -141,6 +188,18 @@ def _bias_to_buffer(norm: nn.Module, keep: bool) -> None:
     if isinstance(bias, nn.Parameter):
         del norm.bias
         norm.register_buffer("bias", bias.detach() if keep else torch.zeros_like(bias.detach()))
+        if not keep:
+            norm.register_load_state_dict_pre_hook(forget_bias)
+
+
+def _warn_of_shared_norms(blocks: Sequence[Block]) -> None:
+    shared = [block for block in blocks if block.trace.shared]
+    if shared:
+        warnings.warn(
+            f"{shared[0].name}: the norm that feeds this MLP feeds attention too ({len(shared)} of {len(blocks)} "
+            "blocks); its weights stay ≥ 1 for both, unless you pass restricted_norm=False",
+            stacklevel=3,
+        )
 
 
 # What is asked for ---------------------------------------------------------------------------------------------------
@@ -172,9 +231,16 @@ def _check_options(
         raise ValueError(f"uplift_steps={uplift_steps} lifts restricted norms, got restricted_norm=False")
 
 
-def _check(block: Block, activation: str | None, zeroth_bias: bool, needs_norm: bool, mixing_steps: int) -> None:
-    """Raise if the block cannot take the plug-ins; nothing has been changed yet."""
-    if isinstance(block.entrance, SparsifiedBlock):
+def _check(
+    block: Block,
+    activation: str | None,
+    placement: str | None,
+    restricted_norm: bool,
+    clip: float | None,
+    mixing_steps: int,
+) -> None:
+    """Raise if the block cannot take the plug-ins; nothing has been changed yet. No placement: no zeroth bias."""
+    if isinstance(block.layer, SparsifiedLayer):
         raise ValueError(f"{block.name}: this MLP has its plug-ins already; call sparsify once, on a model without any")
     if block.gated and activation is not None:
         raise ValueError(
@@ -184,23 +250,75 @@ def _check(block: Block, activation: str | None, zeroth_bias: bool, needs_norm: 
     if mixing_steps and not isinstance(block.activation, nn.Module):
         kind = type(block.activation).__name__
         raise ValueError(f"{block.name}: a {kind} is no module, and cannot be mixed; pass mixing_steps=0")
-    if needs_norm and block.norm is None:
+    if block.trace.entered is None:
+        raise ValueError(
+            f"{block.name}: its layer could not be run by itself to see what feeds the MLP ({block.trace.error}); pass "
+            "example=, inputs of the model"
+        )
+    _check_run(block, activation)
+    if restricted_norm or (placement and clip is not None):
+        _check_norm(block)
+    if placement:
+        _check_tokens(block, placement)
+
+
+def _check_run(block: Block, activation: str | None) -> None:
+    if not block.trace.valued:
+        raise ValueError(
+            f"{block.name}: its value layer {block.layout.value!r} does not run as a module (fused or functional "
+            "code?), so that no plug-in could be relied on; make the MLP call its modules"
+        )
+    if activation is not None and isinstance(block.activation, nn.Module) and not block.trace.activated:
+        raise ValueError(
+            f"{block.name}: its activation {block.layout.activation!r} does not run between the key and the value "
+            f"layer (fused or functional code?), and would not become {activation!r}; pass activation=None"
+        )
+
+
+def _check_norm(block: Block) -> None:
+    if block.norm is None:
         raise ValueError(f"{_norm_missing(block)}; or pass restricted_norm=False, clip=None")
-    if needs_norm and not _scales_by_weight(block.norm):
+    if not _scales_by_weight(block.norm):
         raise ValueError(
             f"{block.name}: {type(block.norm).__name__}, the norm that feeds this MLP, does not scale by its weight "
             "(but by 1 + weight, say), so the bounds do not fit it; pass restricted_norm=False, clip=None"
         )
-    if zeroth_bias and getattr(block.layer, "chunk_size_feed_forward", 0):
+
+
+def _check_tokens(block: Block, placement: str) -> None:
+    """Raise if row t of a zeroth bias would not meet token t."""
+    chunked = [getattr(module, "chunk_size_feed_forward", 0) for module in block.layer.modules()]
+    if any(chunked):
         raise ValueError(
-            f"{block.name}: with chunk_size_feed_forward={block.layer.chunk_size_feed_forward} the MLP sees pieces of "
+            f"{block.name}: with chunk_size_feed_forward={max(chunked)} the MLP sees pieces of "
             "sequences, and a zeroth bias cannot tell which; set it to 0, or pass zeroth_bias=False"
+        )
+    if block.convolutional:
+        raise ValueError(f"{block.name}: a zeroth bias needs tokens, this MLP convolves maps; pass zeroth_bias=False")
+    if any(getattr(module, "batch_first", True) is False for module in block.layer.children()):
+        raise ValueError(
+            f"{block.name}: a zeroth bias needs tokens (B, T, d), and this layer takes (T, B, d); make it with "
+            "batch_first=True, or pass zeroth_bias=False"
+        )
+    given, entered = (math.prod(shape) for shape in (block.trace.tokens, block.trace.entered))
+    if given != entered:
+        raise ValueError(
+            f"{block.name}: this MLP receives {block.trace.entered} of what its layer gets, {block.trace.tokens}, and "
+            "a zeroth bias cannot tell which tokens those are; pass zeroth_bias=False"
+        )
+    if placement == "input" and innermost(block.entrance) is not block.entrance:
+        raise ValueError(
+            f"{block.name}: a zeroth bias before this linear would be lost when its adapter is merged; leave it out of "
+            "the adapter's targets, or pass placement='output'"
         )
 
 
 def _norm_missing(block: Block) -> str:
+    there = [path for path in block.layout.norms if attribute(block.layer, path) is not None]
+    why = f"its layer could not be run by itself: {block.trace.error}; " if block.trace.entered is None else ""
+    why = why or (f"the output of {' and '.join(there)} does not enter it; " if there else "")
     return (
-        f"{block.name}: no norm with a weight was found that feeds this MLP ({block.layout.name}); say where it is, "
+        f"{block.name}: no norm with a weight was found that feeds this MLP ({block.layout.name}); {why}say where it is, "
         "layouts=[Layout(..., norms=(...)), *LAYOUTS]"
     )
 
@@ -213,17 +331,6 @@ def _scales_by_weight(norm: nn.Module) -> bool:
     zeros = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
     output = torch.func.functional_call(norm, zeros, (token.reshape(1, 1, -1),))
     return output.is_meta or not output.any()
-
-
-def _width(block: Block) -> int:
-    """Return d, the width of the tokens."""
-    if block.norm is not None:
-        return block.norm.weight.numel()
-    width = getattr(block.key, "in_features", None) or getattr(block.key, "nx", None)  # Linear, Conv1D
-    if width is None:
-        kind = type(block.key).__name__
-        raise ValueError(f"{block.name}: cannot tell from a {kind} how wide tokens are; give it in_features")
-    return width
 
 
 def _infer_tokens(model: nn.Module, block: Block) -> int:
@@ -258,6 +365,18 @@ def _open_clip_positions(module: nn.Module) -> int | None:
     return len(rows) if isinstance(rows, Tensor) and rows.ndim == 2 else None
 
 
+def _embedded_positions(module: nn.Module) -> int | None:
+    """Of transformers' OPT, BART and Whisper: a table of positions per stack, with rows in front that are none."""
+    table = getattr(module, "embed_positions", None)
+    return table.num_embeddings - getattr(table, "offset", 0) if isinstance(table, nn.Embedding) else None
+
+
+def _resolution(module: nn.Module) -> int | None:
+    """Of timm's Swin: the map's height × width, stage by stage."""
+    sides = getattr(module, "input_resolution", None)
+    return math.prod(sides) if isinstance(sides, tuple | list) else None
+
+
 def _configured_positions(module: nn.Module) -> int | None:
     config = getattr(module, "config", None)
     if "t5" in str(getattr(config, "model_type", "")):
@@ -266,10 +385,12 @@ def _configured_positions(module: nn.Module) -> int | None:
 
 
 _POSITIONS = (
+    _resolution,
     _timm_positions,
     _torchvision_positions,
     _vision_tower_positions,
     _open_clip_positions,
+    _embedded_positions,
     _configured_positions,
 )
 

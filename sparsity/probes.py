@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsity.accumulators import HISTOGRAM, THRESHOLDS, LayerSums, count, histogram, squares, total
 from sparsity.activations import derivative
 from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks
+from sparsity.tracing import in_backward
 
 REDUCTIONS = ("mean", "sum")
 Mask = Tensor | Mapping[str, Tensor] | None
@@ -119,7 +120,7 @@ class Probe:
                 hooks.callback(handle.remove)
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
-        if _in_backward():
+        if in_backward():
             return
         self.recording = self.recomputing = self.seen % self.every == 0
         self._forget_calls()
@@ -127,7 +128,7 @@ class Probe:
         self.passes += self.recording
 
     def _end(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        if not _in_backward():
+        if not in_backward():
             self.recording = False
 
     def _stop(self) -> None:
@@ -263,7 +264,7 @@ class _Layer:
     def enter(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """x, (B, …, d), goes into the key layer."""
         self.call = None
-        recomputed = _in_backward()
+        recomputed = in_backward()
         if not (self.probe.recomputing if recomputed else self.probe.recording):
             return
         x = _first(inputs, named)
@@ -401,11 +402,6 @@ class _Layer:
                 f"but is {mask.dtype} {tuple(mask.shape)}; set p.mask before each pass whose shape differs"
             )
         return mask.to(x.device).flatten().nonzero().squeeze(1)
-
-
-def _in_backward() -> bool:
-    """Tell whether autograd runs a backward pass: a forward pass within it is a recomputation of checkpointing."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _first(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
