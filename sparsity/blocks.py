@@ -43,7 +43,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("timm", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", norms=("norm2", "norm")),
     Layout("timm's SwiGLU", "mlp", "mlp.fc1_g", "mlp.act", "mlp.fc2", gate="mlp.fc1_x", norms=("norm2",)),
     Layout("Hugging Face ViT, CLIP and Phi", "mlp", "mlp.fc1", "mlp.activation_fn", "mlp.fc2",
-           norms=("layernorm_after", "layer_norm2", "input_layernorm")),
+           norms=("layernorm_after", "layer_norm2", "norm2", "input_layernorm")),
     Layout("torchvision", "mlp", "mlp.0", "mlp.1", "mlp.3", norms=("ln_2", "norm2")),
     Layout("torchvision's ConvNeXt", "block.3", "block.3", "block.4", "block.5", norms=("block.2",)),
     Layout("open_clip", "mlp", "mlp.c_fc", "mlp.gelu", "mlp.c_proj", norms=("ln_2",)),
@@ -60,7 +60,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("gated T5", "DenseReluDense", "DenseReluDense.wi_0", "DenseReluDense.act", "DenseReluDense.wo",
            gate="DenseReluDense.wi_1", norms=("layer_norm",)),
     Layout("BERT", "intermediate", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense",
-           norms=("layernorm_after", "attention.output.LayerNorm", "attention.LayerNorm")),
+           norms=("layernorm_after", "crossattention.output.LayerNorm", "attention.output.LayerNorm", "attention.LayerNorm")),
     Layout("DistilBERT", "ffn", "ffn.lin1", "ffn.activation", "ffn.lin2", norms=("sa_layer_norm",)),
     Layout("ALBERT", "ffn", "ffn", "activation", "ffn_output", norms=("attention.LayerNorm",)),
     Layout("ModernBERT", "mlp", "mlp.Wi", "mlp.act", "mlp.Wo", norms=("mlp_norm",)),
@@ -197,7 +197,7 @@ def layers_without(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
     for path, module in model.named_modules():
         if _is_list(module):
             children = dict(module.named_children())
-            kinds = {type(child) for child in children.values() if holds[child]}
+            kinds = {type(child) for child in children.values() if holds[child] and not _is_list(child)}
             without = [name for name, child in children.items() if not holds[child] and type(child) in kinds]
             missing += [f"{path}.{name}" if path else name for name in without]
     return missing

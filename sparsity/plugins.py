@@ -278,7 +278,7 @@ def _check_run(block: Block, activation: str | None) -> None:
 def _check_norm(block: Block) -> None:
     if block.norm is None:
         raise ValueError(f"{_norm_missing(block)}; or pass restricted_norm=False, clip=None")
-    if not _scales_by_weight(block.norm):
+    if not _scales_by_weight(block.norm, (1, -1, 1, 1) if block.convolutional else (1, 1, -1)):
         raise ValueError(
             f"{block.name}: {type(block.norm).__name__}, the norm that feeds this MLP, does not scale by its weight "
             "(but by 1 + weight, say), so the bounds do not fit it; pass restricted_norm=False, clip=None"
@@ -324,12 +324,12 @@ def _norm_missing(block: Block) -> str:
 
 
 @torch.no_grad()
-def _scales_by_weight(norm: nn.Module) -> bool:
+def _scales_by_weight(norm: nn.Module, shape: tuple[int, ...]) -> bool:
     """Return whether the norm's output is zero if its parameters are: a norm that scales by 1 + weight fails."""
     weight = norm.weight
     token = torch.linspace(-1, 1, weight.numel(), device=weight.device).to(weight.dtype)
     zeros = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
-    output = torch.func.functional_call(norm, zeros, (token.reshape(1, 1, -1),))
+    output = torch.func.functional_call(norm, zeros, (token.reshape(shape),))
     return output.is_meta or not output.any()
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SIDE = 4  # of the made-up tokens: 4 in a row, or a map of 4 × 4
+SIDE = 4  # the made-up tokens: 16 in a row, or a map of 4 × 4
+
+ENCODER_ARGUMENTS = ("encoder_hidden_states", "memory")  # what a decoder's layer calls the encoder's tokens
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def trace(layer: nn.Module, parts: Parts, width: int, runner: nn.Module | None =
         called = layer
     failed = ""
     with _quiet(called):
-        for shape, stand_in, filling in product(_shapes(width), _STAND_INS, (None, "tokens")):
+        fillings = (None, "tokens", (SIDE, SIDE))
+        for shape, encoder, stand_in, filling in product(_shapes(width), (True, False), _STAND_INS, fillings):
             tokens = _mark(next(layer.parameters()), shape)
             seen = Trace(parts, tokens=shape)
             with contextlib.ExitStack() as stack:
@@ -100,7 +103,7 @@ def trace(layer: nn.Module, parts: Parts, width: int, runner: nn.Module | None =
                 if stand_in is not None:
                     _leave_out_attention(layer, parts, stand_in, stack)
                 try:
-                    called(tokens, **_required(called, tokens if filling else None))
+                    called(tokens, **_arguments(called, tokens, tokens if filling == "tokens" else filling, encoder))
                 except _Enough:
                     pass
                 except Exception as error:  # any at all: the call was a guess
@@ -150,7 +153,7 @@ def _quiet(module: nn.Module) -> Iterator[None]:
 
 
 def _shapes(width: int) -> list[tuple[int, ...]]:
-    return [(1, SIDE, width), (1, SIDE, SIDE, width), (1, width, SIDE, SIDE), (1, 1, width), (SIDE, width)]
+    return [(1, SIDE * SIDE, width), (1, SIDE, SIDE, width), (1, width, SIDE, SIDE), (1, 1, width), (SIDE, width)]
 
 
 _STAND_INS: tuple[Callable[[Tensor], Any] | None, ...] = (
@@ -243,10 +246,15 @@ def _rows(tokens: Tensor, width: int) -> Tensor | None:
 
 
 def _attention(layer: nn.Module, parts: Parts) -> dict[str, nn.Module]:
-    """Return the layer's children that have children of their own and hold no part of the MLP: attention, mostly."""
-    held = {path.split(".")[0] for path in (*parts.norms, parts.entrance, parts.activation, parts.value)}
-    named = layer.named_children()
-    return {name: child for name, child in named if name not in held and any(True for _ in child.children())}
+    """Return the outermost modules in a layer that have children, and hold no part of the MLP: attention, mostly."""
+    held = (*parts.norms, parts.entrance, parts.activation, parts.value)
+    found: dict[str, nn.Module] = {}
+    for path, module in layer.named_modules():
+        inside = any(f"{path}.".startswith(f"{other}.") for other in (*found, *held))
+        holds_part = any(f"{part}.".startswith(f"{path}." if path else "") for part in held)
+        if not inside and not holds_part and any(True for _ in module.children()):
+            found[path] = module
+    return found
 
 
 def _leave_out_attention(
@@ -263,8 +271,13 @@ def _leave_out_attention(
         child.forward = skip
 
 
-def _required(module: nn.Module, filling: Any) -> dict[str, Any]:
-    """Return a value for each argument after the first that has no default."""
+def _arguments(module: nn.Module, tokens: Tensor, filling: Any, encoder: bool) -> dict[str, Any]:
+    """Return a filling for each argument after the first that has no default, and tokens of an encoder if asked for.
+
+    Without these a decoder's layer leaves out its attention to them, and with it perhaps the norm before the MLP.
+    """
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {each.name: filling for each in parameters if each.default is each.empty and each.kind in kinds}
+    found = {each.name: filling for each in parameters if each.default is each.empty and each.kind in kinds}
+    from_encoder = {each.name: tokens for each in parameters if each.name in ENCODER_ARGUMENTS}
+    return found | (from_encoder if encoder else {})

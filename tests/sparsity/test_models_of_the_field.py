@@ -108,6 +108,7 @@ def torchvision_model(kind, refused="", options=None, blocks=2, width=WIDTH, siz
 
 
 TIMM = dict(img_size=32, patch_size=8, embed_dim=WIDTH, depth=2, num_heads=2, mlp_ratio=2, num_classes=5)
+CONVNEXT = dict(depths=(1,) * 4, dims=(WIDTH,) * 4)
 SWIN = dict(embed_dim=WIDTH, depths=(2,), num_heads=(2,), mlp_ratio=2.0, num_classes=5)
 
 
@@ -214,13 +215,13 @@ CLASSES = [
     timm_model("vit_giant_patch14_dinov2", refused="is gated", **TIMM),
     timm_model("vit_giant_patch14_dinov2", options=GATED, name="dinov2 giant, plugged", **TIMM),
     timm_model("cait_xxs24_224", img_size=32, patch_size=8, embed_dim=WIDTH, depth=2, num_heads=2, blocks=4,
-               refused="which tokens"),
+               ),
     timm_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, patch_size=4, **SWIN),
     timm_model("swinv2_tiny_window8_256", img_size=32, window_size=4, patch_size=4, refused="does not enter it|no norm", **SWIN),
-    timm_model("convnext_tiny", depths=(1, 1), dims=(WIDTH, WIDTH), options=dict(tokens=64)),
-    timm_model("convnext_tiny", name="ConvNeXt of convolutions", depths=(1, 1), dims=(WIDTH, WIDTH), conv_mlp=True,
+    timm_model("convnext_tiny", blocks=4, **CONVNEXT, options=dict(tokens=64)),
+    timm_model("convnext_tiny", name="ConvNeXt of convolutions", blocks=4, **CONVNEXT, conv_mlp=True,
                refused="convolves maps", options=dict(tokens=64)),
-    timm_model("convnext_tiny", name="ConvNeXt of convolutions, no bias", depths=(1, 1), dims=(WIDTH, WIDTH),
+    timm_model("convnext_tiny", name="ConvNeXt of convolutions, no bias", blocks=4, **CONVNEXT,
                conv_mlp=True, options=dict(zeroth_bias=False)),
     # torchvision, torch, open_clip
     Row("torchvision ViT", lambda: __import__("torchvision").models.VisionTransformer(12, 4, 2, 2, WIDTH, HIDDEN),
@@ -289,7 +290,7 @@ def test_what_is_restricted_and_biased_is_what_the_mlp_receives(row):
         def norm(module, inputs, output, block=block):
             block.layer._seen = output
 
-        def key(module, inputs, block=block):
+        def key(module, inputs, output, block=block):
             bias = getattr(block.entrance, "zeroth_bias", None)
             expected = block.layer._seen
             if bias is not None:
@@ -297,14 +298,18 @@ def test_what_is_restricted_and_biased_is_what_the_mlp_receives(row):
                     expected = expected.view(2, -1, expected.shape[-1])
                 rows = bias[: expected[0].numel() // expected.shape[-1]]
                 expected = expected + rows.view(expected.shape[1:])
-            torch.testing.assert_close(inputs[0].reshape(-1), expected.reshape(-1))
+            if block.key is block.entrance:
+                arrived, expected = output, nn.functional.linear(expected, module.weight, module.bias)
+            else:
+                arrived = inputs[0]
+            torch.testing.assert_close(arrived.reshape(-1), expected.reshape(-1))
             checked.append(block.name)
 
         with torch.no_grad():
             if hasattr(block.entrance, "zeroth_bias"):
                 block.entrance.zeroth_bias.normal_(std=0.1)
         block.norm.register_forward_hook(norm)
-        block.key.register_forward_pre_hook(key)
+        block.key.register_forward_hook(key)
     output = run(model, row, batch)
     output.square().sum().backward()
     assert set(checked) == {block.name for block in find_blocks(model)}
@@ -324,6 +329,9 @@ MEASURED = [(row, name) for row, name in zip(CLASSES, NAMES, strict=True) if row
 def test_probes_see_every_unit_of_every_token(row):
     torch.manual_seed(0)
     model = row.build().eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # heads, and norms at the end of a branch, may begin as zeros
+            nn.init.normal_(parameter, std=0.1)
     for block in find_blocks(model):
         block.replace_activation(nn.ReLU())
     seen = {block.name: [0, 0, 0] for block in find_blocks(model)}
