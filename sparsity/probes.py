@@ -7,6 +7,7 @@ are kept by `sparsity.accumulators`; the equations that turn them into densities
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsity.accumulators import HISTOGRAM, THRESHOLDS, LayerSums, count, histogram, squares, total
 from sparsity.activations import derivative
-from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks
+from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks, layers_without
 from sparsity.tracing import in_backward
 
 REDUCTIONS = ("mean", "sum")
@@ -41,7 +42,8 @@ def probe(
 
     Densities are shares over all entries of a layer (samples × tokens × units) and over all recorded passes; gradients
     are per sample and free of loss scaling. In a gated MLP the activation of the gate is what is measured, and η is the
-    gradient at the gate's pre-activation.
+    gradient at the gate's pre-activation. Of several losses on one forward pass only the first backward pass counts: add
+    the losses up, and call backward() on the sum. Where activations are NaN, so are all statistics of their layer.
 
     Args:
         model: any model with MLP blocks that `find_blocks` knows; may be wrapped (DDP), not compiled.
@@ -50,7 +52,7 @@ def probe(
             {prefix of layer names: tensor}, as {"encoder": …, "decoder": …} for T5. It may be set anew before any pass
             (`p.mask = …`).
         reduction: how the loss combines samples. "mean" (over samples, or over their tokens): gradients are multiplied
-            by B, the first dimension of the MLP's input; "sum": they are taken as they are.
+            by B, the first dimension of what enters the MLP's layer; "sum": they are taken as they are.
         grad_scale: what the loss was multiplied by (AMP's scale, 1 / accumulation steps); gradients are divided by it.
             It may be set anew before any backward pass (`p.grad_scale = …`). A gradient that overflows stays in the
             sums, as inf or NaN, until `p.reset()`.
@@ -62,8 +64,12 @@ def probe(
         The `Probe`; its `summary()` works inside and after the block. Hooks are gone after it, whatever happened in it.
 
     Raises:
-        ValueError: there is no MLP block, the model is compiled, an activation is no module or has no derivative, or an
-            option is out of range; within the block: a mask has another shape than the tokens of a layer.
+        ValueError: there is no MLP block, the model is compiled, an activation is no module or has no derivative, a key
+            layer is a convolution of more than one pixel, a layer takes (T, B, d), or an option is out of range; within
+            the block: a mask has another shape than the tokens of a layer.
+
+    Warns:
+        UserWarning: some layers have no MLP that `layouts` describe (mixtures of experts), and are not measured.
     """
     measured = Probe(model, every, mask, reduction, grad_scale, zero, histograms, layouts)
     with contextlib.ExitStack() as hooks:
@@ -97,7 +103,15 @@ class Probe:
                     f"{name or type(module).__name__} is compiled, and compiled code skips hooks: probe the model that "
                     "was compiled (model._orig_mod), and run that one on the steps to be measured"
                 )
-        self.layers = {block.name: _Layer(self, block) for block in find_blocks(model, layouts)}
+        blocks = find_blocks(model, layouts)
+        self.layers = {block.name: _Layer(self, block) for block in blocks}
+        if missing := layers_without(model, blocks):
+            warnings.warn(
+                f"{missing[0]} and {len(missing) - 1} more layers have no MLP that a layout describes (mixtures of "
+                "experts?), and are not measured",
+                stacklevel=6,
+            )
+        self.warned = False
         self.open = False
         self.recording = False  # the forward pass that is under way is recorded
         self.recomputing = False  # … and so is what gradient checkpointing recomputes of the latest one
@@ -138,7 +152,7 @@ class Probe:
     def _forget_calls(self) -> None:
         """Drop what blocks remember that never ended: an exception passed, or a recomputation stopped early."""
         for layer in self.layers.values():
-            layer.call = None
+            layer.call = layer.batch = None
 
     def summary(self, gradients: bool | None = None) -> pd.DataFrame:
         """Return the table of all recorded passes, one row per MLP block in module order.
@@ -168,7 +182,17 @@ class Probe:
         gradients = len(without) < len(layers) if gradients is None else gradients
         rows = {name: layer.sums.row(gradients) for name, layer in layers.items()}
         table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+        self._warn_of_nan(table)
         return table if gradients else _ForwardTable(table)
+
+    def _warn_of_nan(self, table: pd.DataFrame) -> None:
+        broken = [name for name in table.index[table["density"].isna()] if table["samples"][name]]
+        if broken and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{broken[0]}: activations were NaN, and so are the statistics of {len(broken)} of {len(table)} layers",
+                stacklevel=3,
+            )
 
     def histogram(self) -> pd.DataFrame:
         """Return the histograms of log10 g² per layer, over all and over active entries.
@@ -217,10 +241,14 @@ class _ForwardTable(pd.DataFrame):
 class _Call:
     """What one run of an MLP block has to remember until its end, or until its gradients come."""
 
-    def __init__(self, sums: LayerSums, x: Tensor, index: Tensor | None, forward: bool) -> None:
+    def __init__(
+        self, sums: LayerSums, x: Tensor, samples: int, counted: int, index: Tensor | None, axis: int, forward: bool
+    ) -> None:
         self.sums = sums
-        self.samples = x.shape[0]
+        self.samples = samples  # B
+        self.counted = counted  # B, or 0 if a piece of the same samples has been counted already
         self.index = index  # the tokens that count; None: all
+        self.axis = axis  # of d and d_ff
         self.forward = forward  # no recomputation: the forward statistics count
         self.x2 = squares(self.rows(x))  # ‖x_t‖², (N,)
         self.a2: Tensor | None = None  # ‖a_t‖², (N,)
@@ -229,7 +257,8 @@ class _Call:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return the tokens of a (B, …, d) tensor that count, (N, d), at least in single precision."""
-        rows = tensor.detach().reshape(-1, tensor.shape[-1])
+        rows = tensor.detach().movedim(self.axis, -1)
+        rows = rows.reshape(-1, rows.shape[-1])
         rows = rows if self.index is None else rows.index_select(0, self.index)
         return rows if rows.dtype == torch.float64 else rows.float()
 
@@ -247,18 +276,38 @@ class _Layer:
             derivative(block.activation, torch.zeros(1, device=_device(block)))
         except ValueError as error:
             raise ValueError(f"{block.name}: {error}") from None
+        for part in (block.key, block.value):
+            if isinstance(part, nn.Conv2d) and not part.weight[0, 0].numel() == part.groups == 1:
+                raise ValueError(
+                    f"{block.name}: {part} mixes tokens or splits channels, and is no linear of each token"
+                )
+        if any(getattr(module, "batch_first", True) is False for module in block.layer.children()):
+            raise ValueError(f"{block.name}: this layer takes (T, B, d), not (B, T, d); make it with batch_first=True")
         self.probe, self.block = probe, block
+        self.axis = 1 if block.convolutional else -1  # of channels
         self.sums = LayerSums()
+        self.batch: int | None = None  # B of the layer, while it runs
         self.call: _Call | None = None
 
     def hooks(self) -> Iterator[Any]:
         """Install the hooks one after another and yield their handles."""
         key, activation, value = self.block.key, self.block.activation, self.block.value
+        yield self.block.layer.register_forward_pre_hook(self.layer_begins, with_kwargs=True)
+        yield self.block.layer.register_forward_hook(self.layer_ends, always_call=True)
         yield key.register_forward_pre_hook(self.enter, with_kwargs=True)
         yield activation.register_forward_pre_hook(self.see_pre_activation, with_kwargs=True)
         yield activation.register_forward_hook(self.see_activation)
         yield value.register_forward_pre_hook(self.see_value_input, with_kwargs=True)
         yield value.register_forward_hook(self.leave)
+
+    def layer_begins(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Samples, (B, …), go into the layer; its MLP may see them in chunks, or all tokens as one list."""
+        tensors = (value for value in (*inputs, *named.values()) if isinstance(value, Tensor))
+        first = next(tensors, None)
+        self.batch, self.counted = (None if first is None else first.shape[0]), False
+
+    def layer_ends(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        self.batch = None
 
     @torch.no_grad()
     def enter(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -268,9 +317,12 @@ class _Layer:
         if not (self.probe.recomputing if recomputed else self.probe.recording):
             return
         x = _first(inputs, named)
-        self.call = call = _Call(self.sums, x, self.positions(x), not recomputed)
+        samples, counted = (x.shape[0], False) if self.batch is None else (self.batch, self.counted)
+        self.counted = True
+        index = self.positions(x)
+        self.call = call = _Call(self.sums, x, samples, 0 if counted else samples, index, self.axis, not recomputed)
         if call.forward:
-            sizes = {"calls": 1, "samples": call.samples, "tokens": len(call.x2)}
+            sizes = {"calls": 1, "samples": call.counted, "tokens": len(call.x2)}
             call.sums.forward.add({"x²": call.x2.sum()}, **sizes)
 
     def see_pre_activation(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -346,7 +398,7 @@ class _Layer:
         """∂L/∂z, (B, …, d), has come."""
         z2 = squares(call.rows(gradient)) * self.scale(call) ** 2
         sums = {"a²": call.a2.sum(), "z'²": z2.sum(), "a²z'²": call.a2 @ z2}
-        call.sums.value.add(sums, samples=call.samples, tokens=len(z2))
+        call.sums.value.add(sums, samples=call.counted, tokens=len(z2))
 
     @torch.no_grad()
     def add_activation_gradient(self, call: _Call, gradient: Tensor) -> None:
@@ -379,7 +431,7 @@ class _Layer:
         }
         for name, threshold in THRESHOLDS.items():
             sums[name] = count(torch.lt, eta.abs(), threshold / scale)
-        call.sums.key.add(sums, samples=call.samples, tokens=len(eta), entries=eta.numel())
+        call.sums.key.add(sums, samples=call.counted, tokens=len(eta), entries=eta.numel())
 
     def scale(self, call: _Call) -> float:
         """Return what makes a gradient that of one sample's unscaled loss."""
@@ -396,9 +448,11 @@ class _Layer:
             mask = mask[max(prefixes, key=len)]
         if mask is None:
             return None
-        if mask.shape != x.shape[:-1] or mask.is_floating_point():
+        shape = x.movedim(self.axis, -1).shape[:-1]
+        as_one_list = len(shape) == 1 and self.batch == len(mask) and mask.numel() == len(x)
+        if not (mask.shape == shape or as_one_list) or mask.is_floating_point():
             raise ValueError(
-                f"{self.block.name}: the mask must be bool, of the shape {tuple(x.shape[:-1])} of the layer's tokens, "
+                f"{self.block.name}: the mask must be bool, of the shape {tuple(shape)} of the layer's tokens, "
                 f"but is {mask.dtype} {tuple(mask.shape)}; set p.mask before each pass whose shape differs"
             )
         return mask.to(x.device).flatten().nonzero().squeeze(1)

@@ -244,8 +244,10 @@ NAMES = [f"{index}-{row.name}" for index, row in enumerate(CLASSES)]
 def run(model, row, batch):
     output = model(**batch) if isinstance(batch, dict) else model(*batch)
     if not isinstance(output, torch.Tensor):
-        output = output[0] if isinstance(output, tuple) else next(
-            value for value in output.values() if isinstance(value, torch.Tensor) and value.requires_grad
+        output = (
+            output[0]
+            if isinstance(output, tuple)
+            else next(value for value in output.values() if isinstance(value, torch.Tensor) and value.requires_grad)
         )
     return output
 
@@ -287,6 +289,7 @@ def test_what_is_restricted_and_biased_is_what_the_mlp_receives(row):
     model, _ = plugged(row)
     batch, checked = row.batch(), []
     for block in find_blocks(model):
+
         def norm(module, inputs, output, block=block):
             block.layer._seen = output
 
@@ -336,10 +339,12 @@ def test_probes_see_every_unit_of_every_token(row):
         block.replace_activation(nn.ReLU())
     seen = {block.name: [0, 0, 0] for block in find_blocks(model)}
     for block in find_blocks(model):
+
         def act(module, inputs, output, block=block):
             counts = seen[block.name]
             counts[0] += output.numel()
             counts[1] += int((output.abs() > 1e-6).sum())
+
         block.activation.register_forward_hook(act)
     batch = row.batch()
     with probe(model) as p:
@@ -350,8 +355,9 @@ def test_probes_see_every_unit_of_every_token(row):
         calls = 1
         assert found["samples"] % 2 == 0
         assert found["tokens"] * found["samples"] * found["units"] == pytest.approx(entries * calls)
-        assert found["units"] == attribute(next(b for b in find_blocks(model) if b.name == name).layer, next(
-            b for b in find_blocks(model) if b.name == name).layout.value).weight.numel() // (
-            next(b for b in find_blocks(model) if b.name == name).width)
+        assert found["units"] == attribute(
+            next(b for b in find_blocks(model) if b.name == name).layer,
+            next(b for b in find_blocks(model) if b.name == name).layout.value,
+        ).weight.numel() // (next(b for b in find_blocks(model) if b.name == name).width)
         assert found["density"] == pytest.approx(active / entries)
         assert found["density_from_flatness"] == pytest.approx(found["density"], rel=1e-4)
