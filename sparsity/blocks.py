@@ -1,7 +1,7 @@
 """Finding the MLP blocks of a Transformer: what feeds each one, its keys, its activation, its values.
 
 A `Layout` says where these stand in one kind of layer, by attribute paths. LAYOUTS knows those of timm, torchvision,
-torch and most families of transformers; a block of your own takes one more: `find_blocks(model, [Layout(...), *LAYOUTS])`.
+torch and most families of transformers; a block of your own takes one more: find_blocks(model, [Layout(...), *LAYOUTS]).
 Which of a layer's norms feeds its MLP is not taken from their names, but seen (`sparsity.tracing`).
 """
 
@@ -60,7 +60,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("gated T5", "DenseReluDense", "DenseReluDense.wi_0", "DenseReluDense.act", "DenseReluDense.wo",
            gate="DenseReluDense.wi_1", norms=("layer_norm",)),
     Layout("BERT", "intermediate", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense",
-           norms=("layernorm_after", "crossattention.output.LayerNorm", "attention.output.LayerNorm", "attention.LayerNorm")),
+           norms=("layernorm_after", "crossattention.output.LayerNorm", "attention.output.LayerNorm",
+                  "attention.LayerNorm")),
     Layout("DistilBERT", "ffn", "ffn.lin1", "ffn.activation", "ffn.lin2", norms=("sa_layer_norm",)),
     Layout("ALBERT", "ffn", "ffn", "activation", "ffn_output", norms=("attention.LayerNorm",)),
     Layout("ModernBERT", "mlp", "mlp.Wi", "mlp.act", "mlp.Wo", norms=("mlp_norm",)),

@@ -265,8 +265,9 @@ def _check(
 def _check_run(block: Block, activation: str | None) -> None:
     if not block.trace.valued:
         raise ValueError(
-            f"{block.name}: its value layer {block.layout.value!r} does not run as a module (fused or functional "
-            "code?), so that no plug-in could be relied on; make the MLP call its modules"
+            f"{block.name}: its value layer {block.layout.value!r} does not run as a module "
+            f"({block.trace.error or 'fused or functional code?'}), so that no plug-in could be relied on; make the MLP "
+            "call its modules"
         )
     if activation is not None and isinstance(block.activation, nn.Module) and not block.trace.activated:
         raise ValueError(
@@ -318,8 +319,8 @@ def _norm_missing(block: Block) -> str:
     why = f"its layer could not be run by itself: {block.trace.error}; " if block.trace.entered is None else ""
     why = why or (f"the output of {' and '.join(there)} does not enter it; " if there else "")
     return (
-        f"{block.name}: no norm with a weight was found that feeds this MLP ({block.layout.name}); {why}say where it is, "
-        "layouts=[Layout(..., norms=(...)), *LAYOUTS]"
+        f"{block.name}: no norm with a weight was found that feeds this MLP ({block.layout.name}); {why}say where it "
+        "is, layouts=[Layout(..., norms=(...)), *LAYOUTS]"
     )
 
 

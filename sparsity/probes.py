@@ -42,8 +42,8 @@ def probe(
 
     Densities are shares over all entries of a layer (samples × tokens × units) and over all recorded passes; gradients
     are per sample and free of loss scaling. In a gated MLP the activation of the gate is what is measured, and η is the
-    gradient at the gate's pre-activation. Of several losses on one forward pass only the first backward pass counts: add
-    the losses up, and call backward() on the sum. Where activations are NaN, so are all statistics of their layer.
+    gradient at the gate's pre-activation. Of several losses on one forward pass only the first backward pass counts:
+    add the losses up, and call backward() on the sum. Where activations are NaN, so are all statistics of their layer.
 
     Args:
         model: any model with MLP blocks that `find_blocks` knows; may be wrapped (DDP), not compiled.

@@ -44,7 +44,7 @@ class Trace:
     calls: int = 0  # of the MLP; more than one where it sees a sequence in chunks
     activated: bool = False  # the activation ran between the entrance and the value layer
     valued: bool = False  # the value layer ran
-    error: str = ""  # why the layer could not be run
+    error: str = ""  # why the layer could not be run, or not to its end
 
     @property
     def flattened(self) -> bool:
@@ -93,10 +93,12 @@ def trace(layer: nn.Module, parts: Parts, width: int, runner: nn.Module | None =
             layer = copy.deepcopy(layer).to_empty(device="cpu")
         called = layer
     failed = ""
+    weights = list(layer.parameters())
+    like = next((weight for weight in weights if weight.is_floating_point()), weights[0])
     with _quiet(called):
         fillings = (None, "tokens", (SIDE, SIDE))
         for shape, encoder, stand_in, filling in product(_shapes(width), (True, False), _STAND_INS, fillings):
-            tokens = _mark(next(layer.parameters()), shape)
+            tokens = _mark(like, shape)
             seen = Trace(parts, tokens=shape)
             with contextlib.ExitStack() as stack:
                 _watch(layer, seen, stack, until_value=True)
@@ -107,7 +109,8 @@ def trace(layer: nn.Module, parts: Parts, width: int, runner: nn.Module | None =
                 except _Enough:
                     pass
                 except Exception as error:  # any at all: the call was a guess
-                    failed = failed or f"{type(error).__name__}: {error}".splitlines()[0]
+                    seen.error = f"{type(error).__name__}: {error}".splitlines()[0]
+                    failed = failed or seen.error
             if seen.entered is not None:
                 return seen
     return Trace(parts, error=failed or "its MLP did not run")
