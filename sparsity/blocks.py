@@ -1,7 +1,7 @@
 """Finding the MLP blocks of a Transformer: what feeds each one, its keys, its activation, its values.
 
 A `Layout` says where these stand in one kind of layer, by attribute paths. LAYOUTS knows those of timm, torchvision,
-torch and most families of transformers; a block of your own takes one more: find_blocks(model, [Layout(...), *LAYOUTS]).
+torch and most families of transformers; your own block takes one more: `find_blocks(model, [Layout(...), *LAYOUTS])`.
 Which of a layer's norms feeds its MLP is not taken from their names, but seen (`sparsity.tracing`).
 """
 

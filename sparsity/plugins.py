@@ -10,9 +10,11 @@ K, values V and activation σ on the token x_t at position t (after its norm, wh
 The modules themselves, and what keeps b and w within their bounds, are in sparsity/plugin_modules.py.
 """
 
+import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from sparsity.plugin_modules import (
 )
 from sparsity.tracing import attribute, trace_model
 
+MARK = "sparsity_plugins"  # the buffer in which a sparsified model keeps the options of `sparsify`
 PLACEMENTS = ("input", "output")
 EXEMPTIONS = ("zeroth_bias", "mlp_norms", "norms", "biases", "vectors")
 # What the authors' code exempts from weight decay: nothing on the ViT; on T5 names with "bias", but no norm's weight.
@@ -76,6 +79,7 @@ def sparsify(
     - Fine-tuning, with both `mixing_steps` and `uplift_steps`, starts with exactly the outputs of the model as it was.
       A step that GradScaler skips does not count; where several optimizers share a block, a step of each of them counts
       as one. The count is saved with models that have schedules: a buffer `schedule_step` of each layer.
+    - It is saved by its own means and loaded by `sparsity.load`: the buffer `sparsity_plugins` keeps the options.
     - peft: either may come first. Norms in `modules_to_save` are bounded; merging keeps the zeroth biases.
     - Row t of a zeroth bias belongs to column t of the batch, so that padding on the left shifts which token gets it.
       With a KV cache the rows go on after those of the cached tokens.
@@ -131,7 +135,36 @@ def sparsify(
         if restricted_norm:
             _bias_to_buffer(block.norm, keep=uplift_steps > 0)
             bound_norm(block.layer)
+    if activation is not None or zeroth_bias or restricted_norm:
+        _mark(
+            model, layouts, activation=activation, zeroth_bias=zeroth_bias, placement=placement, tokens=tokens, clip=clip,
+            restricted_norm=restricted_norm, mixing_steps=mixing_steps, uplift_steps=uplift_steps,
+        )  # fmt: skip
     return model
+
+
+def _mark(model: nn.Module, layouts: Sequence[Layout], **options: Any) -> None:
+    """Write the options into the model's state dict, as a buffer of bytes, so that `sparsity.load` finds them there.
+
+    A model without plug-ins that loads such a state dict meets a name that it does not expect, and says so.
+    """
+    if layouts is not LAYOUTS:
+        options["layouts"] = [asdict(layout) for layout in layouts]
+    text = json.dumps(options, sort_keys=True)
+    device = next(model.parameters()).device
+    model.register_buffer(MARK, torch.tensor(list(text.encode()), dtype=torch.uint8, device=device))
+    model.register_load_state_dict_pre_hook(_compare_marks)
+
+
+def _compare_marks(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Let a state dict without the mark load; warn of one that was saved with other options."""
+    own, saved = getattr(model, MARK), state_dict.get(prefix + MARK)
+    if saved is not None and not torch.equal(saved.cpu(), own.cpu()):
+        theirs, ours = (bytes(mark.tolist()).decode(errors="replace") for mark in (saved, own))
+        warnings.warn(
+            f"this state dict was saved after sparsify({theirs}), the model had sparsify({ours})", stacklevel=2
+        )
+    state_dict[prefix + MARK] = own
 
 
 def _install_block(

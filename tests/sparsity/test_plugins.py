@@ -95,7 +95,7 @@ def test_paths_names_and_classes_stay(tiny):
     assert model is tiny.model
     assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
     new = set(model.state_dict()) - set(before.state_dict())
-    assert new == set(zeroth_biases(model)) and set(before.state_dict()) <= set(model.state_dict())
+    assert new == {*zeroth_biases(model), "sparsity_plugins"} and set(before.state_dict()) <= set(model.state_dict())
     for (name, old), new in zip(before.named_modules(), model.modules(), strict=True):
         assert isinstance(new, type(old)) or name.endswith(("act", "act_fn"))
         assert type(new).__name__ == type(old).__name__ or isinstance(new, JSReLU)
