@@ -7,7 +7,7 @@
     p.summary()
 
     model.save_pretrained(folder)                # or torch.save(model.state_dict(), file)
-    model = load(Model.from_pretrained(folder), folder)
+    model = load(Model(config), folder)
 """
 
 from sparsity.activations import ACTIVATIONS, JSReLU, derivative, jsrelu

@@ -7,21 +7,22 @@ K, values V and activation σ on the token x_t at position t (after its norm, wh
     w ≥ 1, no bias              restricted norm; in fine-tuning |w| ≥ min(step / uplift, 1), and the bias stays as it is
     σ = JSReLU                  in fine-tuning (1 − k) σ_old + k JSReLU, k = min(step / mixing, 1)
 
-The modules themselves, and what keeps b and w within their bounds, are in sparsity/plugin_modules.py.
+The modules themselves, and what keeps b and w within their bounds, are in sparsity/plugin_modules.py; what is refused,
+in sparsity/plugin_checks.py.
 """
 
 import json
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsity.activations import Mixture, make
 from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks, layers_without
+from sparsity.plugin_checks import check_block, check_options, infer_tokens, norm_missing
 from sparsity.plugin_modules import (
     BatchShape,
     BlockPlugins,
@@ -38,10 +39,9 @@ from sparsity.plugin_modules import (
     innermost,
     keep_constraints,
 )
-from sparsity.tracing import attribute, trace_model
+from sparsity.tracing import trace_model
 
 MARK = "sparsity_plugins"  # the buffer in which a sparsified model keeps the options of `sparsify`
-PLACEMENTS = ("input", "output")
 EXEMPTIONS = ("zeroth_bias", "mlp_norms", "norms", "biases", "vectors")
 # What the authors' code exempts from weight decay: nothing on the ViT; on T5 names with "bias", but no norm's weight.
 PROTOCOLS: Mapping[str, tuple[str, ...]] = {"vit": (), "t5": ("biases",)}
@@ -108,7 +108,7 @@ def sparsify(
             experts); a block has plug-ins already, is gated (only activation=None), no norm feeds it, its activation or
             its tokens cannot be reached, or it does not say how many tokens. The model is unchanged then.
     """
-    _check_options(activation, placement, tokens, clip, mixing_steps, uplift_steps, restricted_norm)
+    check_options(activation, placement, tokens, clip, mixing_steps, uplift_steps, restricted_norm)
     blocks = find_blocks(model, layouts)
     if example is not None:
         for block, seen in zip(blocks, trace_model(model, [(b.layer, b.parts) for b in blocks], example), strict=True):
@@ -120,7 +120,7 @@ def sparsify(
         )
     biases = []
     for block in blocks:
-        _check(block, activation, placement if zeroth_bias else None, restricted_norm, clip, mixing_steps)
+        check_block(block, activation, placement if zeroth_bias else None, restricted_norm, clip, mixing_steps)
         biases.append(_make_zeroth_bias(model, block, tokens) if zeroth_bias else None)
     if restricted_norm:
         _warn_of_shared_norms(blocks)
@@ -136,14 +136,13 @@ def sparsify(
             _bias_to_buffer(block.norm, keep=uplift_steps > 0)
             bound_norm(block.layer)
     if activation is not None or zeroth_bias or restricted_norm:
-        _mark(
-            model, layouts, activation=activation, zeroth_bias=zeroth_bias, placement=placement, tokens=tokens, clip=clip,
-            restricted_norm=restricted_norm, mixing_steps=mixing_steps, uplift_steps=uplift_steps,
-        )  # fmt: skip
+        options = dict(activation=activation, zeroth_bias=zeroth_bias, placement=placement, tokens=tokens, clip=clip)
+        options |= dict(restricted_norm=restricted_norm, mixing_steps=mixing_steps, uplift_steps=uplift_steps)
+        _mark(model, layouts, options)
     return model
 
 
-def _mark(model: nn.Module, layouts: Sequence[Layout], **options: Any) -> None:
+def _mark(model: nn.Module, layouts: Sequence[Layout], options: dict[str, Any]) -> None:
     """Write the options into the model's state dict, as a buffer of bytes, so that `sparsity.load` finds them there.
 
     A model without plug-ins that loads such a state dict meets a name that it does not expect, and says so.
@@ -199,7 +198,7 @@ def _make_zeroth_bias(model: nn.Module, block: Block, tokens: int | None) -> nn.
     if like is None:
         kind = weights[0].dtype
         raise ValueError(f"{block.name}: a zeroth bias cannot be {kind}, as the keys are; pass zeroth_bias=False")
-    return nn.Parameter(like.detach().new_zeros(tokens or _infer_tokens(model, block), block.width))
+    return nn.Parameter(like.detach().new_zeros(tokens or infer_tokens(model, block), block.width))
 
 
 def _install_zeroth_bias(block: Block, placement: str, bias: nn.Parameter, cached: CachedTokens) -> None:
@@ -233,200 +232,6 @@ def _warn_of_shared_norms(blocks: Sequence[Block]) -> None:
             "blocks); its weights stay ≥ 1 for both, unless you pass restricted_norm=False",
             stacklevel=3,
         )
-
-
-# What is asked for ---------------------------------------------------------------------------------------------------
-
-
-def _check_options(
-    activation: str | None,
-    placement: str,
-    tokens: int | None,
-    clip: float | None,
-    mixing_steps: int,
-    uplift_steps: int,
-    restricted_norm: bool,
-) -> None:
-    if activation is not None:
-        make(activation)  # raises for an unknown name
-    if placement not in PLACEMENTS:
-        raise ValueError(f"unknown placement {placement!r}, expected one of {', '.join(PLACEMENTS)}")
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"tokens must be positive, got {tokens}")
-    if clip is not None and not 0 <= clip < math.inf:
-        raise ValueError(f"clip must be a number ≥ 0, or None for no clipping, got {clip}")
-    for name, steps in (("mixing_steps", mixing_steps), ("uplift_steps", uplift_steps)):
-        if steps < 0:
-            raise ValueError(f"{name} must be ≥ 0, got {steps}")
-    if mixing_steps and activation is None:
-        raise ValueError(f"mixing_steps={mixing_steps} needs an activation to mix in, got activation=None")
-    if uplift_steps and not restricted_norm:
-        raise ValueError(f"uplift_steps={uplift_steps} lifts restricted norms, got restricted_norm=False")
-
-
-def _check(
-    block: Block,
-    activation: str | None,
-    placement: str | None,
-    restricted_norm: bool,
-    clip: float | None,
-    mixing_steps: int,
-) -> None:
-    """Raise if the block cannot take the plug-ins; nothing has been changed yet. No placement: no zeroth bias."""
-    if isinstance(block.layer, SparsifiedLayer):
-        raise ValueError(f"{block.name}: this MLP has its plug-ins already; call sparsify once, on a model without any")
-    if block.gated and activation is not None:
-        raise ValueError(
-            f"{block.name}: this MLP is gated ({block.layout.name}) and its activation cannot be replaced by "
-            f"{activation!r}; pass activation=None for zeroth bias and restricted norm (probe measures gated MLPs too)"
-        )
-    if mixing_steps and not isinstance(block.activation, nn.Module):
-        kind = type(block.activation).__name__
-        raise ValueError(f"{block.name}: a {kind} is no module, and cannot be mixed; pass mixing_steps=0")
-    if block.trace.entered is None:
-        raise ValueError(
-            f"{block.name}: its layer could not be run by itself to see what feeds the MLP ({block.trace.error}); pass "
-            "example=, inputs of the model"
-        )
-    _check_run(block, activation)
-    if restricted_norm or (placement and clip is not None):
-        _check_norm(block)
-    if placement:
-        _check_tokens(block, placement)
-
-
-def _check_run(block: Block, activation: str | None) -> None:
-    if not block.trace.valued:
-        raise ValueError(
-            f"{block.name}: its value layer {block.layout.value!r} does not run as a module "
-            f"({block.trace.error or 'fused or functional code?'}), so that no plug-in could be relied on; make the MLP "
-            "call its modules"
-        )
-    if activation is not None and isinstance(block.activation, nn.Module) and not block.trace.activated:
-        raise ValueError(
-            f"{block.name}: its activation {block.layout.activation!r} does not run between the key and the value "
-            f"layer (fused or functional code?), and would not become {activation!r}; pass activation=None"
-        )
-
-
-def _check_norm(block: Block) -> None:
-    if block.norm is None:
-        raise ValueError(f"{_norm_missing(block)}; or pass restricted_norm=False, clip=None")
-    if not _scales_by_weight(block.norm, (1, -1, 1, 1) if block.convolutional else (1, 1, -1)):
-        raise ValueError(
-            f"{block.name}: {type(block.norm).__name__}, the norm that feeds this MLP, does not scale by its weight "
-            "(but by 1 + weight, say), so the bounds do not fit it; pass restricted_norm=False, clip=None"
-        )
-
-
-def _check_tokens(block: Block, placement: str) -> None:
-    """Raise if row t of a zeroth bias would not meet token t."""
-    chunked = [getattr(module, "chunk_size_feed_forward", 0) for module in block.layer.modules()]
-    if any(chunked):
-        raise ValueError(
-            f"{block.name}: with chunk_size_feed_forward={max(chunked)} the MLP sees pieces of "
-            "sequences, and a zeroth bias cannot tell which; set it to 0, or pass zeroth_bias=False"
-        )
-    if block.convolutional:
-        raise ValueError(f"{block.name}: a zeroth bias needs tokens, this MLP convolves maps; pass zeroth_bias=False")
-    if any(getattr(module, "batch_first", True) is False for module in block.layer.children()):
-        raise ValueError(
-            f"{block.name}: a zeroth bias needs tokens (B, T, d), and this layer takes (T, B, d); make it with "
-            "batch_first=True, or pass zeroth_bias=False"
-        )
-    given, entered = (math.prod(shape) for shape in (block.trace.tokens, block.trace.entered))
-    if given != entered:
-        raise ValueError(
-            f"{block.name}: this MLP receives {block.trace.entered} of what its layer gets, {block.trace.tokens}, and "
-            "a zeroth bias cannot tell which tokens those are; pass zeroth_bias=False"
-        )
-    if placement == "input" and innermost(block.entrance) is not block.entrance:
-        raise ValueError(
-            f"{block.name}: a zeroth bias before this linear would be lost when its adapter is merged; leave it out of "
-            "the adapter's targets, or pass placement='output'"
-        )
-
-
-def _norm_missing(block: Block) -> str:
-    there = [path for path in block.layout.norms if attribute(block.layer, path) is not None]
-    why = f"its layer could not be run by itself: {block.trace.error}; " if block.trace.entered is None else ""
-    why = why or (f"the output of {' and '.join(there)} does not enter it; " if there else "")
-    return (
-        f"{block.name}: no norm with a weight was found that feeds this MLP ({block.layout.name}); {why}say where it "
-        "is, layouts=[Layout(..., norms=(...)), *LAYOUTS]"
-    )
-
-
-@torch.no_grad()
-def _scales_by_weight(norm: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Return whether the norm's output is zero if its parameters are: a norm that scales by 1 + weight fails."""
-    weight = norm.weight
-    token = torch.linspace(-1, 1, weight.numel(), device=weight.device).to(weight.dtype)
-    zeros = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
-    output = torch.func.functional_call(norm, zeros, (token.reshape(shape),))
-    return output.is_meta or not output.any()
-
-
-def _infer_tokens(model: nn.Module, block: Block) -> int:
-    """Return the number of positions: by the first rule that fits a module around the block, innermost first."""
-    parts = block.name.split(".")
-    around = [model.get_submodule(".".join(parts[:count])) for count in reversed(range(len(parts)))]
-    found = (rule(module) for rule in _POSITIONS for module in around)
-    tokens = next((count for count in found if isinstance(count, int)), None)
-    if tokens is None:
-        raise ValueError(f"{block.name}: cannot infer the positions of {type(model).__name__}; pass tokens=")
-    return tokens
-
-
-def _timm_positions(module: nn.Module) -> int | None:
-    patches = getattr(getattr(module, "patch_embed", None), "num_patches", None)
-    return None if patches is None else patches + getattr(module, "num_prefix_tokens", 0)
-
-
-def _torchvision_positions(module: nn.Module) -> int | None:
-    return getattr(module, "seq_length", None)
-
-
-def _vision_tower_positions(module: nn.Module) -> int | None:
-    """Of transformers' models: CLIP and SigLIP hold the number, ViT and DeiT a position embedding per position."""
-    embeddings = getattr(module, "embeddings", None)
-    rows = getattr(embeddings, "position_embeddings", None)
-    return rows.shape[-2] if isinstance(rows, Tensor) else getattr(embeddings, "num_positions", None)
-
-
-def _open_clip_positions(module: nn.Module) -> int | None:
-    rows = getattr(module, "positional_embedding", None)
-    return len(rows) if isinstance(rows, Tensor) and rows.ndim == 2 else None
-
-
-def _embedded_positions(module: nn.Module) -> int | None:
-    """Of transformers' OPT, BART and Whisper: a table of positions per stack, with rows in front that are none."""
-    table = getattr(module, "embed_positions", None)
-    return table.num_embeddings - getattr(table, "offset", 0) if isinstance(table, nn.Embedding) else None
-
-
-def _resolution(module: nn.Module) -> int | None:
-    """Of timm's Swin: the map's height × width, stage by stage."""
-    sides = getattr(module, "input_resolution", None)
-    return math.prod(sides) if isinstance(sides, tuple | list) else None
-
-
-def _configured_positions(module: nn.Module) -> int | None:
-    config = getattr(module, "config", None)
-    if "t5" in str(getattr(config, "model_type", "")):
-        return 512  # its relative positions have no maximum
-    return getattr(config, "max_position_embeddings", None)
-
-
-_POSITIONS = (
-    _resolution,
-    _timm_positions,
-    _torchvision_positions,
-    _vision_tower_positions,
-    _open_clip_positions,
-    _embedded_positions,
-    _configured_positions,
-)
 
 
 # Weight decay --------------------------------------------------------------------------------------------------------
@@ -475,7 +280,7 @@ def _norms(model: nn.Module, exempt: Sequence[str], layouts: Sequence[Layout]) -
     if "mlp_norms" in exempt:
         for block in find_blocks(model, layouts):
             if block.norm is None:
-                raise ValueError(_norm_missing(block))
+                raise ValueError(norm_missing(block))
             norms.append(block.norm)
     return norms
 

@@ -23,8 +23,8 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 def load(model: nn.Module, saved: str | Path | Mapping[str, Tensor], example: Any = None) -> nn.Module:
     """Put a sparsified model's plug-ins and weights back, IN PLACE, and return the model.
 
-        model = load(AutoModelForCausalLM.from_pretrained(folder), folder)
-        model = load(VisionTransformer(...), torch.load("state.pt"))
+        model = load(T5ForConditionalGeneration(config), folder)
+        model = load(VisionTransformer(...), "state.pt")
 
     Args:
         model: of the same class and configuration, without plug-ins; its weights do not matter.
