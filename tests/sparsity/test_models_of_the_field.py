@@ -15,10 +15,9 @@ from torch import nn
 from torchvision import models as vision
 
 from sparsity.activations import JSReLU
-from sparsity.blocks import find_blocks
+from sparsity.blocks import features, find_blocks
 from sparsity.plugins import sparsify
 from sparsity.probes import probe
-from sparsity.tracing import attribute
 
 WIDTH, HIDDEN = 16, 32
 
@@ -35,7 +34,6 @@ class Row:
     refused: str = ""  # what the refusal with these options says; "" where the model is plugged
     measured: bool = True
     shared: bool = False  # the norm feeds attention too, and sparsify says so
-    width: int = WIDTH
 
 
 def tokens(shape=(2, 6), vocabulary=23):
@@ -89,14 +87,13 @@ def seen(kind, batch=pixels, refused="", options=None, blocks=2, **config):
     return Row(kind, transformers_model(kind, **(IMAGE | config)), batch, blocks, options or {}, refused)
 
 
-def timm_model(kind, refused="", options=None, blocks=2, width=WIDTH, size=32, name=None, measured=True, **arguments):
+def timm_model(kind, refused="", options=None, blocks=2, name=None, **arguments):
     def build():
         import timm
 
-        # 'kind' is a registered model or a class
         return timm.create_model(kind, **arguments)
 
-    return Row(f"timm {name or kind}", build, image(size), blocks, options or {}, refused, measured, width=width)
+    return Row(f"timm {name or kind}", build, image(32), blocks, options or {}, refused)
 
 
 TIMM = dict(img_size=32, patch_size=8, embed_dim=WIDTH, depth=2, num_heads=2, mlp_ratio=2, num_classes=5)
@@ -104,7 +101,7 @@ CONVNEXT = dict(depths=(1,) * 4, dims=(WIDTH,) * 4)
 SWIN = dict(embed_dim=WIDTH, depths=(2,), num_heads=(2,), mlp_ratio=2.0, num_classes=5)
 
 
-def torch_layers(norm_first, activation, decoder=False):
+def torch_layers(norm_first, activation):
     def build():
         layer = nn.TransformerEncoderLayer(
             WIDTH, 2, HIDDEN, dropout=0.0, activation=activation, batch_first=True, norm_first=norm_first
@@ -121,10 +118,13 @@ def vectors():
 CLASSES = [
     # text, pre-norm
     text("GPT2LMHeadModel", n_positions=16),
-    text("GPTNeoForCausalLM", num_layers=2, num_heads=2, attention_types=[[["global"], 2]], max_position_embeddings=16),
+    text("GPTNeoForCausalLM", num_layers=2, num_heads=2, attention_types=[[["global"], 2]],
+         max_position_embeddings=16),
     text("GPTNeoXForCausalLM", max_position_embeddings=16),
-    text("GPTJForCausalLM", n_positions=16, n_embd=WIDTH, n_head=2, n_layer=2, n_inner=HIDDEN, rotary_dim=4, shared=True),
-    text("CodeGenForCausalLM", n_positions=16, n_embd=WIDTH, n_head=4, n_layer=2, n_inner=HIDDEN, rotary_dim=2, shared=True),
+    text("GPTJForCausalLM", n_positions=16, n_embd=WIDTH, n_head=2, n_layer=2, n_inner=HIDDEN, rotary_dim=4,
+         shared=True),
+    text("CodeGenForCausalLM", n_positions=16, n_embd=WIDTH, n_head=4, n_layer=2, n_inner=HIDDEN, rotary_dim=2,
+         shared=True),
     text("GPTBigCodeForCausalLM", n_positions=16, n_inner=HIDDEN),
     text("OPTForCausalLM", ffn_dim=HIDDEN, max_position_embeddings=16, word_embed_proj_dim=WIDTH),
     text("PhiForCausalLM", max_position_embeddings=16, shared=True),
@@ -132,7 +132,8 @@ CLASSES = [
     text("BloomForCausalLM", options=dict(tokens=8)),
     text("Starcoder2ForCausalLM", max_position_embeddings=16, num_key_value_heads=2),
     text("PersimmonForCausalLM", max_position_embeddings=16),
-    text("NemotronForCausalLM", max_position_embeddings=16, num_key_value_heads=2, refused="does not scale by its weight"),
+    text("NemotronForCausalLM", max_position_embeddings=16, num_key_value_heads=2,
+         refused="does not scale by its weight"),
     # text, post-norm
     text("BertForMaskedLM", max_position_embeddings=16),
     text("RobertaForMaskedLM", max_position_embeddings=16),
@@ -156,8 +157,8 @@ CLASSES = [
     text("Olmo2ForCausalLM", options=GATED, max_position_embeddings=16, refused="does not enter it"),
     # mixtures of experts
     text("MixtralForCausalLM", refused="no MLP block", num_key_value_heads=2, num_local_experts=4),
-    text("Qwen2MoeForCausalLM", options=GATED, refused="layers.1: no MLP that a layout describes", num_key_value_heads=2,
-         mlp_only_layers=[0], shared_expert_intermediate_size=HIDDEN, **EXPERTS),
+    text("Qwen2MoeForCausalLM", options=GATED, refused="layers.1: no MLP that a layout describes",
+         num_key_value_heads=2, mlp_only_layers=[0], shared_expert_intermediate_size=HIDDEN, **EXPERTS),
     text("DeepseekV3ForCausalLM", options=GATED, refused="layers.1: no MLP that a layout describes",
          num_key_value_heads=2, first_k_dense_replace=1, n_routed_experts=4, n_group=2, topk_group=1,
          moe_intermediate_size=HIDDEN, num_experts_per_tok=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
@@ -203,13 +204,13 @@ CLASSES = [
     timm_model("eva02_tiny_patch14_224", refused="is gated", **TIMM),
     timm_model("eva02_tiny_patch14_224", options=GATED, name="eva02, plugged", **TIMM),
     timm_model("eva02_tiny_patch14_224", options=GATED, name="eva02 after its norm", use_post_norm=True,
-               refused="does not enter it|no norm", **TIMM),
+               refused="does not enter it", **TIMM),
     timm_model("vit_giant_patch14_dinov2", refused="is gated", **TIMM),
     timm_model("vit_giant_patch14_dinov2", options=GATED, name="dinov2 giant, plugged", **TIMM),
-    timm_model("cait_xxs24_224", img_size=32, patch_size=8, embed_dim=WIDTH, depth=2, num_heads=2, blocks=4,
-               ),
+    timm_model("cait_xxs24_224", img_size=32, patch_size=8, embed_dim=WIDTH, depth=2, num_heads=2, blocks=4),
     timm_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, patch_size=4, **SWIN),
-    timm_model("swinv2_tiny_window8_256", img_size=32, window_size=4, patch_size=4, refused="does not enter it|no norm", **SWIN),
+    timm_model("swinv2_tiny_window8_256", img_size=32, window_size=4, patch_size=4,
+               refused="does not enter it", **SWIN),
     timm_model("convnext_tiny", blocks=4, **CONVNEXT, options=dict(tokens=64)),
     timm_model("convnext_tiny", name="ConvNeXt of convolutions", blocks=4, **CONVNEXT, conv_mlp=True,
                refused="convolves maps", options=dict(tokens=64)),
@@ -331,27 +332,20 @@ def test_probes_see_every_unit_of_every_token(row):
             nn.init.normal_(parameter, std=0.1)
     for block in find_blocks(model):
         block.replace_activation(nn.ReLU())
-    seen = {block.name: [0, 0, 0] for block in find_blocks(model)}
+    counts = {block.name: [] for block in find_blocks(model)}  # (entries, active ones) of each call
     for block in find_blocks(model):
 
-        def act(module, inputs, output, block=block):
-            counts = seen[block.name]
-            counts[0] += output.numel()
-            counts[1] += int((output.abs() > 1e-6).sum())
+        def count(module, inputs, output, block=block):
+            counts[block.name].append((output.numel(), int((output.abs() > 1e-6).sum())))
 
-        block.activation.register_forward_hook(act)
-    batch = row.batch()
+        block.activation.register_forward_hook(count)
     with probe(model) as p:
-        run(model, row, batch).square().mean().backward()
+        run(model, row, row.batch()).square().mean().backward()
     table = p.summary(gradients=True)
-    for name, (entries, active, _) in seen.items():
-        found = table.loc[name]
-        calls = 1
-        assert found["samples"] % 2 == 0
-        assert found["tokens"] * found["samples"] * found["units"] == pytest.approx(entries * calls)
-        assert found["units"] == attribute(
-            next(b for b in find_blocks(model) if b.name == name).layer,
-            next(b for b in find_blocks(model) if b.name == name).layout.value,
-        ).weight.numel() // (next(b for b in find_blocks(model) if b.name == name).width)
+    for block in find_blocks(model):
+        entries, active = map(sum, zip(*counts[block.name], strict=True))
+        found, calls = table.loc[block.name], len(counts[block.name])
+        assert found["samples"] == 2 * calls and found["units"] == features(block.value)[0]
+        assert found["tokens"] * found["samples"] * found["units"] == pytest.approx(entries)
         assert found["density"] == pytest.approx(active / entries)
         assert found["density_from_flatness"] == pytest.approx(found["density"], rel=1e-4)

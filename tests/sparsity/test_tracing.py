@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sparsity.blocks import LAYOUTS, Layout, find_blocks
@@ -55,8 +56,8 @@ FED = {
     "behind": (Layer(lambda layer, x, _: x + layer.first(layer.mlp(x))), None),
     "beside": (Layer(lambda layer, x, _: layer.first(x) + layer.mlp(x)), None),
     "scaled on the way": (Layer(lambda layer, x, _: x + layer.mlp(2 * layer.first(x))), None),
-    "not used": (Layer(lambda layer, x, _: x + layer.mlp(nn.functional.layer_norm(x, (8,)))), None),
-    "dropped out on the way": (Layer(lambda layer, x, _: layer.mlp(nn.Dropout(0.5).train(layer.training)(layer.first(x)))),
+    "not used": (Layer(lambda layer, x, _: x + layer.mlp(F.layer_norm(x, (8,)))), None),
+    "dropped out on the way": (Layer(lambda layer, x, _: layer.mlp(F.dropout(layer.first(x), 0.5, layer.training))),
                                "first"),
     "flattened": (Layer(flat), "first"),
     "in chunks": (Layer(lambda layer, x, _: torch.cat([layer.mlp(c) for c in layer.first(x).split(2, 1)], 1)), "first"),
@@ -127,7 +128,7 @@ def test_a_layer_on_the_meta_device_is_seen_too():
 
 @pytest.mark.parametrize("call, activation, message", [
     (lambda layer, x, _: layer.down(torch.relu(layer.up(layer.first(x)))), "jsrelu", "activation 'act' does not run"),
-    (lambda layer, x, _: nn.functional.linear(layer.act(layer.up(layer.first(x))), layer.down.weight), "jsrelu",
+    (lambda layer, x, _: F.linear(layer.act(layer.up(layer.first(x))), layer.down.weight), "jsrelu",
      "value layer 'down' does not run as a module"),
     (lambda layer, x, _: layer.down(torch.relu(layer.up(layer.first(x)))), None, ""),
 ])  # fmt: skip
@@ -151,7 +152,7 @@ def test_a_norm_that_feeds_attention_too_is_said(fed, said, recwarn):
     assert any("0.up: the norm that feeds this MLP feeds attention too" in str(one.message) for one in recwarn) == said
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", nn.functional.silu])
+@pytest.mark.parametrize("activation", ["relu", "gelu", F.silu])
 def test_torchs_layer_with_a_function_gets_a_module_in_its_place(activation):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, activation, batch_first=True, norm_first=True)
