@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -19,9 +20,7 @@ class Mlp(nn.Module):
     def __init__(self, packed=False, convolution=None):
         super().__init__()
         torch.manual_seed(0)
-        linear = (
-            nn.Linear if convolution is None else lambda i, o: nn.Conv2d(i, o, convolution, padding=convolution // 2)
-        )
+        linear = nn.Linear if convolution is None else partial(nn.Conv2d, kernel_size=convolution, padding="same")
         self.fc1, self.act, self.fc2 = linear(6, 24 if packed else 12), nn.ReLU(), linear(12, 6)
         self.packed = packed
 
@@ -185,5 +184,5 @@ def test_a_model_measured_in_part_says_so():
     with pytest.warns(UserWarning, match="^1 and 1 more layers have no MLP that a layout describes"), probe(model) as p:
         model(data(4, 5, 6))
     assert list(p.summary().index) == ["0.mlp"]
-    with pytest.raises(ValueError, match="^1: no MLP that a layout describes .* e.g. 0.mlp"):
+    with pytest.raises(ValueError, match=r"^1: no MLP that a layout describes .* e.g. 0.mlp"):
         sparsify(model, tokens=5, restricted_norm=False, clip=None)

@@ -122,9 +122,11 @@ def test_layouts_of_ones_own_and_parts_of_a_model():
 
 def test_what_cannot_be_loaded_is_named(build, tmp_path):
     tiny = build("bert")
-    with pytest.raises(ValueError, match="nothing here was saved by a sparsified model .*'sparsity_plugins'.*as usual"):
+    with pytest.raises(
+        ValueError, match=r"nothing here was saved by a sparsified model .*'sparsity_plugins'.*as usual"
+    ):
         load(fresh(tiny), tiny.model.state_dict())
-    with pytest.raises(FileNotFoundError, match="no model.safetensors or pytorch_model.bin here"):
+    with pytest.raises(FileNotFoundError, match=r"no model.safetensors or pytorch_model.bin here"):
         load(fresh(tiny), tmp_path)
     state = trained(tiny).model.state_dict()
     name = "bert.encoder.layer.1.intermediate.dense.weight"

@@ -102,7 +102,7 @@ ADAPTED = {  # family → linears of MLPs, norms that feed them
     "vit": (["fc1", "fc2"], ["norm2"]),
     "t5": (
         ["wi", "wo"],
-        [f"{s}.block.{b}.layer.{l}.layer_norm" for s, l in (("encoder", 1), ("decoder", 2)) for b in (0, 1)],
+        [f"{s}.block.{b}.layer.{i}.layer_norm" for s, i in (("encoder", 1), ("decoder", 2)) for b in (0, 1)],
     ),
     "bert": (["intermediate.dense", "output.dense"], ["attention.output.LayerNorm"]),
     "gpt2": (["c_fc", "mlp.c_proj"], ["ln_2"]),
@@ -167,8 +167,9 @@ def opt(**options):
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
-    return OPTForCausalLM(OPTConfig(vocab_size=23, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
-                                    max_position_embeddings=16, word_embed_proj_dim=16, dropout=0.0, **options))  # fmt: skip
+    config = OPTConfig(vocab_size=23, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+                       max_position_embeddings=16, word_embed_proj_dim=16, dropout=0.0, **options)  # fmt: skip
+    return OPTForCausalLM(config)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -182,7 +183,7 @@ def test_an_adapter_around_the_entrance_itself_is_refused_by_name():
     ids = torch.randint(2, 23, (2, 6))
     model(input_ids=ids, labels=ids).loss.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with pytest.raises(RuntimeError, match="layers.0.fc1: an adapter was put around this linear after sparsify"):
+    with pytest.raises(RuntimeError, match=r"layers.0.fc1: an adapter was put around this linear after sparsify"):
         torch.optim.SGD(trained, lr=0.1).step()
 
 
@@ -359,7 +360,7 @@ def test_keys_of_integers_take_the_dtype_of_the_norm_or_are_refused(dtype):
     bare = copy.deepcopy(model)
     bare[1].norm2 = nn.Identity()
     before, keys = repr(bare), list(bare.state_dict())
-    with pytest.raises(ValueError, match="1.mlp: a zeroth bias cannot be torch.uint8, as the keys are"):
+    with pytest.raises(ValueError, match=r"1.mlp: a zeroth bias cannot be torch.uint8, as the keys are"):
         sparsify(bare, tokens=4, restricted_norm=False, clip=None)
     assert (repr(bare), list(bare.state_dict())) == (before, keys)
     sparsify(model, tokens=4)
