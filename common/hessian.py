@@ -1,8 +1,8 @@
-"""Curvature of the loss: traces with standard errors, top eigenvalues and spectral densities, on curvlinops.
+"""Curvature of the loss: traces with standard errors, top eigenvalues and spectral densities.
 
 The loss is a mean over labels, ℓ(θ) = 1/N Σ_n ℓ(f_θ(x)_n, y_n): one label per image, or per token in a language model.
-`empirical_risk` ties model, batches and parameters together; the other functions measure what it returns. With J_n the
-Jacobian of the logits of label n and p_n = softmax(f_n), the kinds of curvature are
+`common.risk.empirical_risk` ties model, batches and parameters together; the functions here measure what it returns.
+With J_n the Jacobian of the logits of label n and p_n = softmax(f_n), the kinds of curvature are
 
     hessian             ∇² ℓ, of any twice differentiable loss
     ggn                 1/N Σ J_nᵀ (∇²_f ℓ) J_n = 1/N Σ J_nᵀ (diag p_n − p_n p_nᵀ) J_n for cross-entropy
@@ -17,29 +17,26 @@ compare models only where that scale means the same.
 """
 
 import contextlib
-import difflib
-import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate.utils import send_to_device
-from curvlinops import EFLinearOperator, FisherMCLinearOperator, GGNLinearOperator, HessianLinearOperator
-from curvlinops import xtrace as curvlinops_xtrace
 from curvlinops.papyan2020traces.spectrum import lanczos_approximate_spectrum
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import functional_call, grad, jvp, vjp, vmap
+
+from common.risk import Batch, Risk, empirical_risk, mean_loss, measuring, model_logits
+
+__all__ = ["EXACT", "KINDS", "Estimate", "Risk", "empirical_risk", "mean_loss", "model_logits", "per_block",
+           "spectral_density", "top_eigenvalues", "trace", "xtrace"]  # fmt: skip
 
 KINDS = ("hessian", "ggn", "fisher", "sampled_fisher", "empirical_fisher")
 EXACT = ("fisher", "empirical_fisher")  # kinds whose trace is a sum, not an estimate
-
-Inputs = Tensor | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,139 +48,12 @@ class Estimate:
     samples: int
 
 
-@dataclass(frozen=True)
-class Risk:
-    """A mean loss as a function of some parameters of a model; `empirical_risk` makes it."""
-
-    network: nn.Module
-    loss: nn.Module
-    parameters: dict[str, nn.Parameter]
-    data: list[tuple[dict[str, Any], Tensor]]  # each batch with all its labels (B, …), and the n that count, flat
-    labels: int  # N, how many count in all batches
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(iter(self.parameters.values())).device
-
-    @property
-    def dimension(self) -> int:
-        """The size of the curvature matrix: the number of entries of all parameters."""
-        return sum(parameter.numel() for parameter in self.parameters.values())
-
-
-def model_logits(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Return what a model predicts: `model(inputs)`, or the logits of `model(**inputs)` for a mapping."""
-    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    return output if isinstance(output, Tensor) else output.logits
-
-
-def empirical_risk(
-    model: nn.Module,
-    batches: Iterable[Any],
-    parameters: Sequence[str] | None = None,
-    loss: nn.Module | None = None,
-    logits: Callable[[nn.Module, Inputs], Tensor] = model_logits,
-) -> Risk:
-    """Return the mean loss of a model over all labels of the batches, as a function of the chosen parameters.
-
-    A frozen head, or any other way from inputs to logits, goes into `logits`:
-
-        empirical_risk(encoder, batches, logits=lambda encoder, images: F.normalize(encoder(images), dim=-1) @ head.T)
-
-    Args:
-        model: any module; it is not copied, so that later changes of its weights are seen.
-        batches: read once, kept and moved to the model's device: pairs (inputs, labels), or mappings with the entry
-            "labels", which go to `logits` as a whole (Hugging Face models take labels). All tensors start with the
-            dimension of the B samples. Labels (B,) or (B, T); the loss's `ignore_index` (−100) marks those that do
-            not count. Batches may differ in size: each label counts once.
-        parameters: names, or patterns ("blocks.*.mlp.fc?.weight"); None: all that require a gradient.
-        loss: maps logits (n, C) and labels (n,) to their mean; cross-entropy by default.
-        logits: maps (model, inputs) to logits (B, C) or (B, T, C).
-
-    Raises:
-        ValueError: no parameter has such a name, there is no label, or the loss is not a mean.
-    """
-    loss = nn.CrossEntropyLoss() if loss is None else loss
-    if getattr(loss, "reduction", None) != "mean":
-        raise ValueError(f"loss must be a module with reduction='mean', got {loss!r}")
-    chosen = _chosen(model, parameters)
-    device, ignored = next(iter(chosen.values())).device, getattr(loss, "ignore_index", -100)
-    data = []
-    for batch in batches:
-        batch = send_to_device(batch, device)
-        inputs, labels = (batch, batch["labels"]) if isinstance(batch, Mapping) else batch
-        kept = labels[labels != ignored]
-        if len(kept):
-            data.append(({"inputs": inputs, "labels": labels}, kept))
-    if not data:
-        raise ValueError("batches hold no label that counts: nothing to measure the curvature on")
-    return Risk(_Network(model, logits, ignored), loss, chosen, data, sum(len(kept) for _, kept in data))
-
-
-def _chosen(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    named = dict(model.named_parameters())
-    if patterns is None:
-        patterns, named = ["*"], {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    for pattern in patterns:
-        if not fnmatch.filter(named, pattern):
-            near = difflib.get_close_matches(pattern, named, n=1, cutoff=0.0)
-            hint = f"; did you mean {near[0]!r}?" if near else ", which has none that requires a gradient"
-            raise ValueError(f"no parameter of {type(model).__name__} matches {pattern!r}{hint}")
-    kept = (name for name in named if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-    return {name: named[name] for name in kept}
-
-
-class _Network(nn.Module):
-    """The model as curvlinops calls it: it maps a batch to the logits (n, C) of the labels that count."""
-
-    def __init__(self, model: nn.Module, logits: Callable[[nn.Module, Inputs], Tensor], ignored: int):
-        super().__init__()
-        self.model, self.logits, self.ignored = model, logits, ignored
-
-    def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        labels = batch["labels"]
-        found = self.logits(self.model, batch["inputs"])  # (B, …, C)
-        if found.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"logits of shape {tuple(found.shape)} do not fit labels of shape {tuple(labels.shape)}: expected "
-                "labels (B,) with logits (B, C), or (B, T) with (B, T, C); adapt `logits`"
-            )
-        return found.flatten(0, -2)[labels.flatten() != self.ignored]
-
-    def counted(self, batch: Mapping[str, Any]) -> int:
-        return int((batch["labels"] != self.ignored).sum())
-
-
-@contextlib.contextmanager
-def _measuring(risk: Risk) -> Iterator[None]:
-    """Set evaluation mode and plain attention within the block, and restore what was set before."""
-    modes = {module: module.training for module in risk.network.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    risk.network.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
-
-
 @contextlib.contextmanager
 def _seeded(risk: Risk, seed: int) -> Iterator[None]:
-    """Seed torch's global generator, which curvlinops draws from, within the block, and restore it."""
+    """Seed torch's global generator, which Lanczos draws from, within the block, and restore it."""
     with torch.random.fork_rng([risk.device] if risk.device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-@torch.no_grad()
-def mean_loss(risk: Risk) -> float:
-    """Return the mean loss itself, in nats for cross-entropy."""
-    with _measuring(risk):
-        return sum(risk.loss(risk.network(batch), kept).item() * len(kept) / risk.labels for batch, kept in risk.data)
 
 
 # Traces --------------------------------------------------------------------------------------------------------------
@@ -237,15 +107,42 @@ def xtrace(risk: Risk, kind: str = "ggn", products: int = 32, repeats: int = 4, 
         mean and standard error over the repeats (NaN for a single one), for these data.
 
     Raises:
-        ValueError: as `trace` does, or `products` is odd or not below the number of parameters.
+        ValueError: as `trace` does, `products` is odd or not below the number of parameters, or these are half
+            precision.
     """
     _check(risk, kind, products=products, repeats=repeats)
+    _check_precision(risk)
     if products % 2 or products >= risk.dimension:
         raise ValueError(f"products must be even and below the number of parameters, {risk.dimension}, got {products}")
-    with _measuring(risk), _seeded(risk, seed):
-        operator = _operator(risk, kind, seed)
-        found = torch.stack([curvlinops_xtrace(operator, products).double().cpu() for _ in range(repeats)])
+    generator = torch.Generator().manual_seed(seed)
+    with measuring(risk):
+        operator = _Curvature(risk, kind, seed)
+        found = torch.stack([_xtrace(operator, products // 2, generator) for _ in range(repeats)])
     return _estimate(found)
+
+
+def _xtrace(operator: "_Curvature", count: int, generator: torch.Generator) -> Tensor:
+    """Return one estimate from `count` random vectors, (): the mean over all of leaving each one out.
+
+    With Y = A W = Q R, and s_i the normalised columns of R⁻ᵀ, Q (1 − s_i s_iᵀ) Qᵀ projects on what the others span.
+    """
+    signs = (
+        torch.randint(2, (operator.shape[0], count), generator=generator).to(operator.device, operator.dtype) * 2 - 1
+    )
+    image = operator @ signs  # Y
+    basis, singular, _ = torch.linalg.svd(image, full_matrices=False)
+    kept = singular > 10 * count * torch.finfo(operator.dtype).eps * singular[0]
+    if not kept.all():  # a matrix of lower rank, all of whose range is seen: 0 of a dead layer
+        basis = basis[:, kept]
+        return (basis * (operator @ basis)).sum().double().cpu() if kept.any() else torch.zeros((), dtype=torch.float64)
+    basis, triangle = torch.linalg.qr(image)
+    seen = operator @ basis  # A Q
+    inner, along = basis.mT @ seen, basis.mT @ signs
+    left_out = nn.functional.normalize(torch.linalg.inv(triangle.mT), dim=0)  # columns s_i
+    others = along - left_out * (left_out * along).sum(0)
+    rest, image_of_rest = signs - basis @ others, image - seen @ others
+    traces = inner.trace() - (left_out * (inner @ left_out)).sum(0) + (rest * image_of_rest).sum(0)
+    return traces.double().mean().cpu()
 
 
 def per_block(
@@ -293,34 +190,40 @@ def _samples(risk: Risk, kind: str, probes: int, seed: int, at_once: int) -> Ten
     """Return each probe's trace of each parameter's diagonal block, (probes, parameters) float64; 1 row if exact."""
     _check(risk, kind, probes=probes, at_once=at_once)
     generator = torch.Generator().manual_seed(seed)
-    with _measuring(risk):
+    with measuring(risk):
         if kind in ("hessian", "ggn"):
             return _probed(risk, kind, probes, generator, at_once)
         return _squared_gradients(risk, kind, probes, generator, at_once)
 
 
 def _probed(risk: Risk, kind: str, probes: int, generator: torch.Generator, at_once: int) -> Tensor:
-    operator, shapes = _operator(risk, kind), [parameter.shape for parameter in risk.parameters.values()]
-    like, found = next(iter(risk.parameters.values())), []
+    operator, found = _Curvature(risk, kind), []
     for start in range(0, probes, at_once):
         count = min(at_once, probes - start)
-        drawn = [[torch.randint(2, shape, generator=generator) for shape in shapes] for _ in range(count)]
-        signs = [torch.stack(same, -1).to(like).mul_(2).sub_(1) for same in zip(*drawn, strict=True)]  # (…, count)
-        products = zip(signs, operator @ signs, strict=True)
-        found.append(torch.stack([(v * av).double().reshape(-1, count).sum(0).cpu() for v, av in products], 1))
+        drawn = [
+            {name: torch.randint(2, one.shape, generator=generator) for name, one in risk.parameters.items()}
+            for _ in range(count)
+        ]
+        signs = {
+            name: torch.stack([one[name] for one in drawn]).to(parameter).mul_(2).sub_(1)  # (count, …)
+            for name, parameter in risk.parameters.items()
+        }
+        products = operator.products(signs)
+        along = [(signs[name] * products[name]).double().reshape(count, -1).sum(1).cpu() for name in signs]
+        found.append(torch.stack(along, 1))
     return torch.cat(found)
 
 
 def _squared_gradients(risk: Risk, kind: str, draws: int, generator: torch.Generator, at_once: int) -> Tensor:
     """Return 1/N Σ ‖gradient‖² for each parameter: (1, parameters), or for each draw of labels (draws, parameters)."""
     total = torch.zeros(draws if kind == "sampled_fisher" else 1, len(risk.parameters), dtype=torch.float64)
-    for batch, _ in risk.data:
-        for sample in _split(batch):
+    for batch in risk.data:
+        for sample in _split(risk, batch):
             logits, pull = vjp(partial(_functional, risk, sample), risk.parameters)  # (n, C)
             if kind == "sampled_fisher":
                 total += _squares(pull, _drawn(logits, draws, generator), at_once)
                 continue
-            by_label = _by_class(logits) if kind == "fisher" else _at_labels(risk, logits, sample["labels"])
+            by_label = _by_class(logits) if kind == "fisher" else _at_labels(risk, logits, sample)[:, None]
             for row, vectors in enumerate(by_label):  # (C or 1, C)
                 alone = logits.new_zeros(len(vectors), *logits.shape)  # nothing but this label
                 alone[:, row] = vectors
@@ -328,9 +231,9 @@ def _squared_gradients(risk: Risk, kind: str, draws: int, generator: torch.Gener
     return total / risk.labels
 
 
-def _split(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _split(risk: Risk, batch: Batch) -> Iterator[Batch]:
     """Yield the samples of a batch as batches of one; entries that are no tensors go into each."""
-    count = len(batch["labels"])
+    count = len(batch.labels)
 
     def part(entry: Any, index: int) -> Any:
         if isinstance(entry, Mapping):
@@ -338,12 +241,18 @@ def _split(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         return entry[index : index + 1] if isinstance(entry, Tensor) and entry.ndim and len(entry) == count else entry
 
     for index in range(count):
-        yield part(batch, index)
+        labels = batch.labels[index : index + 1]
+        ignored = risk.network.ignored
+        if labels.is_floating_point():
+            kept = labels.flatten(0, -2)
+        else:
+            kept = labels.flatten() if ignored is None else labels[labels != ignored]
+        yield replace(batch, inputs=part(batch.inputs, index), labels=labels, kept=kept, count=len(kept))
 
 
-def _functional(risk: Risk, sample: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
+def _functional(risk: Risk, batch: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
     named = {f"model.{name}": parameter for name, parameter in parameters.items()}
-    return functional_call(risk.network, named, (sample,))
+    return functional_call(risk.network, named, (batch,))
 
 
 def _squares(pull: Callable, vectors: Tensor, at_once: int) -> Tensor:
@@ -369,10 +278,9 @@ def _by_class(logits: Tensor) -> Tensor:
     return shares.sqrt()[..., None] * (shares[:, None] - torch.eye(shares.shape[-1]).to(shares))
 
 
-def _at_labels(risk: Risk, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return ∇_f ℓ of each label, (n, 1, C)."""
-    true = labels[labels != risk.network.ignored]
-    return len(true) * torch.func.grad(risk.loss)(logits, true)[:, None]
+def _at_labels(risk: Risk, logits: Tensor, batch: Batch) -> Tensor:
+    """Return ∇_f ℓ of each label, (n, C)."""
+    return len(batch.kept) * grad(risk.loss)(logits, batch.kept)
 
 
 # Spectra -------------------------------------------------------------------------------------------------------------
@@ -397,12 +305,13 @@ def top_eigenvalues(
         (count,), in the unit of the loss.
 
     Raises:
-        ValueError: as `trace` does, or `count` is not smaller than the number of parameters.
+        ValueError: as `trace` does, `count` is not smaller than the number of parameters, or these are half precision.
     """
     _check(risk, kind, count=count)
+    _check_precision(risk)
     if count >= risk.dimension:
         raise ValueError(f"count must be below the number of parameters, {risk.dimension}, got {count}")
-    with _measuring(risk):
+    with measuring(risk):
         return _extreme(risk, kind, count, "LA", seed, tolerance)[::-1]
 
 
@@ -425,20 +334,30 @@ def spectral_density(
         eigenvalues (points,) and density (points,); its integral is 1, less the tails of bumps beyond the ends.
 
     Raises:
-        ValueError: as `trace` does, or `steps` is not in 2 … number of parameters − 1.
+        ValueError: as `trace` does, `steps` is not in 2 … number of parameters − 1, parameters are half precision, or
+            the matrix has fewer distinct eigenvalues than steps.
     """
     _check(risk, kind, points=points, repeats=repeats)
+    _check_precision(risk)
     if not 2 <= steps < risk.dimension:
         raise ValueError(f"steps must be at least 2 and below the number of parameters, {risk.dimension}, got {steps}")
-    with _measuring(risk), _seeded(risk, seed):
+    with measuring(risk), _seeded(risk, seed):
         low = _extreme(risk, kind, 1, "SA", seed, 1e-2).item() if kind == "hessian" else 0.0  # the others have none < 0
         ends = low, _extreme(risk, kind, 1, "LA", seed, 1e-2).item()
-        return lanczos_approximate_spectrum(_operator(risk, kind, seed), steps, points, repeats, boundaries=ends)
+        if ends == (0, 0):
+            raise ValueError(f"{kind!r} is zero (a dead layer?): its spectrum is the single value 0, without a density")
+        try:
+            operator = _Curvature(risk, kind, seed)
+            return lanczos_approximate_spectrum(operator, steps, points, repeats, boundaries=ends)
+        except torch.linalg.LinAlgError:
+            raise ValueError(
+                f"{kind!r} has fewer than {steps} distinct eigenvalues (dead units?): take fewer steps"
+            ) from None
 
 
 def _extreme(risk: Risk, kind: str, count: int, side: str, seed: int, tolerance: float) -> np.ndarray:
     """Return eigenvalues at one end of the spectrum, ascending."""
-    operator = _operator(risk, kind, seed).to_scipy()
+    operator = _Curvature(risk, kind, seed).to_scipy()
     start = np.random.default_rng(seed).standard_normal(risk.dimension)
     if not (operator @ start).any():  # ARPACK refuses the zero matrix, which a dead layer has
         return np.zeros(count)
@@ -446,18 +365,74 @@ def _extreme(risk: Risk, kind: str, count: int, side: str, seed: int, tolerance:
     return np.sort(eigsh(operator, count, which=side, ncv=vectors, v0=start, tol=tolerance, return_eigenvectors=False))
 
 
-# Operators and checks ------------------------------------------------------------------------------------------------
+# Products and checks -------------------------------------------------------------------------------------------------
 
 
-def _operator(risk: Risk, kind: str, seed: int = 0) -> Any:
-    """Return the curvature matrix as curvlinops' linear operator, never formed."""
-    classes = {"hessian": HessianLinearOperator, "ggn": GGNLinearOperator, "fisher": GGNLinearOperator}
-    classes |= {"sampled_fisher": FisherMCLinearOperator, "empirical_fisher": EFLinearOperator}
-    return classes[kind](
-        risk.network, risk.loss, list(risk.parameters.values()), risk.data,
-        check_deterministic=False, num_data=risk.labels, batch_size_fn=risk.network.counted,
-        **({"seed": seed} if kind == "sampled_fisher" else {}),
-    )  # fmt: skip
+class _Curvature:
+    """The curvature matrix (P, P) as a linear operator, never formed, in the form that scipy and Lanczos take it."""
+
+    def __init__(self, risk: Risk, kind: str, seed: int = 0) -> None:
+        self.risk, self.kind, self.seed = risk, kind, seed
+        self.shape, self.device, self.dtype = (risk.dimension, risk.dimension), risk.device, risk.dtype
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """Return the product with a vector (P,) or a matrix (P, k)."""
+        columns = vectors.T if vectors.ndim == 2 else vectors[None]  # (k, P)
+        sizes = [parameter.numel() for parameter in self.risk.parameters.values()]
+        parts = zip(self.risk.parameters.items(), columns.split(sizes, 1), strict=True)
+        named = {name: part.reshape(-1, *parameter.shape).to(parameter) for (name, parameter), part in parts}
+        products = torch.cat([product.flatten(1) for product in self.products(named).values()], 1)  # (k, P)
+        return products.T if vectors.ndim == 2 else products[0]
+
+    @torch.no_grad()  # for the caller: torch.func differentiates all the same
+    def products(self, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the products with k vectors, each parameter's part as (k, …)."""
+        total = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
+        generator = torch.Generator().manual_seed(self.seed)  # the same labels are drawn for every product
+        for batch in self.risk.data:
+            found = vmap(self._product(batch, generator))(vectors)
+            for name, product in found.items():
+                total[name].add_(product, alpha=self.risk.share(batch))
+        return total
+
+    def _product(self, batch: Batch, generator: torch.Generator) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        """Return the map from a vector to the product of one batch's matrix with it."""
+        risk, parameters = self.risk, {name: one.detach() for name, one in self.risk.parameters.items()}
+        predict = partial(_functional, risk, batch)
+        if self.kind == "hessian":
+            # Two backward passes: the matrix is symmetric. Forward derivatives through a Jacobian are wrong in torch's
+            # fused norms; those of a gradient are right, but run the model again for each vector.
+            _, pull = vjp(grad(lambda parameters: risk.loss(predict(parameters), batch.kept)), parameters)
+            return lambda vector: pull(vector)[0]
+        logits, pull = vjp(predict, parameters)  # (n, C)
+        middle = self._middle(batch, logits, generator)
+        return lambda vector: pull(middle(jvp(predict, (parameters,), (vector,))[1]) / len(logits))[0]
+
+    def _middle(self, batch: Batch, logits: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+        """Return the map from tangents of the logits (n, C) to their products with the matrix (C, C) of each label."""
+        if self.kind in ("ggn", "fisher"):
+            shares = logits.softmax(-1)  # p
+            return lambda tangent: shares * (tangent - torch.linalg.vecdot(shares, tangent)[:, None])  # diag p − p pᵀ
+        if self.kind == "sampled_fisher":
+            gradient = _drawn(logits, 1, generator)[0]
+        else:
+            gradient = _at_labels(self.risk, logits, batch)
+        return lambda tangent: gradient * torch.linalg.vecdot(gradient, tangent)[:, None]
+
+    def to_scipy(self) -> LinearOperator:
+        """Return the operator for vectors of float64 in numpy."""
+
+        def product(vectors: np.ndarray) -> np.ndarray:
+            moved = torch.from_numpy(np.ascontiguousarray(vectors)).to(self.device, self.dtype)
+            return (self @ moved).double().cpu().numpy()
+
+        return LinearOperator(self.shape, matvec=lambda v: product(v.reshape(-1)), matmat=product, dtype=np.float64)
+
+
+def _check_precision(risk: Risk) -> None:
+    for name, parameter in risk.parameters.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {parameter.dtype}, too coarse for this: call .float() on the model")
 
 
 def _check(risk: Risk, kind: str, **numbers: int) -> None:

@@ -19,8 +19,19 @@ RANK_TOLERANCE = 1e-6  # singular values below this share of the largest count a
 
 
 def working(matrix: Tensor) -> Tensor:
-    """Return the matrix in the dtype that arithmetic is done in: its own, or float32 if its own is narrower."""
+    """Return the matrix in the dtype that arithmetic is done in: its own, or float32 if its own is narrower.
+
+    Raises:
+        ValueError: it is complex.
+    """
+    _check_real(matrix)
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
+def _check_real(matrix: Tensor) -> None:
+    """Raise for complex entries, of which arithmetic in float64 would silently keep the real part alone."""
+    if matrix.is_complex():
+        raise ValueError(f"spectra are those of real matrices, got {matrix.dtype}; pass real and imaginary parts apart")
 
 
 def rank_tolerance(precision: torch.dtype) -> float:
@@ -49,6 +60,7 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
 
 def _gram(matrix: Tensor) -> Tensor:
     """Return the float64 Gram matrix of the smaller side, (..., r, r): its lower triangle, all that `eigh` reads."""
+    _check_real(matrix)
     wide = matrix.mT if _is_tall(matrix) else matrix
     size = wide.shape[-2]
     gram = wide.new_zeros(*wide.shape[:-1], size, dtype=torch.float64)
@@ -68,6 +80,8 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         right: (r, n).
         dtype: of the result (m, n).
     """
+    _check_real(left)
+    _check_real(right)
     if len(left) > right.shape[1]:
         return product(right.T, left.T, dtype).T
     left = left.double()
@@ -120,6 +134,7 @@ def svd(
     Returns:
         U (..., m, count), all σ (..., r), Vh (..., count, n).
     """
+    _check_real(matrix)
     dtype = dtype or matrix.dtype
     if precision == torch.float64:
         left, singular, right = torch.linalg.svd(matrix.double(), full_matrices=False)
@@ -160,6 +175,7 @@ def singular_values(matrix: Tensor, precision: torch.dtype = torch.float32) -> T
 
     `precision` is that of `svd`: torch.float64 asks for those of a true SVD.
     """
+    _check_real(matrix)
     if precision == torch.float64:
         return torch.linalg.svdvals(matrix.double()).to(matrix.dtype)
     return torch.linalg.eigvalsh(_gram(matrix)).clamp_min(0).sqrt().flip(-1).to(matrix.dtype)
@@ -219,7 +235,9 @@ def stable_rank(singular_values: Tensor) -> Tensor:
 
 def energy_shares(singular_values: Tensor) -> Tensor:
     """Return the share of ‖A‖_F² that the j largest of the singular values hold, for every j: (..., r), up to 1."""
-    energy = singular_values.square().sort(-1, descending=True).values.cumsum(-1)
+    largest = singular_values.amax(-1, keepdim=True)
+    scaled = singular_values / largest.where(largest > 0, 1)  # squares of 1e30 are beyond float32
+    energy = scaled.square().sort(-1, descending=True).values.cumsum(-1)
     total = energy[..., -1:]
     return energy / total.where(total > 0, 1)
 

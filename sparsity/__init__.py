@@ -5,6 +5,9 @@
     model = sparsify(model)                      # JSReLU, zeroth biases, restricted norms; train as usual
     with probe(model) as p: …                    # density, derivative density, augmented flatness per MLP
     p.summary()
+
+    model.save_pretrained(folder)                # or torch.save(model.state_dict(), file)
+    model = load(Model(config), folder)
 """
 
 from sparsity.activations import ACTIVATIONS, JSReLU, derivative, jsrelu
@@ -12,6 +15,7 @@ from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks, without_mlps
 from sparsity.flatness import remaining_multiply_adds
 from sparsity.plugins import PROTOCOLS, parameter_groups, sparsify
 from sparsity.probes import probe
+from sparsity.saving import load
 
 __all__ = [
     "ACTIVATIONS",
@@ -23,6 +27,7 @@ __all__ = [
     "derivative",
     "find_blocks",
     "jsrelu",
+    "load",
     "parameter_groups",
     "probe",
     "remaining_multiply_adds",

@@ -4,6 +4,7 @@ The entries of one token are reduced in single precision; sums over tokens and p
 the device of the layer. Nothing is read back, which would wait for the device, before a table is asked for.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 
@@ -71,9 +72,13 @@ class LayerSums:
         active = self.forward.vectors.get("active")
         sums["units"] = 0 if active is None else len(active)
         sums["alive"] = 0 if active is None else int(torch.count_nonzero(active))
+        if math.isnan(sums["p²"]) or math.isnan(sums["a²"]):  # in comparisons NaN would count as zero
+            sums |= dict.fromkeys(("active", "differentiable", "union", "alive"), math.nan)
         row = flatness.densities(sums)
         if gradients:
             key, value = self.key.read(), self.value.read()
+            if math.isnan(key["η²"]) or math.isnan(row["density"]):
+                key |= dict.fromkeys(("active", "η < 0", "η > 0", *THRESHOLDS), math.nan)
             row |= flatness.key_identity(key) | flatness.value_identity(value)
             row |= flatness.gradient_statistics(key, THRESHOLDS)
         return row

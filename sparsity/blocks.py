@@ -1,16 +1,20 @@
 """Finding the MLP blocks of a Transformer: what feeds each one, its keys, its activation, its values.
 
-A `Layout` says where these stand in one kind of layer, by attribute paths. LAYOUTS knows timm, torchvision, T5 and the
-BERT and GPT families; a block of your own takes one more entry: `find_blocks(model, [Layout(...), *LAYOUTS])`.
+A `Layout` says where these stand in one kind of layer, by attribute paths. LAYOUTS knows those of timm, torchvision,
+torch and most families of transformers; your own block takes one more: `find_blocks(model, [Layout(...), *LAYOUTS])`.
+Which of a layer's norms feeds its MLP is not taken from their names, but seen (`sparsity.tracing`).
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sparsity.tracing import Parts, Trace, attribute, trace
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,9 @@ class Layout:
         name: of the family, for messages.
         entrance: the module whose input is the MLP's input (the key layer itself, if nothing encloses the MLP).
         key, activation, value: first linear, activation, second linear.
-        gate: the other first linear of a gated MLP (SwiGLU, GeGLU), which multiplies the activation; "" for none.
-        norms: the norm that feeds the MLP and nothing else; the first of these paths that exists is taken.
-        post_norms: the same where the norm's output also goes into the residual (BERT).
-        otherwise: names of classes that have these paths too, but whose norm does not stand before the MLP.
+        gate: the other first linear of a gated MLP (SwiGLU, GeGLU), which multiplies the activation; "" for none, and
+            where one linear holds both halves.
+        norms: the norms that may feed the MLP; `Block.norm` is the one that does.
     """
 
     name: str
@@ -34,27 +37,43 @@ class Layout:
     value: str
     gate: str = ""
     norms: tuple[str, ...] = ()
-    post_norms: tuple[str, ...] = ()
-    otherwise: tuple[str, ...] = ()
 
 
 LAYOUTS: tuple[Layout, ...] = (
-    Layout("timm", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", norms=("norm2",),
-           otherwise=("ResPostBlock", "SwinTransformerV2Block")),
-    Layout("Hugging Face ViT and CLIP", "mlp", "mlp.fc1", "mlp.activation_fn", "mlp.fc2",
-           norms=("layernorm_after", "layer_norm2")),
-    Layout("torchvision", "mlp", "mlp.0", "mlp.1", "mlp.3", norms=("ln_2",)),
+    Layout("timm", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", norms=("norm2", "norm")),
+    Layout("timm's SwiGLU", "mlp", "mlp.fc1_g", "mlp.act", "mlp.fc2", gate="mlp.fc1_x", norms=("norm2",)),
+    Layout("Hugging Face ViT, CLIP and Phi", "mlp", "mlp.fc1", "mlp.activation_fn", "mlp.fc2",
+           norms=("layernorm_after", "layer_norm2", "norm2", "input_layernorm")),
+    Layout("torchvision", "mlp", "mlp.0", "mlp.1", "mlp.3", norms=("ln_2", "norm2")),
+    Layout("torchvision's ConvNeXt", "block.3", "block.3", "block.4", "block.5", norms=("block.2",)),
     Layout("open_clip", "mlp", "mlp.c_fc", "mlp.gelu", "mlp.c_proj", norms=("ln_2",)),
-    Layout("GPT-2", "mlp", "mlp.c_fc", "mlp.act", "mlp.c_proj", norms=("ln_2",)),
+    Layout("GPT-2", "mlp", "mlp.c_fc", "mlp.act", "mlp.c_proj", norms=("ln_2", "post_attention_layernorm")),
+    Layout("GPT-J", "mlp", "mlp.fc_in", "mlp.act", "mlp.fc_out", norms=("ln_1",)),
+    Layout("GPT-NeoX and Falcon", "mlp", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h",
+           norms=("ln_mlp", "post_attention_layernorm", "input_layernorm")),
+    Layout("BLOOM", "mlp", "mlp.dense_h_to_4h", "mlp.gelu_impl", "mlp.dense_4h_to_h",
+           norms=("post_attention_layernorm",)),
+    Layout("OPT, BART and Whisper", "fc1", "fc1", "activation_fn", "fc2",
+           norms=("final_layer_norm", "encoder_attn_layer_norm", "self_attn_layer_norm")),
     Layout("T5", "DenseReluDense", "DenseReluDense.wi", "DenseReluDense.act", "DenseReluDense.wo",
            norms=("layer_norm",)),
     Layout("gated T5", "DenseReluDense", "DenseReluDense.wi_0", "DenseReluDense.act", "DenseReluDense.wo",
            gate="DenseReluDense.wi_1", norms=("layer_norm",)),
     Layout("BERT", "intermediate", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense",
-           norms=("layernorm_after",), post_norms=("attention.output.LayerNorm",)),
-    Layout("DistilBERT", "ffn", "ffn.lin1", "ffn.activation", "ffn.lin2", post_norms=("sa_layer_norm",)),
+           norms=("layernorm_after", "crossattention.output.LayerNorm", "attention.output.LayerNorm",
+                  "attention.LayerNorm")),
+    Layout("DistilBERT", "ffn", "ffn.lin1", "ffn.activation", "ffn.lin2", norms=("sa_layer_norm",)),
+    Layout("ALBERT", "ffn", "ffn", "activation", "ffn_output", norms=("attention.LayerNorm",)),
+    Layout("ModernBERT", "mlp", "mlp.Wi", "mlp.act", "mlp.Wo", norms=("mlp_norm",)),
+    Layout("wav2vec 2.0", "feed_forward", "feed_forward.intermediate_dense", "feed_forward.intermediate_act_fn",
+           "feed_forward.output_dense", norms=("final_layer_norm", "layer_norm")),
+    Layout("ConvNeXt", "pwconv1", "pwconv1", "act", "pwconv2", norms=("layernorm",)),
+    Layout("torch", "linear1", "linear1", "activation", "linear2", norms=("norm3", "norm2", "norm1")),
     Layout("Llama", "mlp", "mlp.gate_proj", "mlp.act_fn", "mlp.down_proj", gate="mlp.up_proj",
-           norms=("pre_feedforward_layernorm", "post_attention_layernorm")),
+           norms=("pre_feedforward_layernorm", "post_attention_layernorm", "input_layernorm")),
+    Layout("Phi-3", "mlp", "mlp.gate_up_proj", "mlp.activation_fn", "mlp.down_proj",
+           norms=("post_attention_layernorm",)),
+    Layout("Nemotron", "mlp", "mlp.up_proj", "mlp.act_fn", "mlp.down_proj", norms=("post_attention_layernorm",)),
 )  # fmt: skip
 
 
@@ -69,41 +88,80 @@ class Block:
 
     @property
     def entrance(self) -> nn.Module:
-        return self.layer.get_submodule(self.layout.entrance)
+        return attribute(self.layer, self.layout.entrance)
 
     @property
     def key(self) -> nn.Module:
-        return self.layer.get_submodule(self.layout.key)
+        return attribute(self.layer, self.layout.key)
 
     @property
     def activation(self) -> Any:
         """The activation; in nearly all models a module."""
-        return _attribute(self.layer, self.layout.activation)
+        return attribute(self.layer, self.layout.activation)
 
     @property
     def value(self) -> nn.Module:
-        return self.layer.get_submodule(self.layout.value)
+        return attribute(self.layer, self.layout.value)
 
     @property
     def gated(self) -> bool:
-        return bool(self.layout.gate)
+        """Whether something multiplies the activation: a linear of its own, or half of what the key layer computes."""
+        return bool(self.layout.gate) or self.packed
+
+    @property
+    def packed(self) -> bool:
+        """Whether keys and gate are one linear, which has twice as many outputs as the value layer has inputs."""
+        (_, outputs), (inputs, _) = features(self.key), features(self.value)
+        return not self.layout.gate and outputs is not None and inputs is not None and outputs == 2 * inputs
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether the MLP is one of convolutions, on maps (B, d, H, W)."""
+        return isinstance(self.key, nn.Conv2d)
+
+    @property
+    def width(self) -> int | None:
+        """Return d, the width of the tokens; None if the key layer does not say."""
+        return features(self.key)[0]
+
+    @property
+    def parts(self) -> Parts:
+        """Where the layer has what `sparsity.tracing` watches."""
+        layout = self.layout
+        return Parts(layout.norms, layout.entrance, layout.activation, layout.value)
+
+    @cached_property
+    def trace(self) -> Trace:
+        """What the MLP receives, seen by running the layer; once per block."""
+        if self.width is None:
+            kind = type(self.key).__name__
+            return Trace(self.parts, error=f"a {kind} does not say how wide tokens are; give it in_features")
+        return trace(self.layer, self.parts, self.width, self.stack)
 
     @property
     def norm(self) -> nn.Module | None:
-        """The norm that feeds the MLP, or None where no norm with a weight is found."""
-        if type(self.layer).__name__ in self.layout.otherwise:
-            return None
-        found = (_attribute(self.layer, path) for path in (*self.layout.norms, *self.layout.post_norms))
-        return next((norm for norm in found if isinstance(getattr(norm, "weight", None), Tensor)), None)
+        """The norm that feeds the MLP; None if none of the layout's norms with a weight does, or it cannot be told."""
+        return None if self.trace.norm is None else attribute(self.layer, self.trace.norm)
 
     def replace_activation(self, activation: nn.Module) -> None:
         """Put another activation in the place of the block's own."""
         owner, _, name = self.layout.activation.rpartition(".")
-        setattr(self.layer.get_submodule(owner), name, activation)
+        setattr(attribute(self.layer, owner) if owner else self.layer, name, activation)
+
+
+def features(linear: nn.Module) -> tuple[int | None, int | None]:
+    """Return how many inputs and outputs a linear, Conv1D or convolution has, None where it does not say."""
+    for names in (("in_features", "out_features"), ("nx", "nf"), ("in_channels", "out_channels")):
+        if all(isinstance(getattr(linear, name, None), int) for name in names):
+            return getattr(linear, names[0]), getattr(linear, names[1])
+    return None, None
 
 
 def find_blocks(model: nn.Module, layouts: Sequence[Layout] = LAYOUTS) -> list[Block]:
     """Return the MLP blocks of a model in module order.
+
+    A model stacks its layers in lists. Where it has blocks in lists, an MLP of the same form outside of any is no
+    block: it is an auxiliary one, of a pooling head or of relative positions.
 
     Args:
         model: any module; only the attribute paths of its layers matter.
@@ -112,32 +170,51 @@ def find_blocks(model: nn.Module, layouts: Sequence[Layout] = LAYOUTS) -> list[B
     Raises:
         ValueError: there are none.
     """
-    blocks = []
+    blocks, listed = [], []
+    inside = {id(child) for module in model.modules() if _is_list(module) for child in module.children()}
     for path, layer in model.named_modules():
         layout = next((layout for layout in layouts if _fits(layer, layout)), None)
         if layout is not None:
             name = f"{path}.{layout.entrance}" if path else layout.entrance
             blocks.append(Block(name, layer, layout, _stack(model, path)))
+            listed += blocks[-1:] if id(layer) in inside else []
     if not blocks:
         known = ", ".join(layout.name for layout in layouts)
         raise ValueError(
             f"no MLP block found in {type(model).__name__} (known layouts: {known}); describe your layer with "
             "sparsity.Layout and pass layouts=[Layout(...), *LAYOUTS]"
         )
-    return blocks
+    return listed or blocks
+
+
+def layers_without(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
+    """Return the paths of layers that hold none of the blocks, while a layer of the same class beside them does.
+
+    Such layers have an MLP that no layout describes: a mixture of experts, in most models.
+    """
+    holding = {id(block.layer) for block in blocks}
+    holds = {module: any(id(part) in holding for part in module.modules()) for module in model.modules()}
+    missing = []
+    for path, module in model.named_modules():
+        if _is_list(module):
+            children = dict(module.named_children())
+            kinds = {type(child) for child in children.values() if holds[child] and not _is_list(child)}
+            without = [name for name, child in children.items() if not holds[child] and type(child) in kinds]
+            missing += [f"{path}.{name}" if path else name for name in without]
+    return missing
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.Sequential)
 
 
 def _fits(layer: nn.Module, layout: Layout) -> bool:
-    paths = (layout.entrance, layout.key, layout.activation, layout.value, layout.gate)
-    return all(_attribute(layer, path) is not None for path in paths if path)
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    """Return what an attribute path leads to, or None."""
-    found: Any = module
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+    linears = (layout.key, layout.value, layout.gate)
+    return (
+        all(hasattr(attribute(layer, path), "weight") for path in linears if path)
+        and isinstance(attribute(layer, layout.entrance), nn.Module)
+        and callable(attribute(layer, layout.activation))
+    )
 
 
 def _stack(model: nn.Module, path: str) -> nn.Module:

@@ -7,21 +7,21 @@ are kept by `sparsity.accumulators`; the equations that turn them into densities
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparsity.accumulators import HISTOGRAM, THRESHOLDS, LayerSums, count, histogram, squares, total
-from sparsity.activations import derivative
-from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks
+from sparsity.accumulators import HISTOGRAM, LayerSums
+from sparsity.blocks import LAYOUTS, Layout, find_blocks, layers_without
+from sparsity.probe_hooks import LayerProbe, Mask
+from sparsity.tracing import in_backward
 
 REDUCTIONS = ("mean", "sum")
-Mask = Tensor | Mapping[str, Tensor] | None
 
 
 @contextlib.contextmanager
@@ -40,7 +40,8 @@ def probe(
 
     Densities are shares over all entries of a layer (samples × tokens × units) and over all recorded passes; gradients
     are per sample and free of loss scaling. In a gated MLP the activation of the gate is what is measured, and η is the
-    gradient at the gate's pre-activation.
+    gradient at the gate's pre-activation. Of several losses on one forward pass only the first backward pass counts:
+    add the losses up, and call backward() on the sum. Where activations are NaN, so are all statistics of their layer.
 
     Args:
         model: any model with MLP blocks that `find_blocks` knows; may be wrapped (DDP), not compiled.
@@ -49,7 +50,7 @@ def probe(
             {prefix of layer names: tensor}, as {"encoder": …, "decoder": …} for T5. It may be set anew before any pass
             (`p.mask = …`).
         reduction: how the loss combines samples. "mean" (over samples, or over their tokens): gradients are multiplied
-            by B, the first dimension of the MLP's input; "sum": they are taken as they are.
+            by B, the first dimension of what enters the MLP's layer; "sum": they are taken as they are.
         grad_scale: what the loss was multiplied by (AMP's scale, 1 / accumulation steps); gradients are divided by it.
             It may be set anew before any backward pass (`p.grad_scale = …`). A gradient that overflows stays in the
             sums, as inf or NaN, until `p.reset()`.
@@ -61,8 +62,12 @@ def probe(
         The `Probe`; its `summary()` works inside and after the block. Hooks are gone after it, whatever happened in it.
 
     Raises:
-        ValueError: there is no MLP block, the model is compiled, an activation is no module or has no derivative, or an
-            option is out of range; within the block: a mask has another shape than the tokens of a layer.
+        ValueError: there is no MLP block, the model is compiled, an activation is no module or has no derivative, a key
+            layer is a convolution of more than one pixel, a layer takes (T, B, d), or an option is out of range; within
+            the block: a mask has another shape than the tokens of a layer.
+
+    Warns:
+        UserWarning: some layers have no MLP that `layouts` describe (mixtures of experts), and are not measured.
     """
     measured = Probe(model, every, mask, reduction, grad_scale, zero, histograms, layouts)
     with contextlib.ExitStack() as hooks:
@@ -96,7 +101,15 @@ class Probe:
                     f"{name or type(module).__name__} is compiled, and compiled code skips hooks: probe the model that "
                     "was compiled (model._orig_mod), and run that one on the steps to be measured"
                 )
-        self.layers = {block.name: _Layer(self, block) for block in find_blocks(model, layouts)}
+        blocks = find_blocks(model, layouts)
+        self.layers = {block.name: LayerProbe(self, block) for block in blocks}
+        if missing := layers_without(model, blocks):
+            warnings.warn(
+                f"{missing[0]} and {len(missing) - 1} more layers have no MLP that a layout describes (mixtures of "
+                "experts?), and are not measured",
+                stacklevel=6,
+            )
+        self.warned = False
         self.open = False
         self.recording = False  # the forward pass that is under way is recorded
         self.recomputing = False  # … and so is what gradient checkpointing recomputes of the latest one
@@ -119,7 +132,7 @@ class Probe:
                 hooks.callback(handle.remove)
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
-        if _in_backward():
+        if in_backward():
             return
         self.recording = self.recomputing = self.seen % self.every == 0
         self._forget_calls()
@@ -127,7 +140,7 @@ class Probe:
         self.passes += self.recording
 
     def _end(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        if not _in_backward():
+        if not in_backward():
             self.recording = False
 
     def _stop(self) -> None:
@@ -137,7 +150,7 @@ class Probe:
     def _forget_calls(self) -> None:
         """Drop what blocks remember that never ended: an exception passed, or a recomputation stopped early."""
         for layer in self.layers.values():
-            layer.call = None
+            layer.call = layer.batch = None
 
     def summary(self, gradients: bool | None = None) -> pd.DataFrame:
         """Return the table of all recorded passes, one row per MLP block in module order.
@@ -167,7 +180,17 @@ class Probe:
         gradients = len(without) < len(layers) if gradients is None else gradients
         rows = {name: layer.sums.row(gradients) for name, layer in layers.items()}
         table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+        self._warn_of_nan(table)
         return table if gradients else _ForwardTable(table)
+
+    def _warn_of_nan(self, table: pd.DataFrame) -> None:
+        broken = [name for name in table.index[table["density"].isna()] if table["samples"][name]]
+        if broken and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{broken[0]}: activations were NaN, and so are the statistics of {len(broken)} of {len(table)} layers",
+                stacklevel=3,
+            )
 
     def histogram(self) -> pd.DataFrame:
         """Return the histograms of log10 g² per layer, over all and over active entries.
@@ -211,207 +234,3 @@ class _ForwardTable(pd.DataFrame):
             raise KeyError(
                 f"{needing[0]} needs gradients: run backward() within the probe's block on a loss of a recorded pass"
             ) from error
-
-
-class _Call:
-    """What one run of an MLP block has to remember until its end, or until its gradients come."""
-
-    def __init__(self, sums: LayerSums, x: Tensor, index: Tensor | None, forward: bool) -> None:
-        self.sums = sums
-        self.samples = x.shape[0]
-        self.index = index  # the tokens that count; None: all
-        self.forward = forward  # no recomputation: the forward statistics count
-        self.x2 = squares(self.rows(x))  # ‖x_t‖², (N,)
-        self.a2: Tensor | None = None  # ‖a_t‖², (N,)
-        self.active: Tensor | None = None  # (N, d_ff) bool
-        self.marginal: Tensor | None = None  # flat indices of the few entries with 0 < |a| ≤ zero
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Return the tokens of a (B, …, d) tensor that count, (N, d), at least in single precision."""
-        rows = tensor.detach().reshape(-1, tensor.shape[-1])
-        rows = rows if self.index is None else rows.index_select(0, self.index)
-        return rows if rows.dtype == torch.float64 else rows.float()
-
-
-class _Layer:
-    """The hooks on one MLP block, in the order in which they run."""
-
-    def __init__(self, probe: Probe, block: Block) -> None:
-        if not isinstance(block.activation, nn.Module):
-            raise ValueError(
-                f"{block.name}: its activation {block.layout.activation!r} is {block.activation!r}, no module that a "
-                "hook could watch; make it an nn.Module"
-            )
-        try:
-            derivative(block.activation, torch.zeros(1, device=_device(block)))
-        except ValueError as error:
-            raise ValueError(f"{block.name}: {error}") from None
-        self.probe, self.block = probe, block
-        self.sums = LayerSums()
-        self.call: _Call | None = None
-
-    def hooks(self) -> Iterator[Any]:
-        """Install the hooks one after another and yield their handles."""
-        key, activation, value = self.block.key, self.block.activation, self.block.value
-        yield key.register_forward_pre_hook(self.enter, with_kwargs=True)
-        yield activation.register_forward_pre_hook(self.see_pre_activation, with_kwargs=True)
-        yield activation.register_forward_hook(self.see_activation)
-        yield value.register_forward_pre_hook(self.see_value_input, with_kwargs=True)
-        yield value.register_forward_hook(self.leave)
-
-    @torch.no_grad()
-    def enter(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """x, (B, …, d), goes into the key layer."""
-        self.call = None
-        recomputed = _in_backward()
-        if not (self.probe.recomputing if recomputed else self.probe.recording):
-            return
-        x = _first(inputs, named)
-        self.call = call = _Call(self.sums, x, self.positions(x), not recomputed)
-        if call.forward:
-            sizes = {"calls": 1, "samples": call.samples, "tokens": len(call.x2)}
-            call.sums.forward.add({"x²": call.x2.sum()}, **sizes)
-
-    def see_pre_activation(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """p, (B, …, d_ff), goes into the activation."""
-        call = self.call
-        if call is None:
-            return None
-        p = _first(inputs, named)
-        self.wait_for_gradient(p, call, self.add_effective_gradient)
-        if call.forward:
-            self.add_pre_activation(call, p)
-        # Autograd drops the hooks of a view that is overwritten, and p is a view of what nn.Linear computes.
-        return ((p.clone(),), {}) if getattr(module, "inplace", False) else None
-
-    @torch.no_grad()
-    def add_pre_activation(self, call: _Call, p: Tensor) -> None:
-        rows = call.rows(p)
-        slope = derivative(self.block.activation, rows)
-        sums = {"p": total(rows), "p²": squares(rows).sum(), "σ'²": squares(slope).sum()}
-        call.sums.forward.add(sums | {"differentiable": count(torch.ne, slope, 0)}, entries=rows.numel())
-
-    @torch.no_grad()
-    def see_activation(self, module: nn.Module, inputs: Any, a: Tensor) -> None:
-        """a, (B, …, d_ff), comes out of the activation."""
-        call = self.call
-        if call is None:
-            return
-        magnitude = call.rows(a).abs()
-        call.active = magnitude > self.probe.zero
-        call.marginal = ((magnitude > 0) != call.active).flatten().nonzero().squeeze(1)
-        if call.forward:
-            counts = call.active.sum(0)  # (d_ff,)
-            call.sums.forward.add({"active": counts.sum(), "union": (counts > 0).sum() / len(counts)})
-            call.sums.forward.add_vector("active", counts)
-        self.wait_for_gradient(a, call, self.add_activation_gradient)
-
-    @torch.no_grad()
-    def see_value_input(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """a, (B, …, d_ff), goes into the value layer, after gate and dropout."""
-        call = self.call
-        if call is None:
-            return
-        if call.active is None:
-            raise RuntimeError(
-                f"{self.block.name}: its activation {self.block.layout.activation!r} did not run between the key and "
-                "the value layer (fused or functional code?), so that nothing can be measured"
-            )
-        call.a2 = squares(call.rows(_first(inputs, named)))
-        if call.forward:
-            call.sums.forward.add({"a²": call.a2.sum()})
-
-    def leave(self, module: nn.Module, inputs: Any, z: Tensor) -> None:
-        """z, (B, …, d), comes out of the value layer."""
-        call, self.call = self.call, None
-        if call is not None:
-            self.wait_for_gradient(z, call, self.add_output_gradient)
-
-    def wait_for_gradient(self, tensor: Tensor, call: _Call, add: Callable[[_Call, Tensor], None]) -> None:
-        """Call `add` with the first gradient of a tensor, and let go of `call` then, not when the graph dies."""
-        waiting = [call]  # never the tensor itself: the graph would hold it, and it the graph
-
-        def hook(gradient: Tensor) -> None:
-            if waiting:
-                call = waiting.pop()
-                if self.probe.open:
-                    add(call, gradient)
-
-        if tensor.requires_grad:
-            tensor.register_hook(hook)
-
-    @torch.no_grad()
-    def add_output_gradient(self, call: _Call, gradient: Tensor) -> None:
-        """∂L/∂z, (B, …, d), has come."""
-        z2 = squares(call.rows(gradient)) * self.scale(call) ** 2
-        sums = {"a²": call.a2.sum(), "z'²": z2.sum(), "a²z'²": call.a2 @ z2}
-        call.sums.value.add(sums, samples=call.samples, tokens=len(z2))
-
-    @torch.no_grad()
-    def add_activation_gradient(self, call: _Call, gradient: Tensor) -> None:
-        """g = ∂L/∂a, (B, …, d_ff), has come."""
-        g, scale = call.rows(gradient), self.scale(call)
-        active_g2 = squares(g * call.active) * scale**2
-        sums = {"g²": squares(g).sum() * scale**2, "active g²": active_g2.sum(), "active x²g²": call.x2 @ active_g2}
-        call.sums.key.add(sums)
-        if self.probe.histograms:
-            call.sums.key.add_vector("all", histogram(g * scale))
-            call.sums.key.add_vector("active", histogram(g[call.active] * scale))
-
-    @torch.no_grad()
-    def add_effective_gradient(self, call: _Call, gradient: Tensor) -> None:
-        """η = ∂L/∂p, (B, …, d_ff), has come."""
-        eta, scale = call.rows(gradient), self.scale(call)
-        eta2 = squares(eta) * scale**2
-        active_eta2 = squares(eta * call.active) * scale**2
-        marginal = eta.flatten()[call.marginal] ** 2 * call.x2[call.marginal // eta.shape[1]] * scale**2
-        sums = {
-            "active": call.active.sum(),
-            "x²η²": call.x2 @ eta2,
-            "active x²η²": call.x2 @ active_eta2,
-            "marginal x²η²": marginal.sum(),
-            "η²": eta2.sum(),
-            "|η|": total(eta.abs()) * scale,
-            "η": total(eta) * scale,
-            "η < 0": count(torch.lt, eta, 0),
-            "η > 0": count(torch.gt, eta, 0),
-        }
-        for name, threshold in THRESHOLDS.items():
-            sums[name] = count(torch.lt, eta.abs(), threshold / scale)
-        call.sums.key.add(sums, samples=call.samples, tokens=len(eta), entries=eta.numel())
-
-    def scale(self, call: _Call) -> float:
-        """Return what makes a gradient that of one sample's unscaled loss."""
-        return (call.samples if self.probe.reduction == "mean" else 1) / self.probe.grad_scale
-
-    def positions(self, x: Tensor) -> Tensor | None:
-        """Return the indices of the tokens of x that the mask lets count, or None if all do."""
-        mask = self.probe.mask
-        if isinstance(mask, Mapping):
-            name = self.block.name.removeprefix("module.")  # of DDP
-            prefixes = [prefix for prefix in mask if f"{name}.".startswith(f"{prefix}." if prefix else "")]
-            if not prefixes:
-                raise ValueError(f"{self.block.name}: no entry of the mask is a prefix of this layer: {[*mask]}")
-            mask = mask[max(prefixes, key=len)]
-        if mask is None:
-            return None
-        if mask.shape != x.shape[:-1] or mask.is_floating_point():
-            raise ValueError(
-                f"{self.block.name}: the mask must be bool, of the shape {tuple(x.shape[:-1])} of the layer's tokens, "
-                f"but is {mask.dtype} {tuple(mask.shape)}; set p.mask before each pass whose shape differs"
-            )
-        return mask.to(x.device).flatten().nonzero().squeeze(1)
-
-
-def _in_backward() -> bool:
-    """Tell whether autograd runs a backward pass: a forward pass within it is a recomputation of checkpointing."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _first(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    return next(iter((*inputs, *named.values())))
-
-
-def _device(block: Block) -> torch.device | None:
-    parameter = next(block.layer.parameters(), None)
-    return None if parameter is None else parameter.device

@@ -346,3 +346,200 @@ def test_only_cross_entropy_has_a_ggn_here(loss):
     risk = hessian.empirical_risk(classifier(), examples(), loss=loss)
     with pytest.raises(ValueError, match="'ggn' needs a loss whose labels follow softmax"):
         hessian.trace(risk, "ggn")
+
+
+# Norms, and what a vocabulary costs -----------------------------------------------------------------------------------
+
+
+class RMS(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(5)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+NORMS = {
+    "LayerNorm": lambda: nn.LayerNorm(5),
+    "RMSNorm": RMS,
+    "GroupNorm": lambda: nn.GroupNorm(1, 5),
+    "BatchNorm of the batch": lambda: nn.BatchNorm1d(5, track_running_stats=False),
+    "BatchNorm": lambda: nn.BatchNorm1d(5),
+    "InstanceNorm": lambda: nn.Sequential(nn.Unflatten(1, (1, 5)), nn.InstanceNorm1d(1, affine=True), nn.Flatten()),
+}
+
+
+def through(norm):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), NORMS[norm](), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def whole(model, batches, function):
+    """A matrix by two backward passes: the Hessian of function(logits, labels), (P, P)."""
+    names = [name for name, _ in model.named_parameters()]
+
+    def total(*tensors):
+        found = 0.0
+        for images, labels in batches:
+            logits = torch.func.functional_call(model, dict(zip(names, tensors, strict=True)), (images,))
+            found = found + function(logits, labels) * len(labels) / sum(len(other) for _, other in batches)
+        return found
+
+    parameters = tuple(parameter.detach() for parameter in model.parameters())
+    blocks = torch.autograd.functional.hessian(total, parameters)
+    sizes = [parameter.numel() for parameter in parameters]
+    return torch.cat([torch.cat([b.reshape(n, m) for b, m in zip(row, sizes, strict=True)], 1)
+                      for row, n in zip(blocks, sizes, strict=True)])  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "empirical_fisher"])
+def test_the_whole_matrix_through_norms(norm, kind):
+    model = through(norm).eval()
+    risk = hessian.empirical_risk(model, examples())
+    matrix = hessian._Curvature(risk, kind) @ torch.eye(risk.dimension, dtype=torch.float64)
+    if kind == "hessian":
+        expected = whole(model, examples(), F.cross_entropy)
+    elif kind == "ggn":
+
+        def surrogate(logits, labels):  # the loss's Hessian with the logits linearised: that of a quadratic form
+            shares = logits.detach().softmax(-1)
+            moved = logits - logits.detach()
+            return ((shares * moved**2).sum(-1) - (shares * moved).sum(-1) ** 2).mean() / 2
+
+        expected = whole(model, examples(), surrogate)
+        # what is left of second derivatives of the logits is multiplied with `moved`, which is zero
+    else:
+        if "batch" in norm:
+            pytest.skip("a sample has no gradient of its own")
+        expected = dense(model, examples(), kind)
+    assert torch.linalg.norm(matrix - expected) <= 1e-8 * torch.linalg.norm(expected)
+    assert torch.linalg.norm(matrix - matrix.T) <= 1e-10 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", hessian.KINDS)
+def test_products_with_one_vector_are_columns_of_those_with_many(risk, kind):
+    operator = hessian._Curvature(risk, kind, seed=3)
+    vectors = torch.randn(risk.dimension, 3, dtype=torch.float64)
+    together = operator @ vectors
+    for index in range(3):
+        torch.testing.assert_close(together[:, index], operator @ vectors[:, index])
+    assert (operator.to_scipy() @ vectors[:, 0].numpy()).tolist() == pytest.approx(together[:, 0].tolist())
+
+
+# Values, weights, batching -------------------------------------------------------------------------------------------
+
+
+def regression(width=1):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, width)).double()
+
+
+def values(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.L1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss()])
+@pytest.mark.parametrize("shape, predicted", [((7,), 1), ((7, 1), 1), ((7, 3), 3)])
+def test_values_are_compared_one_by_one_and_minus_a_hundred_counts(loss, shape, predicted):
+    model, images = regression(predicted), values(7, 4)
+    targets = values(*shape[::-1]).mT.contiguous() if len(shape) > 1 else values(*shape)
+    targets = (
+        targets.sigmoid() if isinstance(loss, nn.BCEWithLogitsLoss) else targets.index_fill(0, torch.tensor([2]), -100)
+    )
+    expected = loss(model(images).reshape(targets.shape), targets).item()
+    for cuts in ([7], [2, 5], [1, 1, 5]):
+        batches = list(zip(images.split(cuts), targets.split(cuts), strict=True))
+        risk = hessian.empirical_risk(model, batches, loss=loss)
+        assert hessian.mean_loss(risk) == pytest.approx(expected, rel=1e-12) and risk.labels == targets.numel()
+        found = hessian.trace(risk, "hessian", probes=5).mean
+        by_hand = hutchinson(loss(model(images).reshape(targets.shape), targets), list(model.parameters()), 5)
+        assert found == pytest.approx(by_hand, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("predicted, shape", [(3, (7,)), (1, (7, 3)), (3, (7, 1))])
+def test_values_of_another_shape_are_refused(predicted, shape):
+    risk = hessian.empirical_risk(regression(predicted), [(values(7, 4), values(*shape))], loss=nn.MSELoss())
+    with pytest.raises(ValueError, match=r"predictions of shape \(7, \d\) do not fit values of shape \(7"):
+        hessian.mean_loss(risk)
+    with pytest.raises(ValueError, match="predictions of shape"):
+        hessian.trace(risk, probes=1)
+
+
+@pytest.mark.parametrize("loss", [
+    nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)),
+    nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64), label_smoothing=0.3),
+])  # fmt: skip
+def test_class_weights_do_not_make_the_risk_depend_on_batching(loss):
+    model, images, labels = classifier(), *(torch.cat(parts) for parts in zip(*examples(), strict=True))
+    expected = loss(model(images), labels)
+    for cuts in ([7], [1, 6], [3, 2, 2]):
+        risk = hessian.empirical_risk(model, list(zip(images.split(cuts), labels.split(cuts), strict=True)), loss=loss)
+        assert hessian.mean_loss(risk) == pytest.approx(expected.item(), rel=1e-12)
+        found = hessian.trace(risk, "hessian", probes=3).mean
+        assert found == pytest.approx(hutchinson(loss(model(images), labels), list(model.parameters()), 3), rel=1e-9)
+
+
+def test_shares_of_classes_as_labels():
+    model, images = classifier(), values(7, 4)
+    shares = values(7, 3).softmax(-1)
+    batches = list(zip(images.split([2, 5]), shares.split([2, 5]), strict=True))
+    risk = hessian.empirical_risk(model, batches)
+    assert risk.labels == 7
+    assert hessian.mean_loss(risk) == pytest.approx(F.cross_entropy(model(images), shares).item(), rel=1e-12)
+    hard = hessian.empirical_risk(model, [(images, shares.argmax(1))])
+    assert hessian.trace(risk, "fisher").mean == pytest.approx(hessian.trace(hard, "fisher").mean, rel=1e-9)
+    assert near(hessian.trace(risk, "ggn", probes=400, at_once=100), hessian.trace(hard, "fisher").mean)
+    assert math.isfinite(hessian.trace(risk, "empirical_fisher").mean)
+
+
+# Dead layers, half precision -----------------------------------------------------------------------------------------
+
+
+def dead():
+    model = classifier()
+    nn.init.zeros_(model[2].weight)
+    return hessian.empirical_risk(model, examples(), ["0.*"])
+
+
+@pytest.mark.parametrize("kind", hessian.KINDS)
+def test_the_trace_of_a_dead_layer_is_zero_and_it_has_no_density(kind):
+    assert hessian.trace(dead(), kind, probes=3).mean == 0
+    found = hessian.xtrace(dead(), kind, products=8)
+    assert (found.mean, found.standard_error) == (0, 0)
+    with pytest.raises(ValueError, match=f"'{kind}' is zero .* its spectrum is the single value 0"):
+        hessian.spectral_density(dead(), kind, steps=4)
+
+
+@pytest.mark.parametrize("products", [6, 16, 40])
+def test_xtrace_is_exact_where_the_rank_is_below_its_products(products):
+    images, labels = examples((1,))[0]
+    risk = hessian.empirical_risk(classifier(), [(images, labels)])  # a GGN of rank 2
+    expected = hessian.trace(risk, "fisher").mean
+    found = hessian.xtrace(risk, "ggn", products=products)
+    assert found.mean == pytest.approx(expected, rel=1e-9) and found.standard_error <= 1e-9 * expected
+
+
+def test_xtrace_leaves_out_each_vector_in_turn():
+    """Against its definition: project out what the other products span, and estimate what is left."""
+    risk = hessian.empirical_risk(classifier(), examples((40,)))
+    operator = hessian._Curvature(risk, "hessian")
+    matrix = operator @ torch.eye(risk.dimension, dtype=torch.float64)
+    found = hessian._xtrace(operator, 5, torch.Generator().manual_seed(1))
+    signs = torch.randint(2, (risk.dimension, 5), generator=torch.Generator().manual_seed(1)).double() * 2 - 1
+    each = []
+    for i in range(5):
+        basis = torch.linalg.qr(matrix @ signs[:, [j for j in range(5) if j != i]]).Q
+        rest = signs[:, i] - basis @ (basis.T @ signs[:, i])
+        each.append((basis.T @ matrix @ basis).trace() + rest @ matrix @ rest)
+    assert found.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("call", [hessian.xtrace, hessian.top_eigenvalues, hessian.spectral_density])
+def test_half_precision_is_refused_by_name(call, dtype):
+    batches = [(images.to(dtype), labels) for images, labels in examples((40,))]
+    risk = hessian.empirical_risk(classifier().to(dtype), batches)
+    with pytest.raises(ValueError, match=rf"0.weight is {dtype}, too coarse for this: call .float\(\)"):
+        call(risk)

@@ -201,3 +201,35 @@ def test_marchenko_pastur_describes_noise_and_its_fit_finds_the_variance(ratio):
 def test_impossible_laws_are_refused(call):
     with pytest.raises(ValueError, match="must be positive and finite, got"):
         call()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("call", [
+    lambda matrix, precision: spectral.svd(matrix, precision=precision),
+    lambda matrix, precision: spectral.singular_values(matrix, precision),
+    lambda matrix, precision: spectral.polar(matrix, precision=precision),
+    lambda matrix, precision: spectral.spectral_factors(matrix),
+    lambda matrix, precision: spectral.product(matrix, matrix.mT, torch.float32),
+    lambda matrix, precision: spectral.inflation(matrix, [matrix]),
+    lambda matrix, precision: spectral.subspace_overlap(matrix[None]),
+    lambda matrix, precision: spectral.principal_angles(matrix, matrix),
+])  # fmt: skip
+def test_complex_matrices_are_refused(call, dtype, precision):
+    with pytest.raises(ValueError, match=f"spectra are those of real matrices, got {dtype}"):
+        call(torch.randn(5, 3).to(dtype) * 1j, precision)
+
+
+@pytest.mark.parametrize("function", [spectral.energy_shares, spectral.effective_rank, spectral.stable_rank,
+                                      spectral.numerical_rank])  # fmt: skip
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_what_is_relative_does_not_depend_on_the_scale(function, scale):
+    spectrum = torch.tensor([[4.0, 2, 1, 0.5, 0], [1, 1, 1, 1, 1]])
+    torch.testing.assert_close(function(scale * spectrum), function(spectrum))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_singular_values_of_any_scale(scale):
+    matrix = orthonormal(6, 3, 0).float() * torch.tensor([3.0, 2, 1]) @ orthonormal(4, 3, 1).float().T
+    expected = torch.tensor([3.0, 2, 1, 0]) * scale
+    torch.testing.assert_close(spectral.singular_values(scale * matrix), expected, rtol=1e-5, atol=1e-6 * scale)
