@@ -5,6 +5,7 @@
     model = sparsify(model)                      # JSReLU, zeroth biases, restricted norms; train as usual
     with probe(model) as p: …                    # density, derivative density, augmented flatness per MLP
     p.summary()
+    skip_zeros(model).generate(…)                # what is zero is neither read nor computed
 """
 
 from sparsity.activations import ACTIVATIONS, JSReLU, derivative, jsrelu
@@ -12,6 +13,7 @@ from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks, without_mlps
 from sparsity.flatness import remaining_multiply_adds
 from sparsity.plugins import PROTOCOLS, parameter_groups, sparsify
 from sparsity.probes import probe
+from sparsity.pruned import skip_zeros
 
 __all__ = [
     "ACTIVATIONS",
@@ -26,6 +28,7 @@ __all__ = [
     "parameter_groups",
     "probe",
     "remaining_multiply_adds",
+    "skip_zeros",
     "sparsify",
     "without_mlps",
 ]

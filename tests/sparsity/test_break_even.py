@@ -1,0 +1,40 @@
+"""Break-even points: from two timed shares to the share where skipping stops to pay."""
+
+import time
+
+import pytest
+import torch
+
+from sparsity.break_even import BreakEven
+
+
+def sleeping(seconds):
+    def run(tokens, share=0.0):
+        time.sleep(seconds(share))
+        return tokens
+
+    return run
+
+
+@pytest.mark.parametrize(("dense", "expected"), [(0.013, 0.5), (0.002, 0.0), (0.1, 1.0)])
+def test_the_share_where_both_take_as_long(dense, expected):
+    measured = BreakEven(1).shares(
+        "values", torch.ones(4, 3), 3, sleeping(lambda share: dense), sleeping(lambda share: 0.003 + 0.02 * share)
+    )
+    assert measured[1] == pytest.approx(expected, abs=0.12) and set(measured) == {1}
+
+
+def test_measured_once_for_layers_alike():
+    calls, break_even = [], BreakEven(2)
+
+    def run(tokens, share=0.0):
+        calls.append(tokens.shape)
+        return tokens
+
+    first = break_even.shares("values", torch.ones(4, 3), 5, run, run)
+    count = len(calls)
+    assert set(first) == {1, 2} and set(calls) == {(1, 5), (2, 5)}
+    assert break_even.shares("values", torch.zeros(4, 3), 5, run, run) is first and len(calls) == count
+    break_even.shares("keys", torch.ones(4, 3), 5, run, run)
+    break_even.shares("values", torch.ones(4, 3, dtype=torch.float64), 5, run, run)
+    assert len(calls) == 3 * count
