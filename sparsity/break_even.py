@@ -4,6 +4,7 @@ Skipping takes a fixed time and some time per unit, T(s) = T₀ + s T₁ at the 
 the break-even is where T(s) reaches the time of the dense layer.
 """
 
+import bisect
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +24,8 @@ class BreakEven:
     """Break-even points of layers, measured once for each kind, shape, dtype, device and number of threads.
 
     Args:
-        most_tokens: the largest number of tokens for which they are measured.
+        most_tokens: the largest number of tokens. They are measured for 1, 2, 4, … tokens and for this number; what is
+            between two of these has the break-even point of the larger one.
     """
 
     most_tokens: int
@@ -43,9 +45,10 @@ class BreakEven:
         """
         key = (kind, tuple(weight.shape), weight.dtype, weight.device, torch.get_num_threads())
         if key not in self._known:
-            counts = range(1, self.most_tokens + 1)
-            tokens = {count: weight.new_ones(count, width) for count in counts}
-            self._known[key] = {count: _share(tokens[count], dense, skipping) for count in counts}
+            counts = sorted({*(2**power for power in range(self.most_tokens.bit_length())), self.most_tokens})
+            measured = {count: _share(weight.new_ones(count, width), dense, skipping) for count in counts}
+            above = {n: counts[bisect.bisect_left(counts, n)] for n in range(1, self.most_tokens + 1)}
+            self._known[key] = {n: measured[count] for n, count in above.items()}
         return self._known[key]
 
 

@@ -38,3 +38,19 @@ def test_measured_once_for_layers_alike():
     break_even.shares("keys", torch.ones(4, 3), 5, run, run)
     break_even.shares("values", torch.ones(4, 3, dtype=torch.float64), 5, run, run)
     assert len(calls) == 3 * count
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 6, 8])
+def test_numbers_between_powers_of_two_have_the_next_ones_share(most):
+    seen = []
+
+    def run(tokens, share=0.0):
+        seen.append(len(tokens))
+        return tokens
+
+    found = BreakEven(most).shares("values", torch.ones(4, 3), 3, run, run)
+    measured = sorted(set(seen))
+    assert list(found) == list(range(1, most + 1)) and measured == sorted(
+        {*(n for n in (1, 2, 4, 8) if n <= most), most}
+    )
+    assert all(share == found[min(n for n in measured if n >= count)] for count, share in found.items())
