@@ -73,7 +73,9 @@ def _traits(weight: Tensor) -> tuple[tuple[object, ...], Tensor]:
 def some_rows(weight: Tensor, bias: Tensor | None, rows: Tensor, tokens: Tensor) -> Tensor:
     """Return tokens @ weight[rows].T + bias[rows], (n, len(rows)), with only a few rows gathered at a time."""
     height = max(1, CHUNK // weight.shape[1])
-    parts = [F.linear(tokens, weight[some]) for some in rows.split(height)] or [tokens.new_zeros(len(tokens), 0)]
+    parts = [F.linear(tokens, weight.index_select(0, some)) for some in rows.split(height)] or [
+        tokens.new_zeros(len(tokens), 0)
+    ]
     result = torch.cat(parts, 1)
     return result if bias is None else result + bias[rows]
 
