@@ -14,8 +14,8 @@ Verdict  from means over seeds, where the three were timed (else "not run at thi
          value layer gains ≥ 5 for each number of threads, the decoder ≥ 1.5 (keys screened by the proven bound), and
          a training step of the ViT ≥ 1.1 at every measured derivative density below 10 %; else "outside the goals",
          with what is missed.
-Cost     smoke 20 s; laptop 10 min (15 beside other programs), of which 2 train the T5 and the ViT of experiments 05 and 03; workstation 30 min;
-         paper: the same sizes as workstation and more turns, since the paper has none.
+Cost     smoke 20 s; laptop 10 min (20 beside other programs), of which 2 train the T5 and the ViT of experiments 05
+         and 03; workstation 30 min; paper: the sizes of workstation and more turns, since the paper has none.
 Run      python experiments/10_sparsity_speed.py --scale laptop
 """
 
