@@ -114,20 +114,21 @@ def bounds(alpha: float, anisotropy: float, width: int, ratio: float) -> tuple[f
 def distance_to_law(eigenvalues: Tensor, ratio: float, variance: float) -> float:
     """Return the largest distance between the distribution of the eigenvalues and the Marchenko–Pastur law's, 0 to 1.
 
+    The law has a share 1 − 1/ratio at exactly 0 if ratio > 1; eigenvalues below `variance` / 1000 count as zero.
+
     Args:
-        eigenvalues: (p,), ascending.
+        eigenvalues: (p,), not negative.
         ratio, variance: of the law.
     """
     low, high = spectral.marchenko_pastur_edges(ratio, variance)
     angle = torch.linspace(0, math.pi, 20001, dtype=torch.float64)  # takes the edges out of the density
     grid = (low + high) / 2 - (high - low) / 2 * angle.cos()
     slope = spectral.marchenko_pastur_density(grid, ratio, variance) * (high - low) / 2 * angle.sin()
-    mass = max(0.0, 1 - 1 / ratio) + torch.cumulative_trapezoid(slope, angle)  # the law has 1 − 1/ratio at 0
-    at = torch.searchsorted(grid[1:], eigenvalues.double().clamp(min=0).contiguous())
-    law = torch.cat([mass, mass.new_ones(1)])[at]
-    law = torch.where(eigenvalues < low, max(0.0, 1 - 1 / ratio), law)
-    steps = torch.arange(1, len(eigenvalues) + 1, dtype=torch.float64) / len(eigenvalues)
-    return torch.maximum((steps - law).abs(), (steps - 1 / len(eigenvalues) - law).abs()).max().item()
+    at_zero = torch.tensor([max(0.0, 1 - 1 / ratio)], dtype=torch.float64)
+    law = torch.cat([at_zero, at_zero, at_zero + torch.cumulative_trapezoid(slope, angle)])
+    places = torch.cat([torch.tensor([min(low, variance / 1000)], dtype=torch.float64), grid])
+    counted = torch.searchsorted(eigenvalues.double().sort().values, places, right=True) / len(eigenvalues)
+    return (counted - law).abs().max().item()
 
 
 def measure_anisotropy(run: AnisotropyRun) -> list[dict[str, Any]]:
