@@ -366,11 +366,10 @@ def tables(data):
 def whole_models(data, table):
     """Return seconds, density and gains of models and training steps."""
     table = table[table.part.isin([TEXTS, TRAINED_T5, TRAINED_VIT, STEP, LAYER_STEP])]
+    keys = ["part", "shape", "zeros"]
     for metric in ("density", "union density"):
-        found = data[data.metric == metric].groupby(["part", "shape", "zeros"], dropna=False).value.mean()
-        table[f"{metric}, %"] = [
-            round(100 * found.get((row.part, row["shape"], row.zeros), np.nan), 1) for _, row in table.iterrows()
-        ]
+        found = data[data.metric == metric].groupby(keys, dropna=False).value.mean().mul(100).round(1)
+        table = table.merge(found.rename(f"{metric}, %").reset_index(), on=keys, how="left")
     columns = [
         "part",
         "shape",

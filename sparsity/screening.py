@@ -14,7 +14,7 @@ from torch import Tensor
 ROUNDOFF = 2.0**-8  # of bfloat16
 COLUMNS = 64  # the 8-bit product reads its operands in blocks, and beyond their ends if no block ends there
 SAMPLE = 64  # entries by which a weight is known again
-CHUNK = 2**18  # entries of K that are gathered at a time, so that they are still in the cache when they are used
+CHUNK = 2**18  # entries of K that each thread gathers at a time, so that they are still in its cache when it uses them
 
 
 class Screen:
@@ -72,7 +72,7 @@ def _traits(weight: Tensor) -> tuple[tuple[object, ...], Tensor]:
 
 def some_rows(weight: Tensor, bias: Tensor | None, rows: Tensor, tokens: Tensor) -> Tensor:
     """Return tokens @ weight[rows].T + bias[rows], (n, len(rows)), with only a few rows gathered at a time."""
-    height = max(1, CHUNK // weight.shape[1])
+    height = max(1, CHUNK * torch.get_num_threads() // weight.shape[1])
     parts = [F.linear(tokens, weight.index_select(0, some)) for some in rows.split(height)] or [
         tokens.new_zeros(len(tokens), 0)
     ]
