@@ -8,20 +8,21 @@ import torch
 from sparsity.break_even import BreakEven
 
 
-def sleeping(seconds):
-    def run(tokens, share=0.0):
-        time.sleep(seconds(share))
-        return tokens
+@pytest.mark.parametrize(("dense", "expected"), [(13, 0.5), (2, 0.0), (100, 1.0)])
+def test_the_share_where_both_take_as_long(dense, expected, monkeypatch):
+    clock = [0.0]
 
-    return run
+    def taking(seconds):
+        def run(tokens, share=0.0):
+            clock[0] += seconds(share)
+            return tokens
 
+        return run
 
-@pytest.mark.parametrize(("dense", "expected"), [(0.013, 0.5), (0.002, 0.0), (0.1, 1.0)])
-def test_the_share_where_both_take_as_long(dense, expected):
-    measured = BreakEven(1).shares(
-        "values", torch.ones(4, 3), 3, sleeping(lambda share: dense), sleeping(lambda share: 0.003 + 0.02 * share)
-    )
-    assert measured[1] == pytest.approx(expected, abs=0.12) and set(measured) == {1}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    steps = taking(lambda share: dense), taking(lambda share: 3 + 20 * share)
+    measured = BreakEven(1).shares("values", torch.ones(4, 3), 3, *steps)
+    assert measured == {1: pytest.approx(expected)}
 
 
 def test_measured_once_for_layers_alike():
