@@ -5,6 +5,7 @@
     model = sparsify(model)                      # JSReLU, zeroth biases, restricted norms; train as usual
     with probe(model) as p: …                    # density, derivative density, augmented flatness per MLP
     p.summary()
+    skip_zeros(model).generate(…)                # what is zero is neither read nor computed
 
     model.save_pretrained(folder)                # or torch.save(model.state_dict(), file)
     model = load(Model(config), folder)
@@ -15,6 +16,7 @@ from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks, without_mlps
 from sparsity.flatness import remaining_multiply_adds
 from sparsity.plugins import PROTOCOLS, parameter_groups, sparsify
 from sparsity.probes import probe
+from sparsity.pruned import skip_zeros
 from sparsity.saving import load
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "parameter_groups",
     "probe",
     "remaining_multiply_adds",
+    "skip_zeros",
     "sparsify",
     "without_mlps",
 ]

@@ -70,7 +70,7 @@ class PluginMixin:
     """A module whose class `add_mixin` has swapped; when it is copied or unpickled, its class is made again."""
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        return _restore, type(self).__bases__, self.__getstate__()
+        return _restore, _lineage(type(self)), self.__getstate__()
 
 
 class SparsifiedLayer(PluginMixin):
@@ -166,15 +166,36 @@ def add_mixin(module: nn.Module, mixin: type[PluginMixin]) -> None:
     module.__class__ = _extended(mixin, type(module))
 
 
+def add_innermost_mixin(module: nn.Module, mixin: type[PluginMixin]) -> None:
+    """Swap the class of `module` as `add_mixin` does, with `mixin` below the mixins that it has: `super` goes to it."""
+    *outer, plain = _lineage(type(module))
+    module.__class__ = _descendant(*outer, mixin, plain)
+
+
+def _lineage(kind: type) -> tuple[type, ...]:
+    """Return the mixins of a class that `add_mixin` made, the outermost first, and the class without them."""
+    if not issubclass(kind, PluginMixin):
+        return (kind,)
+    mixin, base = kind.__bases__
+    return mixin, *_lineage(base)
+
+
+def _descendant(*lineage: type) -> type:
+    *mixins, kind = lineage
+    for mixin in reversed(mixins):
+        kind = _extended(mixin, kind)
+    return kind
+
+
 @functools.cache
 def _extended(mixin: type, base: type) -> type:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (mixin, base), names)  # the same name, as libraries compare class names
 
 
-def _restore(mixin: type, base: type) -> nn.Module:
-    extended = _extended(mixin, base)
-    return extended.__new__(extended)
+def _restore(*lineage: type) -> nn.Module:
+    kind = _descendant(*lineage)
+    return kind.__new__(kind)
 
 
 # The KV cache --------------------------------------------------------------------------------------------------------
