@@ -384,7 +384,9 @@ def beside(data, metric):
 
 def agreed(data):
     """How the outputs of recipes of mergekit differ from its own: the worst seed of each method and metric."""
-    rows = data[data.part == "agreement"].assign(distance=lambda rows: (rows.value - rows.metric.map(MEANT).astype(float)).abs())
+    rows = data[data.part == "agreement"].assign(
+        distance=lambda rows: (rows.value - rows.metric.map(MEANT).astype(float)).abs()
+    )
     return rows.loc[rows.groupby(["method", "metric"], sort=False).distance.idxmax()] if len(rows) else rows
 
 
