@@ -9,6 +9,7 @@
 
 from sparsity.activations import ACTIVATIONS, JSReLU, derivative, jsrelu
 from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks, without_mlps
+from sparsity.finetuning import unfreeze
 from sparsity.flatness import remaining_multiply_adds
 from sparsity.plugins import PROTOCOLS, parameter_groups, sparsify
 from sparsity.probes import probe
@@ -27,5 +28,6 @@ __all__ = [
     "probe",
     "remaining_multiply_adds",
     "sparsify",
+    "unfreeze",
     "without_mlps",
 ]
