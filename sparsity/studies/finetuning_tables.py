@@ -55,7 +55,8 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _penalised(table: pd.DataFrame) -> list[tuple[str, str]]:
-    return [(name, "vanilla") for name in dict.fromkeys(table.variant) if name.startswith("ReLU + L1")]
+    """Return modified paired with each ReLU + L1, the strongest penalty last."""
+    return [("modified", name) for name in dict.fromkeys(table.variant) if name.startswith("ReLU + L1")]
 
 
 def draw(data: pd.DataFrame, metric: str, margin: float, score: str) -> dict[str, Figure]:
@@ -175,6 +176,10 @@ def verdict(data: pd.DataFrame, metric: str, margin: float) -> str:
                 parts.append(f"{variant} against {reference} {found} %: {relation(found)}")
         reach = f"modified does not reach it in {missing} of {_seeds(table, name)} runs" if missing else ""
         parts.append("at equal accuracy " + (reach or f"{equal} %: {relation(equal)}"))
+        for variant, reference in _penalised(table)[-1:]:
+            found = change(table, name, "equal_density", variant, reference)
+            if found is not None and not missing:
+                parts.append(f"there against {reference} {found} %: {relation(found)}")
         texts.append(f"{name}: {'; '.join(parts)}")
     if all(pair == (True, True) for pair in heads):
         head = "sparser, also at equal accuracy"
