@@ -4,7 +4,7 @@ Rows of the table are (setting, variant, seed) × (split, step, layer) × metric
 each split of PRUNED also × `kept`: the share of an MLP's non-zero activations above the threshold that stands there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,6 +46,7 @@ STYLES = {  # in figures
     "vanilla, MLP norms undecayed": Style("vanilla, MLP norms undecayed", "#D55E00"),
 }
 KEPT = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
+Margin = float | Callable[[str], float]
 PRUNED = ("pruned, validation", "pruned, test")
 
 
@@ -119,7 +120,12 @@ def frontier(data: pd.DataFrame) -> pd.DataFrame:
     return rows.pivot(index=[*RUN, "kept"], columns="column", values="value").reset_index()
 
 
-def equal_accuracy(data: pd.DataFrame, metric: str, margin: float) -> pd.DataFrame:
+def margin_of(margin: Margin, setting: str) -> float:
+    """Return the margin of a setting."""
+    return margin(setting) if callable(margin) else margin
+
+
+def equal_accuracy(data: pd.DataFrame, metric: str, margin: Margin) -> pd.DataFrame:
     """Return each run's density at equal accuracy: thresholds raised as far as validation data allow, then tested.
 
     An arm may lose up to `margin` against what the vanilla arm of its setting and seed has on validation data without
@@ -128,7 +134,7 @@ def equal_accuracy(data: pd.DataFrame, metric: str, margin: float) -> pd.DataFra
     Args:
         data: the experiment's table.
         metric: "score", or "loss", which is the better the lower.
-        margin: in the metric's units.
+        margin: in the metric's units; or maps the name of a setting to it.
 
     Returns:
         one row per run: setting, variant, seed, kept, equal_density and equal_score on test data; NaN where the arm
@@ -136,7 +142,8 @@ def equal_accuracy(data: pd.DataFrame, metric: str, margin: float) -> pd.DataFra
     """
     table, sign = frontier(data), -1 if metric == "loss" else 1
     whole = table[(table.variant == "vanilla") & (table.kept == 1)].set_index(["setting", "seed"])
-    floor = sign * whole[f"{metric} validation"] - margin
+    allowed = [margin_of(margin, setting) for setting, _ in whole.index]
+    floor = sign * whole[f"{metric} validation"] - allowed
     rows = []
     for keys, part in table.groupby(RUN, sort=False):
         if (keys[0], keys[2]) not in floor.index:
@@ -150,7 +157,7 @@ def equal_accuracy(data: pd.DataFrame, metric: str, margin: float) -> pd.DataFra
     return pd.DataFrame(rows)
 
 
-def results(data: pd.DataFrame, metric: str, margin: float) -> pd.DataFrame:
+def results(data: pd.DataFrame, metric: str, margin: Margin) -> pd.DataFrame:
     """Return one row per run, in the table's order: `finals`, and the density at equal accuracy beside them."""
     order = list(dict.fromkeys(zip(data.setting, data.variant, data.seed, strict=True)))
     table = finals(data).merge(equal_accuracy(data, metric, margin), on=RUN, how="left").set_index(RUN)

@@ -11,7 +11,7 @@ from common.lab import figures
 from common.lab.statistics import Interval, spread
 from sparsity.studies import density_tables
 from sparsity.studies.density_tables import change
-from sparsity.studies.finetuning import BEFORE, FOLDED, LIFTED, frontier, results
+from sparsity.studies.finetuning import BEFORE, FOLDED, LIFTED, Margin, frontier, margin_of, results
 from sparsity.studies.runs import RUN
 
 EQUIVALENT = 10.0  # %: two densities count as equal if the whole interval of their ratio is within this of 1
@@ -59,7 +59,7 @@ def _penalised(table: pd.DataFrame) -> list[tuple[str, str]]:
     return [("modified", name) for name in dict.fromkeys(table.variant) if name.startswith("ReLU + L1")]
 
 
-def draw(data: pd.DataFrame, metric: str, margin: float, score: str) -> dict[str, Figure]:
+def draw(data: pd.DataFrame, metric: str, margin: Margin, score: str) -> dict[str, Figure]:
     """Return the figures: score against density with thresholds, density against E, norms along training, changes.
 
     Args:
@@ -102,14 +102,15 @@ def draw(data: pd.DataFrame, metric: str, margin: float, score: str) -> dict[str
     }  # fmt: skip
 
 
-def _near(means: pd.DataFrame, column: str, metric: str, margin: float) -> pd.Series:
+def _near(means: pd.DataFrame, column: str, metric: str, margin: Margin) -> pd.Series:
     """Tell which rows are within some margins of vanilla without thresholds: the rest would press all into a line."""
     whole = means[(means.variant == "vanilla") & (means.kept == 1)].set_index("setting")[column]
     lost = means[column] - means.setting.map(whole)
-    return (lost if metric == "loss" else -lost) <= 8 * margin
+    allowed = means.setting.map(lambda setting: 8 * margin_of(margin, setting))
+    return (lost if metric == "loss" else -lost) <= allowed
 
 
-def compare(data: pd.DataFrame, published: Any, metric: str, margin: float, same_setting: str) -> pd.DataFrame:
+def compare(data: pd.DataFrame, published: Any, metric: str, margin: Margin, same_setting: str) -> pd.DataFrame:
     """Return the relative changes and the densities of all arms; no figure of the paper's on fine-tuning is known."""
     table, lines = results(data, metric, margin), []
     for setting, part in table.groupby("setting", sort=False):
@@ -128,7 +129,7 @@ def compare(data: pd.DataFrame, published: Any, metric: str, margin: float, same
     )
 
 
-def tables(data: pd.DataFrame, metric: str, margin: float, score: str) -> dict[str, pd.DataFrame]:
+def tables(data: pd.DataFrame, metric: str, margin: Margin, score: str) -> dict[str, pd.DataFrame]:
     """Return the tables: densities, scores, E and norms; and the relative changes with what they say."""
     table = results(data, metric, margin)
     table[["density", "training_density", "dead_units", "equal_density"]] *= 100
@@ -158,7 +159,7 @@ def tables(data: pd.DataFrame, metric: str, margin: float, score: str) -> dict[s
     }
 
 
-def verdict(data: pd.DataFrame, metric: str, margin: float) -> str:
+def verdict(data: pd.DataFrame, metric: str, margin: Margin) -> str:
     """Return the verdict by the rule that experiments 04 and 06 state."""
     table = results(data, metric, margin)
     settings = [name for name in dict.fromkeys(table.setting) if _seeds(table, name) >= SEEDS]
@@ -202,7 +203,7 @@ def _at_equal_accuracy(table: pd.DataFrame, setting: str) -> tuple[Interval | No
     return change(table, setting, "equal_density", "modified", "vanilla"), int(rows.equal_density.isna().sum())
 
 
-def remarks(data: pd.DataFrame, metric: str, margin: float) -> str:
+def remarks(data: pd.DataFrame, metric: str, margin: Margin) -> str:
     """Return what each setting shows, in a paragraph with the numbers of the table."""
     table, texts = results(data, metric, margin), []
     for setting, part in table.groupby("setting", sort=False):
