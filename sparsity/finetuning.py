@@ -10,12 +10,14 @@ of norms and the zeroth biases train, positions and class tokens do not.
     model = model.merge_and_unload()      # peft's save_pretrained keeps the adapters alone, and none of the others
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sparsity.blocks import LAYOUTS, find_blocks
+from sparsity.blocks import LAYOUTS, Block, find_blocks
+
+TOLERANCE = 1e-3  # relative change of outputs that is rounding
 
 
 def unfreeze(model: nn.Module) -> list[str]:
@@ -52,19 +54,38 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def fold_norms(model: nn.Module) -> nn.Module:
+def fold_norms(model: nn.Module, outputs: Callable[[nn.Module], Tensor]) -> nn.Module:
     """Move the scale of the norms that feed MLPs into the keys, IN PLACE, and return the model: the same function.
 
     With norm(x) = w ⊙ x̂ + β, keys K and their bias c: K ← K diag(|w|), w ← sign(w) with sign(0) = 1, c ← c + K β and
     β ← 0. Then |w| = 1, as a restricted norm has it, although nothing that the network computes has changed.
 
+    Args:
+        model: in which the norms feed nothing but the keys: the attribute paths of a layer do not tell, hence the next.
+        outputs: maps the model to its outputs on some example, with which the result is compared.
+
     Raises:
-        ValueError: an MLP has no norm, is gated, or its keys are no `nn.Linear`; a norm has a bias and the keys have
-            none. The model is unchanged then.
+        ValueError: the outputs change, since norms feed the residual stream or attention too; an MLP has no norm, is
+            gated, or its keys are no `nn.Linear`; a norm has a bias and the keys have none. The model is unchanged.
     """
     blocks = find_blocks(model, LAYOUTS)
     for block in blocks:
         _check_foldable(block)
+    training, state = model.training, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = outputs(model.eval())
+    _fold(blocks)
+    change = (outputs(model) - before).norm() / before.norm()
+    model.train(training)
+    if not change < TOLERANCE:
+        model.load_state_dict(state)
+        raise ValueError(
+            f"{blocks[0].name}: folding norms into keys changes the outputs of {type(model).__name__} by "
+            f"{100 * change:.1g} %: its norms feed more than the MLPs, and cannot be folded"
+        )
+    return model
+
+
+def _fold(blocks: Sequence[Block]) -> None:
     for block in blocks:
         norm, key = block.norm, block.key
         if getattr(norm, "bias", None) is not None:
@@ -72,10 +93,9 @@ def fold_norms(model: nn.Module) -> nn.Module:
             norm.bias.zero_()
         key.weight *= norm.weight.abs()  # (d_ff, d) · (d,)
         norm.weight.copy_(torch.where(norm.weight < 0, -1.0, 1.0))
-    return model
 
 
-def _check_foldable(block: Any) -> None:
+def _check_foldable(block: Block) -> None:
     if block.norm is None:
         raise ValueError(f"{block.name}: no norm with a weight was found that feeds this MLP, so there is none to fold")
     if block.gated or not isinstance(block.key, nn.Linear):

@@ -19,23 +19,15 @@ ENTRIES = 100_000  # of each MLP and each forward pass, at most, that quantiles 
 
 
 @torch.no_grad()
-def thresholds(model: nn.Module, run: Callable[[], Any], kept: float, zero: float = 1e-6) -> dict[str, float]:
-    """Return for each MLP the size τ above which lies the share `kept` of its non-zero activations.
+def active_sizes(model: nn.Module, run: Callable[[], Any], zero: float = 1e-6) -> dict[str, Tensor]:
+    """Return for each MLP the sizes |a| of its activations that are not zero, or a regular sample of them: (n,) sorted.
 
     Args:
         model: with MLP blocks that `find_blocks` knows.
         run: runs the model on calibration data.
-        kept: in (0, 1]; 1 gives τ = 0.
-        zero: activations of at most this size are zeros already, and do not count.
-
-    Raises:
-        ValueError: kept is not in (0, 1].
+        zero: activations of at most this size are zeros.
     """
-    if not 0 < kept <= 1:
-        raise ValueError(f"the share of activations that are kept must be in (0, 1], got {kept}")
     blocks = find_blocks(model)
-    if kept == 1:
-        return {block.name: 0.0 for block in blocks}
     seen: dict[str, list[Tensor]] = {block.name: [] for block in blocks}
 
     def collect(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -47,7 +39,23 @@ def thresholds(model: nn.Module, run: Callable[[], Any], kept: float, zero: floa
         for block in blocks:
             hooks.callback(block.activation.register_forward_hook(partial(collect, block.name)).remove)
         run()
-    return {name: _quantile(torch.cat(sizes), 1 - kept) for name, sizes in seen.items()}
+    return {name: torch.cat(sizes).sort().values for name, sizes in seen.items()}
+
+
+def thresholds(sizes: Mapping[str, Tensor], kept: float) -> dict[str, float]:
+    """Return for each MLP the size τ above which lies the share `kept` of its non-zero activations.
+
+    Args:
+        sizes: what `active_sizes` returned.
+        kept: in (0, 1]; 1 gives τ = 0, and so does an MLP without active units.
+
+    Raises:
+        ValueError: kept is not in (0, 1].
+    """
+    if not 0 < kept <= 1:
+        raise ValueError(f"the share of activations that are kept must be in (0, 1], got {kept}")
+    dropped = {name: round((1 - kept) * len(values)) for name, values in sizes.items()}
+    return {name: values[dropped[name] - 1].item() if dropped[name] else 0.0 for name, values in sizes.items()}
 
 
 @contextlib.contextmanager
@@ -67,10 +75,3 @@ def thresholded(model: nn.Module, levels: Mapping[str, float]) -> Iterator[None]
             handle = block.activation.register_forward_hook(partial(cut, levels[block.name]), prepend=True)
             hooks.callback(handle.remove)
         yield
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    """Return the value below which lies this share of the values, 0 if there are none; `torch.quantile` has a limit."""
-    if not len(values):
-        return 0.0
-    return values.kthvalue(max(1, min(len(values), round(share * len(values))))).values.item()

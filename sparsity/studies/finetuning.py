@@ -21,7 +21,7 @@ from sparsity.studies.density_tables import finals, run_rows
 from sparsity.studies.measurement import Rows, curve, load, measure_all, measure_snapshot
 from sparsity.studies.runs import MODIFIED, RUN, FineTuning, Plan, Run, Variant
 from sparsity.studies.training import make_task
-from sparsity.thresholds import thresholded, thresholds
+from sparsity.thresholds import active_sizes, thresholded, thresholds
 
 BEFORE = "before fine-tuning"
 LIFTED = "norms lifted, nothing else"
@@ -99,8 +99,9 @@ def _pruned(run: Run, trained: Artefact, device: torch.device) -> Iterator[dict[
             pairs.append(torch.stack(task.score(model, batch), -1).double())
         return torch.cat(pairs).mean(0).tolist()
 
+    sizes = active_sizes(model, partial(score, "validation"))
     for kept in KEPT:
-        levels = thresholds(model, partial(score, "validation"), kept)
+        levels = thresholds(sizes, kept)
         for name in PRUNED:
             with thresholded(model, levels), probe(model) as seen:
                 loss, accuracy = score(name.removeprefix("pruned, "), seen)

@@ -28,7 +28,7 @@ from sparsity.studies.images import ImageTask, image_task
 from sparsity.studies.lora import adapt
 from sparsity.studies.runs import Run, Variant
 from sparsity.studies.span_corruption import SpanCorruption, span_corruption_task
-from sparsity.studies.task import Task
+from sparsity.studies.task import Batch, Task
 
 Rows = list[dict[str, Any]]
 
@@ -54,11 +54,16 @@ def build(task: Task, run: Run, start: Mapping[str, Tensor] | None = None) -> nn
     if start is not None:
         model.load_state_dict(start)
     if run.variant.folded:
-        fold_norms(model)
+        example = next(iter(task.batches("validation")))
+        fold_norms(model, lambda model: task.score(model, _on_cpu(example))[0])
     tuning, steps = run.tuning, run.recipe.steps
     if tuning is None:
         return _plug_in(model, run.variant)
     return adapt(_plug_in(model, run.variant, tuning.mixing * steps, tuning.uplift * steps), tuning.rank, tuning.alpha)
+
+
+def _on_cpu(batch: Batch) -> Batch:
+    return {name: tensor.cpu() for name, tensor in batch.items()}
 
 
 def _plug_in(model: nn.Module, variant: Variant, mixing: float = 0, uplift: float = 0) -> nn.Module:
