@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -25,6 +24,7 @@ from sparsity.studies.span_corruption import SpanCorruption
 from sparsity.studies.training import make_task, train
 
 CPU = torch.device("cpu")
+FAMILIES = ("vit", "t5", "bert", "gpt2")
 LORA = dict(r=2, lora_alpha=2, target_modules="all-linear")
 
 
@@ -42,7 +42,7 @@ def disturbed(tiny):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_trains_is_adapters_biases_norms_and_zeroth_biases(family):
+def test_what_trains_is_adapters_biases_norms_and_zeroth_biases(family, build):
     tiny = build(family)
     before = {name: parameter.shape for name, parameter in tiny.model.named_parameters()}
     sparsify(tiny.model, mixing_steps=2, uplift_steps=2)
@@ -52,12 +52,12 @@ def test_what_trains_is_adapters_biases_norms_and_zeroth_biases(family):
     adapters = {name for name in trained if "lora_" in name}
     assert set(named) == trained - adapters and adapters
     expected = {
-        f"{path}.{own}".removeprefix("base_model.model.")
-        for path, module in adapted.named_modules()
-        for own, _ in module.named_parameters(recurse=False)
+        id(parameter)  # BERT's head has one bias under two names
+        for module in adapted.modules()
+        for own, parameter in module.named_parameters(recurse=False)
         if own in ("bias", "zeroth_bias") or (own == "weight" and type(module).__name__.endswith("Norm"))
     }
-    assert {name.removeprefix("base_model.model.") for name in named} == expected
+    assert {id(adapted.get_parameter(name)) for name in named} == expected
     assert sum("zeroth_bias" in name for name in named) == tiny.blocks
     # embeddings and positions stay; all of these families have them
     assert any("embed" in name or "wte" in name or "shared" in name for name in before)
@@ -65,7 +65,7 @@ def test_what_trains_is_adapters_biases_norms_and_zeroth_biases(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_after_fine_tuning_the_adapters_merge_and_nothing_is_lost(family):
+def test_after_fine_tuning_the_adapters_merge_and_nothing_is_lost(family, build):
     tiny = disturbed(build(family))
     sparsify(tiny.model, mixing_steps=2, uplift_steps=2)
     adapted = get_peft_model(tiny.model, LoraConfig(**LORA, fan_in_fan_out=family == "gpt2"))
@@ -94,7 +94,7 @@ def test_what_cannot_be_unfrozen_is_named():
 
 
 @pytest.mark.parametrize("family", ["vit", "t5"])
-def test_folded_norms_leave_the_function_as_it_is(family):
+def test_folded_norms_leave_the_function_as_it_is(family, build):
     tiny = disturbed(build(family))
     find_blocks(tiny.model)[0].norm.weight.data[0] = 0.0
     tiny.model.eval()
@@ -107,7 +107,7 @@ def test_folded_norms_leave_the_function_as_it_is(family):
 
 
 @pytest.mark.parametrize(("family", "fault"), [("bert", "its norms feed more than the MLPs"), ("gpt2", "a Conv1D")])
-def test_norms_that_cannot_be_folded_are_refused_and_stay(family, fault):
+def test_norms_that_cannot_be_folded_are_refused_and_stay(family, fault, build):
     tiny = disturbed(build(family))
     state = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
     with pytest.raises(ValueError, match=fault):
@@ -148,7 +148,8 @@ def test_every_arm_starts_as_the_vanilla_network_and_ends_as_its_variant_says(ow
     weights = [torch.cat([block.norm.weight for block in find_blocks(model)]).abs() for model in (begun, ended)]
     variant = run.variant
     assert bool((weights[0] == 1).all()) == variant.folded
-    assert bool((weights[1] >= 1).all()) == variant.restricted_norm
+    if not variant.folded or variant.restricted_norm:  # folded ones are free to go either way from 1
+        assert bool((weights[1] >= 1).all()) == variant.restricted_norm
     frozen = {"vit": "pos_embed", "t5": "shared.weight"}["vit" if task is DIGITS else "t5"]
     assert ended.get_parameter(frozen).equal(vanilla.get_parameter(frozen))
     for block in find_blocks(ended):
