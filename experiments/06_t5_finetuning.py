@@ -33,15 +33,13 @@ from sparsity.studies.runs import FineTuning, Run
 from sparsity.studies.span_corruption import SpanCorruption
 
 MARGINS = {"T5": 0.02, "MiniLM": 0.01}  # of the losses: nats a token, and 1 − cosine
-MINILM_ARMS = ("vanilla", "modified", finetuning.LIFTED)
 AUTHORS = dict(betas=ADAMW, schedule="inverse_sqrt", warmup=0.1)
 
 
 @dataclass(frozen=True)
 class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)  # of the vanilla networks, and of what starts from them
-    arms: tuple[str, ...] = tuple(finetuning.ARMS)  # of T5; of MiniLM those that are in MINILM_ARMS
-    small_arms: tuple[str, ...] = ("vanilla", "modified", finetuning.LIFTED, finetuning.FOLDED)  # of further settings
+    arms: tuple[str, ...] = ("vanilla", "modified", finetuning.LIFTED, finetuning.FOLDED)  # of T5
     task: SpanCorruption = replace(T5["laptop"]["task"], evaluation_rows=256)
     # of the vanilla T5, with E = 0.48 as in the authors' recipe; None: a pretrained one
     start: TrainingRecipe | None = TrainingRecipe(1200, 16, 1e-2, weight_decay=0.083, **AUTHORS)
@@ -49,19 +47,19 @@ class Settings:
     weight_decays: tuple[float, ...] = (0.034, 2.8)  # E = 0.05 as in the authors' recipe, and 4
     rank: int = 16
     alpha: float = 1.0
-    l1: tuple[float, ...] = (0.01, 0.1)  # weights of the penalty, in the first setting of T5
+    l1: tuple[float, ...] = (0.1, 1.0)  # weights of the penalty, in the first setting of T5
     minilm: Distillation | None = Distillation(length=32, evaluation_rows=64)
-    minilm_recipe: TrainingRecipe = TrainingRecipe(100, 16, 1e-3, weight_decay=0.01, betas=ADAMW)
+    minilm_recipe: TrainingRecipe = TrainingRecipe(100, 8, 1e-3, weight_decay=0.01, betas=ADAMW)
     minilm_rank: int = 16
     minilm_alpha: float = 32.0
-    minilm_l1: tuple[float, ...] = (0.1,)
+    minilm_arms: tuple[str, ...] = ("vanilla", "modified")
+    minilm_l1: tuple[float, ...] = ()
     log_every: int = 50
 
 
 SCALES = {
     "smoke": Settings(
         seeds=(0,),
-        arms=("vanilla", "modified", finetuning.LIFTED, finetuning.FOLDED),
         task=T5["smoke"]["task"],
         start=TrainingRecipe(4, 4, 1e-2, **AUTHORS),
         recipe=TrainingRecipe(4, 4, 1e-2, **AUTHORS),
@@ -78,9 +76,11 @@ SCALES = {
         task=T5["workstation"]["task"],
         start=TrainingRecipe(3000, 16, 1e-2, weight_decay=0.033, **AUTHORS),
         recipe=TrainingRecipe(1500, 16, 1e-2, **AUTHORS),
+        arms=tuple(finetuning.ARMS),
         weight_decays=(0.007, 0.55),
         minilm=Distillation(megabytes=8.0),
         minilm_recipe=TrainingRecipe(1000, 16, 1e-3, weight_decay=0.01, betas=ADAMW),
+        minilm_arms=("vanilla", "modified", finetuning.LIFTED, "JSReLU and zeroth bias, norms free"),
         minilm_l1=(0.03, 0.1, 0.3),
         log_every=100,
     ),
@@ -88,6 +88,7 @@ SCALES = {
         seeds=(0,),
         task=replace(T5["paper"]["task"], pretrained=True),
         start=None,
+        arms=tuple(finetuning.ARMS),
         recipe=TrainingRecipe(10_000, 256, 1e-2, **AUTHORS),
         weight_decays=(1e-3,),
         rank=192,
@@ -98,7 +99,7 @@ SCALES = {
 
 
 def measure(settings, context):
-    yield from finetuning.measure([*t5_runs(settings), *minilm_runs(settings)], context)
+    yield from finetuning.measure([*minilm_runs(settings), *t5_runs(settings)], context)
 
 
 def t5_runs(settings):
@@ -109,8 +110,8 @@ def t5_runs(settings):
         recipe = replace(settings.recipe, weight_decay=decay)
         one = Run(settings.task, recipe, snapshots=2, tuning=replace(tuning, alpha=settings.alpha), **options)
         name = f"T5, {recipe.steps} steps, decay {decay:g}"
-        arms, l1 = (settings.small_arms, ()) if place else (settings.arms, settings.l1)
-        yield from finetuning.plan_finetuning(name, one, arms, settings.seeds, l1)
+        l1 = () if place else settings.l1
+        yield from finetuning.plan_finetuning(name, one, settings.arms, settings.seeds, l1, before=not place)
 
 
 def minilm_runs(settings):
@@ -120,9 +121,8 @@ def minilm_runs(settings):
     recipe = settings.minilm_recipe
     tuning = FineTuning(None, settings.minilm_rank, settings.minilm_alpha)
     one = Run(settings.minilm, recipe, log_every=max(1, recipe.steps // 12), snapshots=2, tuning=tuning)
-    arms = [name for name in settings.arms if name in MINILM_ARMS]
     name = f"MiniLM, {recipe.steps} steps"
-    yield from finetuning.plan_finetuning(name, one, arms, settings.seeds, settings.minilm_l1)
+    yield from finetuning.plan_finetuning(name, one, settings.minilm_arms, settings.seeds, settings.minilm_l1)
 
 
 def margin(setting):

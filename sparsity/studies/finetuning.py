@@ -51,7 +51,7 @@ PRUNED = ("pruned, validation", "pruned, test")
 
 
 def plan_finetuning(
-    setting: str, run: Run, arms: Sequence[str], seeds: Sequence[int], l1: Sequence[float] = ()
+    setting: str, run: Run, arms: Sequence[str], seeds: Sequence[int], l1: Sequence[float] = (), before: bool = True
 ) -> Plan:
     """Yield the labels and the description of every run in one setting: before fine-tuning, the arms, ReLU with L1.
 
@@ -61,9 +61,11 @@ def plan_finetuning(
         arms: names in ARMS.
         seeds: of each arm, and of the networks they start from.
         l1: weights of the penalty; each makes one rival, fine-tuned like vanilla.
+        before: whether the networks are measured before fine-tuning too.
     """
     still: TrainingRecipe = replace(run.recipe, steps=1, learning_rate=0.0)  # no plug-in, no step
-    variants = {BEFORE: (Variant(None), still)} | {name: (ARMS[name], run.recipe) for name in arms}
+    variants = {BEFORE: (Variant(None), still)} if before else {}
+    variants |= {name: (ARMS[name], run.recipe) for name in arms}
     variants |= {f"ReLU + L1, {weight:g}": (Variant(l1=weight), run.recipe) for weight in l1}
     for name, (variant, recipe) in variants.items():
         for seed in seeds:
