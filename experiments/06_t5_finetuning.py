@@ -16,7 +16,7 @@ Verdict  on every setting with at least 3 seeds (none: "not run at this scale"),
          "denser" where the interval lies on one side of 0, "equal" where it lies within ±10 %, else "undecided";
          modified against norms lifted alone says whether anything beyond the lift acts, norms folded against vanilla
          whether |w| = 1 acts by itself, and modified against the strongest penalty, at equal accuracy, which to take.
-Cost     smoke 40 s; laptop 10 min; workstation 1 h; paper: 1e4 steps of 256 × 512 tokens a run.
+Cost     smoke 40 s; laptop 15 min; workstation 1 h; paper: 1e4 steps of 256 × 512 tokens a run.
 Run      python experiments/06_t5_finetuning.py --scale laptop
 """
 

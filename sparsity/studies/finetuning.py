@@ -44,6 +44,11 @@ STYLES = {  # in figures
     "norms folded, then bounded": Style("norms folded, then bounded", "#7A5195"),
     "JSReLU and zeroth bias, norms free": Style("JSReLU and zeroth bias, norms free", "#56B4E9"),
     "vanilla, MLP norms undecayed": Style("vanilla, MLP norms undecayed", "#D55E00"),
+    "ReLU + L1, 0.03": Style("ReLU + L1, 0.03", "#E3C79B"),
+    "ReLU + L1, 0.1": Style("ReLU + L1, 0.1", "#CFA15F"),
+    "ReLU + L1, 0.3": Style("ReLU + L1, 0.3", "#B07C35"),
+    "ReLU + L1, 1": Style("ReLU + L1, 1", "#855516"),
+    "ReLU + L1, 3": Style("ReLU + L1, 3", "#573404"),
 }
 KEPT = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 Margin = float | Callable[[str], float]
@@ -132,7 +137,7 @@ def equal_accuracy(data: pd.DataFrame, metric: str, margin: Margin) -> pd.DataFr
     """Return each run's density at equal accuracy: thresholds raised as far as validation data allow, then tested.
 
     An arm may lose up to `margin` against what the vanilla arm of its setting and seed has on validation data without
-    thresholds. Of its thresholds that do not lose more, the one with the lowest density there is taken.
+    thresholds. Its own are raised step by step (KEPT), and the last step before the first that loses more is taken.
 
     Args:
         data: the experiment's table.
@@ -141,7 +146,7 @@ def equal_accuracy(data: pd.DataFrame, metric: str, margin: Margin) -> pd.DataFr
 
     Returns:
         one row per run: setting, variant, seed, kept, equal_density and equal_score on test data; NaN where the arm
-        loses more than the margin at every threshold, and also with none.
+        loses more than the margin without any threshold.
     """
     table, sign = frontier(data), -1 if metric == "loss" else 1
     whole = table[(table.variant == "vanilla") & (table.kept == 1)].set_index(["setting", "seed"])
@@ -151,10 +156,11 @@ def equal_accuracy(data: pd.DataFrame, metric: str, margin: Margin) -> pd.DataFr
     for keys, part in table.groupby(RUN, sort=False):
         if (keys[0], keys[2]) not in floor.index:
             continue
-        good = part[sign * part[f"{metric} validation"] >= floor[keys[0], keys[2]]]
+        part = part.sort_values("kept", ascending=False)
+        good = part[(sign * part[f"{metric} validation"] >= floor[keys[0], keys[2]]).cummin()]
         found = {"kept": float("nan"), "equal_density": float("nan"), "equal_score": float("nan")}
         if len(good):
-            best = good.loc[good["density validation"].idxmin()]
+            best = good.iloc[-1]
             found = {"kept": best.kept, "equal_density": best["density test"], "equal_score": best[f"{metric} test"]}
         rows.append(dict(zip(RUN, keys, strict=True)) | found)
     return pd.DataFrame(rows)

@@ -68,7 +68,7 @@ def draw(data: pd.DataFrame, metric: str, margin: Margin, score: str) -> dict[st
         score: what the metric is called on an axis, with its unit.
     """
     table = results(data, metric, margin)
-    titles = {name: textwrap.fill(name, 26) for name in table.setting.unique()}
+    titles = {name: textwrap.fill(name, 20) for name in table.setting.unique()}
     panel = "setting" if len(titles) > 1 else None
     options = dict(panel=panel, names=titles)
     pruned = frontier(data)
@@ -76,17 +76,19 @@ def draw(data: pd.DataFrame, metric: str, margin: Margin, score: str) -> dict[st
     means = means.assign(percent=100 * means["density test"]).sort_values("kept")
     means = means[_near(means, f"{metric} test", metric, margin)]
     order = {name: place for place, name in enumerate(dict.fromkeys(table.variant))}
-    means = means.sort_values(["variant", "kept"], key=lambda column: column.map(order).fillna(column), kind="stable")
+    means = means.sort_values("variant", key=lambda column: column.map(order), kind="stable")
+    means = means.sort_values("setting", key=lambda column: column.map(list(titles).index), kind="stable")
     curves = data[(data.split == "train") & (data.step > 1)].pivot(
         index=[*RUN, "step"], columns="metric", values="value"
     )
     curves = curves.reset_index().assign(percent=lambda rows: 100 * rows.density)
     curves = curves.sort_values("variant", key=lambda column: column.map(order), kind="stable")
+    curves = curves.sort_values("setting", key=lambda column: column.map(list(titles).index), kind="stable")
     seen = changes(table)
     return {
         "frontier": figures.lines(
             means, x="percent", y=f"{metric} test", by="variant", ylabel=score,
-            xlabel="density on test data, with thresholds, %", **options,
+            xlabel="test density, %", **options,
         ),
         "density_along_training": figures.lines(
             curves, x="step", y="percent", by="variant", xlabel="training step",
@@ -96,9 +98,11 @@ def draw(data: pd.DataFrame, metric: str, margin: Margin, score: str) -> dict[st
             curves, x="step", y="norm_weight", by="variant", xlabel="training step",
             ylabel="mean |weight| of the MLPs' norms", **options,
         ),
-        "relative_change": figures.forest(
-            seen, item="comparison", condition="metric", xlabel="change of test density, % (95 %)", **options
-        ),
+    } | {
+        f"change_of_{name.replace(' ', '_')}": figures.forest(
+            rows, item="comparison", condition="metric", xlabel="change, % (95 %)", **options
+        )
+        for name, rows in seen.groupby("metric", sort=False)
     }  # fmt: skip
 
 
@@ -146,7 +150,7 @@ def tables(data: pd.DataFrame, metric: str, margin: Margin, score: str) -> dict[
         "other_norm_weight": ("weights of other norms", 3),
     }
     reached = table.groupby(RUN[:2], sort=False).equal_density.count().rename("runs that reach it").reset_index()
-    main = density_tables.means_by_variant(table, columns).merge(reached, on=RUN[:2])
+    main = density_tables.means_by_variant(table, columns).replace("nan", "–").merge(reached, on=RUN[:2])
     seen = changes(results(data, metric, margin))
     says = seen.assign(
         text=[f"{interval}: {relation(interval)}" for interval in seen.interval],

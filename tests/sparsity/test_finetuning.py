@@ -258,7 +258,8 @@ def test_tables_figures_and_remarks_come_from_the_table_alone():
     data = table(dict.fromkeys(names, 90.0), {name: 0.4 - 0.05 * place for place, name in enumerate(names)})
     both = pd.concat([data, data.assign(setting="t")])
     figures = finetuning_tables.draw(both, "score", 1.0, "accuracy, %")
-    assert set(figures) == {"frontier", "density_along_training", "norm_weights", "relative_change"}
+    changes = {"change_of_density", "change_of_density_at_equal_accuracy"}
+    assert set(figures) == {"frontier", "density_along_training", "norm_weights"} | changes
     found = finetuning_tables.tables(both, "score", 1.0, "accuracy, %")
     assert [len(part) for part in found.values()] == [12, 12]
     assert "modified 30.3 ± 0.3 %" in finetuning_tables.remarks(data, "score", 1.0)
