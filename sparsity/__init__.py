@@ -13,6 +13,7 @@
 
 from sparsity.activations import ACTIVATIONS, JSReLU, derivative, jsrelu
 from sparsity.blocks import LAYOUTS, Block, Layout, find_blocks, without_mlps
+from sparsity.finetuning import unfreeze
 from sparsity.flatness import remaining_multiply_adds
 from sparsity.plugins import PROTOCOLS, parameter_groups, sparsify
 from sparsity.probes import probe
@@ -35,5 +36,6 @@ __all__ = [
     "remaining_multiply_adds",
     "skip_zeros",
     "sparsify",
+    "unfreeze",
     "without_mlps",
 ]

@@ -1,4 +1,4 @@
-"""T5 from scratch: transformers' own class in any size, or in the size of a Hub repository with its tokenizer."""
+"""T5: transformers' own class untrained in any size, or as a Hub repository has it, with weights or without."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from torch import nn
 
 from common.data.hub import snapshot
 from common.data.text import END, PAD
-from common.models.hub import configuration, load_tokenizer
+from common.models.hub import configuration, load_model, load_tokenizer, model_folder
 
 SENTINELS = 100  # how many T5's tokenizers have
 IGNORED = -100  # the label that transformers' loss leaves out
@@ -51,6 +51,16 @@ def t5_like(model_id: str, vocabulary: int) -> nn.Module:
 
     config = configuration(_folder(model_id), model_id, "t5")
     return T5ForConditionalGeneration(T5Config.from_dict({**config, "vocab_size": vocabulary}))
+
+
+def t5_trained(model_id: str) -> nn.Module:
+    """Load the trained T5 of a repository, such as google-t5/t5-base, in float32.
+
+    Raises:
+        HubError: the repository is not available.
+        ValueError: it holds no T5, or lacks tensors of it.
+    """
+    return load_model("T5ForConditionalGeneration", model_folder(model_id), model_id)
 
 
 def t5_tokenizer(model_id: str) -> Any:

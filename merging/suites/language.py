@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from common.cache import cache_key, is_cached
 from common.data import hub
 from common.lab.statistics import spread
+from common.models.minilm import MINILM, minilm
 from merging.suites import package_t5, text_experts
 from merging.suites.data import hub_texts, package_texts
 from merging.suites.data.text_tasks import TextTask
@@ -60,8 +61,8 @@ class Backbone:
 
 
 def _minilm(recipe: TextRecipe) -> Base:
-    model, tokenizer = language.minilm()
-    return Base(f"{language.MINILM} {metadata.version(language.MINILM)}", model, tokenizer)
+    model, tokenizer = minilm()
+    return Base(f"{MINILM} {metadata.version(MINILM)}", model, tokenizer)
 
 
 def _bert(recipe: TextRecipe) -> Base:

@@ -19,6 +19,7 @@ from common.cache import cache_key
 from common.data import glyphs, hub
 from common.training import ShuffledBatches, TrainingRecipe
 from sparsity.studies.data import digits, pictures
+from sparsity.studies.models.pretrained import pretrained_vit
 from sparsity.studies.models.vit import vit
 from sparsity.studies.task import Batch, Task, as_it_is
 
@@ -58,6 +59,7 @@ class ImageTask:
     randaugment: int = 0  # magnitude, from 1 to 30; 0 is off
     repeats: int = 1  # differently augmented copies of an image in its batch
     normalised: bool = True  # False leaves the pixels of the hub's images in [0, 1]
+    pretrained: str = ""  # repository of a trained ViT of timm, whose sizes count; "": an untrained one of these sizes
 
     def __post_init__(self) -> None:
         if self.data not in DEFAULTS:
@@ -85,7 +87,7 @@ class ImageTask:
     def _check_embedded(self) -> None:
         if self.pixels not in (None, DEFAULTS[self.data][1]):
             raise ValueError(f"{self.data} has images of {DEFAULTS[self.data][1]} pixels only, got {self.pixels}")
-        off = {"mixup": 0.0, "cutmix": 0.0, "randaugment": 0, "repeats": 1, "normalised": True}
+        off = {"mixup": 0.0, "cutmix": 0.0, "randaugment": 0, "repeats": 1, "normalised": True, "pretrained": ""}
         if on := [name for name, value in off.items() if getattr(self, name) != value]:
             raise ValueError(f"{on[0]} is not for {self.data}, whose training images are fixed")
 
@@ -131,6 +133,17 @@ def _network(settings: ImageTask, classes: int) -> nn.Module:
     channels, pixels, patch = settings.shape
     size = (settings.width, settings.depth, settings.heads, settings.mlp_ratio)
     return vit(pixels, patch, channels, *size, classes=classes, pooling=settings.pooling)
+
+
+def _trained_network(settings: ImageTask) -> nn.Module:
+    set_of_pictures = pictures.PICTURES[settings.data]
+    if not settings.normalised:
+        raise ValueError("pretrained needs normalised=True: the network was trained with normalised images")
+    model = pretrained_vit(settings.pretrained, settings.shape[1], set_of_pictures.mean, set_of_pictures.std)
+    if model.num_classes != set_of_pictures.classes:
+        owner = f"model {settings.pretrained} has {model.num_classes} classes"
+        raise ValueError(f"{owner}, {settings.data} has {set_of_pictures.classes}")
+    return model
 
 
 # Digits and glyphs: fixed tensors -----------------------------------------------------------------------------------
@@ -203,9 +216,14 @@ def _hub_task(settings: ImageTask, device: torch.device) -> Task:
     augmentation = pictures.Augmentation(**{kind: getattr(settings, kind) for kind in kinds})
     workers = pictures.workers(device)
     inputs = {"task": settings, "commit": hub.commit(pictures.PICTURES[name].repo, "dataset")}
+    model = partial(_network, settings, pictures.PICTURES[name].classes)
+    if settings.pretrained:
+        inputs |= {"model": hub.commit(settings.pretrained, "model")}
+        model = partial(_trained_network, settings)
+        model()  # what is missing, or does not fit, should not cost hours first
     return Task(
         key=cache_key(inputs, _hub_task),
-        model=partial(_network, settings, pictures.PICTURES[name].classes),
+        model=model,
         loss=partial(_loss, settings.label_smoothing),
         loader=partial(pictures.training_loader, name, pixels, augmentation, settings.normalised, workers),
         batches=partial(_hub_batches, name, pixels, settings.normalised, device),

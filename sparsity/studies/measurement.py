@@ -68,7 +68,7 @@ def load(run: Run, trained: Artefact, device: torch.device, step: int | None = N
         step: of the snapshot; None for the last.
     """
     step = run.recipe.steps if step is None else step
-    model = build(make_task(run.task, device), run.variant)
+    model = build(make_task(run.task, device), run)
     model.load_state_dict(load_file(trained.path / f"step-{step}.safetensors"))
     return model.to(device).eval()
 

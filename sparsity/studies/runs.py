@@ -1,4 +1,4 @@
-"""Training runs, described: what is learned, by which recipe, with what plugged in, from which seed.
+"""Training runs, described: what is learned, by which recipe, with what plugged in, from which network and seed.
 
 What the runs of an experiment differ in is a `Variant`: the vanilla network, the paper's, each plug-in alone, the
 controls of weight decay, and the rivals.
@@ -12,6 +12,7 @@ import numpy as np
 
 from common.lab.figures import INK, MUTED, Style
 from common.training import TrainingRecipe
+from sparsity.studies.distillation import Distillation
 from sparsity.studies.images import ImageTask
 from sparsity.studies.span_corruption import SpanCorruption
 
@@ -21,19 +22,21 @@ class Variant:
     """What is plugged into a network, and how its training differs.
 
     Args:
-        activation: of the MLPs, a name in sparsity.activations.ACTIVATIONS.
+        activation: of the MLPs, a name in sparsity.activations.ACTIVATIONS; None leaves them their own.
         zeroth_bias, placement, restricted_norm, clip: as in `sparsify`.
         exempt: what weight decay leaves alone beside the protocol's own exemptions, as in `parameter_groups`.
         l1: weight, in the training loss, of the mean absolute activation, averaged over MLPs.
+        folded: whether fine-tuning starts with the scales of MLP norms moved into the keys: see `fold_norms`.
     """
 
-    activation: str = "relu"
+    activation: str | None = "relu"
     zeroth_bias: bool = False
     placement: str = "input"
     restricted_norm: bool = False
     clip: float | None = 0.1
     exempt: tuple[str, ...] = ()
     l1: float = 0.0
+    folded: bool = False
 
 
 MODIFIED = Variant("jsrelu", zeroth_bias=True, restricted_norm=True)
@@ -64,6 +67,25 @@ CONTROLS = tuple(VARIANTS)[:5]  # what every density table needs, with several s
 
 
 @dataclass(frozen=True)
+class FineTuning:
+    """From which trained network a run starts, and how its plug-ins and adapters come into it.
+
+    Args:
+        start: the run whose last weights it starts from; None: the task's network is a trained one.
+        rank: of the LoRA updates W + (alpha / rank) B A of all linears.
+        alpha: see rank; 1 in the paper.
+        mixing: share of the steps over which another activation is mixed in.
+        uplift: share of the steps over which restricted norms are lifted to 1.
+    """
+
+    start: "Run | None" = None
+    rank: int = 16
+    alpha: float = 1.0
+    mixing: float = 1 / 3
+    uplift: float = 1 / 3
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything that decides one training run.
 
@@ -75,15 +97,17 @@ class Run:
         exempt: what the protocol exempts from weight decay in every variant: () in the authors' ViT, ("biases",) in T5.
         log_every: steps between two entries of the training curve.
         snapshots: how many times weights are kept, from step 0 to the last, the denser the earlier.
+        tuning: where it starts; None: from scratch.
     """
 
-    task: ImageTask | SpanCorruption
+    task: ImageTask | SpanCorruption | Distillation
     recipe: TrainingRecipe
     variant: Variant = Variant()
     seed: int = 0
     exempt: tuple[str, ...] = ()
     log_every: int = 100
     snapshots: int = 8
+    tuning: FineTuning | None = None
 
     @property
     def snapshot_steps(self) -> tuple[int, ...]:

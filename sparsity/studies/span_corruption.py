@@ -42,6 +42,7 @@ class SpanCorruption:
     evaluation_rows: int = 1024  # of the validation and of the test split
     documents: int = 25_600_000  # of C4
     model: str = ""  # repository whose configuration and tokenizer are taken, for "c4"; sizes above then have no effect
+    pretrained: bool = False  # whether its weights are taken too
 
 
 def span_corruption_task(settings: SpanCorruption, device: torch.device) -> Task:
@@ -55,6 +56,8 @@ def span_corruption_task(settings: SpanCorruption, device: torch.device) -> Task
     Raises:
         ValueError: unknown data, or sizes that do not fit.
     """
+    if settings.pretrained and settings.data != "c4":
+        raise ValueError(f"pretrained=True is for c4, whose tokenizer the network knows, got data={settings.data!r}")
     if settings.data == "python":
         return _python_task(settings, device)
     if settings.data == "c4":
@@ -117,7 +120,9 @@ def _c4_task(settings: SpanCorruption, device: torch.device) -> Task:
     count = settings.evaluation_rows
     return Task(
         key=cache_key({"task": settings, "commits": commits}, _c4_task),
-        model=partial(models.t5_like, settings.model, len(tokenizer)),
+        model=partial(models.t5_trained, settings.model)
+        if settings.pretrained
+        else partial(models.t5_like, settings.model, len(tokenizer)),
         loss=loss,
         loader=partial(_c4_loader, rows, settings.documents, 0 if device.type == "cpu" else c4.WORKERS),
         batches=cache(

@@ -13,43 +13,79 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import training
 from common.cache import Artefact, artefact
+from sparsity.activations import make
 from sparsity.blocks import find_blocks, find_norms
+from sparsity.finetuning import fold_norms
 from sparsity.plugins import parameter_groups, sparsify
 from sparsity.probes import probe
+from sparsity.studies.distillation import Distillation, distillation_task
 from sparsity.studies.images import ImageTask, image_task
+from sparsity.studies.lora import adapt
 from sparsity.studies.runs import Run, Variant
 from sparsity.studies.span_corruption import SpanCorruption, span_corruption_task
-from sparsity.studies.task import Task
+from sparsity.studies.task import Batch, Task
 
 Rows = list[dict[str, Any]]
 
 
-def make_task(settings: ImageTask | SpanCorruption, device: torch.device) -> Task:
+def make_task(settings: ImageTask | SpanCorruption | Distillation, device: torch.device) -> Task:
     """Return the task that the settings describe; its evaluation batches come on `device`."""
-    return image_task(settings, device) if isinstance(settings, ImageTask) else span_corruption_task(settings, device)
+    if isinstance(settings, ImageTask):
+        return image_task(settings, device)
+    return (distillation_task if isinstance(settings, Distillation) else span_corruption_task)(settings, device)
 
 
-def build(task: Task, variant: Variant, seed: int = 0) -> nn.Module:
-    """Return the untrained network of a variant, on the CPU.
+def build(task: Task, run: Run, start: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Return the network of a run as it is before its first step, on the CPU.
 
     Args:
         task: whose network it is.
-        variant: what is plugged in.
-        seed: of the initial weights, which are the same in all variants.
+        run: its variant says what is plugged in; its seed decides the initial weights, which are the same in all
+            variants, and those of adapters.
+        start: the weights that fine-tuning starts from; None leaves those of `task.model()`.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
+    model = task.model()
+    if start is not None:
+        model.load_state_dict(start)
+    if run.variant.folded:
+        example = next(iter(task.batches("validation")))
+        fold_norms(model, lambda model: task.score(model, _on_cpu(example))[0])
+    tuning, steps = run.tuning, run.recipe.steps
+    if tuning is None:
+        return _plug_in(model, run.variant)
+    return adapt(_plug_in(model, run.variant, tuning.mixing * steps, tuning.uplift * steps), tuning.rank, tuning.alpha)
+
+
+def _on_cpu(batch: Batch) -> Batch:
+    return {name: tensor.cpu() for name, tensor in batch.items()}
+
+
+def _plug_in(model: nn.Module, variant: Variant, mixing: float = 0, uplift: float = 0) -> nn.Module:
+    """Plug in what the network has not: one that is ReLU already, and gets no other plug-in, stays as it is."""
+    activation = variant.activation
+    if activation == "relu" and all(isinstance(block.activation, nn.ReLU) for block in find_blocks(model)):
+        activation = None
+    if activation is None and not variant.zeroth_bias and not variant.restricted_norm:
+        return model
+    if activation is not None and not (mixing or variant.zeroth_bias or variant.restricted_norm):
+        for block in find_blocks(model):
+            block.replace_activation(make(activation))
+        return model
     return sparsify(
-        task.model(),
-        activation=variant.activation,
+        model,
+        activation=activation,
         zeroth_bias=variant.zeroth_bias,
         placement=variant.placement,
         restricted_norm=variant.restricted_norm,
         clip=variant.clip,
+        mixing_steps=round(mixing) if activation is not None else 0,
+        uplift_steps=round(uplift) if variant.restricted_norm else 0,
     )
 
 
@@ -65,15 +101,24 @@ def train(run: Run, device: torch.device, description: str | None = None) -> Art
         FloatingPointError: the loss is no longer finite.
     """
     task = make_task(run.task, device)
-    inputs = {name: getattr(run, name) for name in ("recipe", "variant", "seed", "exempt", "log_every", "snapshots")}
+    inputs = {
+        name: getattr(run, name) for name in ("recipe", "variant", "seed", "exempt", "log_every", "snapshots", "tuning")
+    }
     inputs |= {"task": task.key, "device": device.type}
     # checkpoints of networks with tied weights hold them once, which accelerate says on every save
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    return artefact("sparsity_run", inputs, partial(_train, run, task, device, description), resumable=True)
+    start = None
+    if run.tuning and run.tuning.start:
+        first = train(run.tuning.start, device, description)
+        inputs |= {"start": first.key}
+        start = first.path / f"step-{run.tuning.start.recipe.steps}.safetensors"
+    return artefact("sparsity_run", inputs, partial(_train, run, task, start, device, description), resumable=True)
 
 
-def _train(run: Run, task: Task, device: torch.device, description: str | None, folder: Path) -> None:
-    model = build(task, run.variant, run.seed)
+def _train(
+    run: Run, task: Task, start: Path | None, device: torch.device, description: str | None, folder: Path
+) -> None:
+    model = build(task, run, load_file(start) if start else None)
     recorder = Recorder(model, run, folder)
 
     def loss(prepared: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

