@@ -16,6 +16,7 @@ from merging.mergers import (
     tsv_m,
     weight_average,
 )
+from merging.norm_matching import norm_match, norm_match_low_rank
 from merging.task_vectors import apply, task_vector
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "iso_c",
     "iso_cts",
     "merger",
+    "norm_match",
+    "norm_match_low_rank",
     "plain_sum",
     "star",
     "task_arithmetic",
