@@ -1,0 +1,150 @@
+"""The learning rate of experts that are trained here, chosen on validation texts before anything is merged.
+
+The rule: on the validation texts of the first few tasks, experts of seed 0 are scored at every rate of a grid; of all
+rates whose mean score is within one standard error of the best, the smallest is taken (the one-standard-error rule:
+Breiman et al., Classification and Regression Trees, 1984). The best rate alone would be a choice for experts at any
+price: a higher rate moves the weights further, and what is far from the base does not merge. Merging has no part in
+the choice, so that it favours no merger and no calibration.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from common import evaluation
+from common.cache import Artefact, artefact
+from merging.suites import text_experts
+from merging.suites.data.text_tasks import TextTask
+from merging.suites.models import adapted, language
+from merging.suites.testbed import update_norms
+from merging.suites.text_experts import Base, FineTuning, TextRecipe, Tuned
+from merging.task_vectors import task_vector
+
+SEED = 0  # of the experts that are compared
+
+
+def choose(
+    base: Base,
+    tasks: Sequence[TextTask],
+    tuned: Tuned,
+    rates: Sequence[float],
+    recipe: TextRecipe,
+    device: torch.device,
+) -> tuple[float, list[dict[str, Any]]]:
+    """Return the learning rate that the rule above takes, and what it saw; trains what the cache does not hold yet.
+
+    Args:
+        base: what the experts start from.
+        tasks: whose validation texts judge.
+        tuned: what is fine-tuned.
+        rates: the grid. A single one is taken without any training.
+        recipe: how experts are trained.
+        device: where.
+
+    Returns:
+        the rate, and one dict for each rate and task: learning_rate, task, accuracy (%), texts (their number) and norm
+        (of the update, % of the base's).
+    """
+    if len(rates) == 1:
+        return rates[0], []
+    keys = [text_experts.expert(base, task, FineTuning(tuned, rate), SEED, recipe, device) for rate, task in
+            _pairs(rates, tasks)]  # fmt: skip
+    inputs = {"experts": [(kind, own) for kind, own, _ in keys]}
+    build = partial(_measure, base, tuple(tasks), tuned, tuple(rates), recipe, device)
+    seen = json.loads((artefact("text_rates", inputs, build).path / "rates.json").read_text())
+    return smallest_of_the_best(seen), seen
+
+
+def smallest_of_the_best(seen: Sequence[Mapping[str, Any]]) -> float:
+    """Return the smallest rate whose mean accuracy is within one standard error of the best mean.
+
+    Args:
+        seen: dicts with learning_rate, accuracy (%) and texts, one for each rate and task.
+    """
+    table = pd.DataFrame(seen)
+    share = table.accuracy / 100
+    table["variance"] = 100**2 * share * (1 - share) / table.texts
+    by_rate = table.groupby("learning_rate")
+    means, errors = by_rate.accuracy.mean(), by_rate.variance.sum().pow(0.5) / by_rate.size()
+    best = means.idxmax()
+    return float(min(means[means >= means[best] - errors[best]].index))
+
+
+def _pairs(rates: Sequence[float], tasks: Sequence[TextTask]) -> list[tuple[float, TextTask]]:
+    return [(rate, task) for rate in rates for task in tasks]
+
+
+def _measure(
+    base: Base,
+    tasks: Sequence[TextTask],
+    tuned: Tuned,
+    rates: Sequence[float],
+    recipe: TextRecipe,
+    device: torch.device,
+    folder: Path,
+) -> None:
+    pretrained, seen = language.parameters(base.model.to(device)), []
+    for rate, task in _pairs(rates, tasks):
+        found = text_experts.fine_tune(base, task, FineTuning(tuned, rate), SEED, recipe, device)
+        state = expert_state(base, found, tuned, device)
+        (norm,) = update_norms(pretrained, [task_vector(state, pretrained)])
+        accuracy, texts = validation_accuracy(base, task, found, state)
+        row = dict(learning_rate=rate, task=task.name, accuracy=accuracy, texts=texts, norm=norm)
+        seen.append(row)
+    if not all(math.isfinite(row["norm"]) for row in seen):
+        raise ValueError(f"an expert of {base.name} is not finite; take lower learning rates than {max(rates)}")
+    (folder / "rates.json").write_text(json.dumps(seen))
+
+
+def expert_state(base: Base, found: Artefact, tuned: Tuned, device: torch.device) -> dict[str, Tensor]:
+    """Return the state of an expert of `text_experts.fine_tune`, its adapter folded into the base."""
+    if tuned != "full":
+        state = adapted.folded(base.model, found.path / "adapter")
+    else:
+        state = load_file(found.path / "model.safetensors")
+    return {name: tensor.to(device) for name, tensor in state.items()}
+
+
+def validation_accuracy(base: Base, task: TextTask, found: Artefact, state: Mapping[str, Tensor]) -> tuple[float, int]:
+    """Return the accuracy (%) of an expert on all validation texts of its task, and their number."""
+    head = load_file(found.path / "head.safetensors") if base.pooling else None
+    device = next(iter(state.values())).device
+    network = text_experts.network(base, task, head).to(device)
+    batches = text_experts.evaluation_batches(base, task, task.split("validation"))
+    predicted, labels = evaluation.predictions(network, [state], batches)
+    return evaluation.score(predicted[0], labels), len(labels)
+
+
+def table(data: pd.DataFrame) -> pd.DataFrame:
+    """Return, for each backbone and rate, the experts' validation accuracy and update norm, and which rate was chosen.
+
+    Args:
+        data: a table with the rows of `rows`.
+    """
+    own = data[data.metric.isin([ACCURACY, NORM])]
+    if own.empty:
+        return pd.DataFrame()
+    means = own.pivot_table(index=["backbone", "learning_rate"], columns="metric", values="value", sort=False)
+    chosen = own.groupby(["backbone", "learning_rate"], sort=False).chosen.first()
+    return means.round(1).assign(chosen=chosen.map({True: "yes", False: ""})).reset_index()
+
+
+ACCURACY, NORM = "validation accuracy of experts, %", "norm of experts' updates, % of the base's"
+
+
+def rows(rate: float, seen: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what `choose` saw as rows of a table: two metrics for each rate and task."""
+    return [
+        dict(method="expert", task=one["task"], metric=metric, learning_rate=one["learning_rate"], value=one[name],
+             images=one["texts"], chosen=one["learning_rate"] == rate)
+        for one in seen
+        for metric, name in {ACCURACY: "accuracy", NORM: "norm"}.items()
+    ]  # fmt: skip
