@@ -89,10 +89,12 @@ def _package_t5(recipe: TextRecipe) -> Base:
 
 
 _package = (package_texts.TASKS, package_texts.task)
+_shifted = (package_texts.TASKS, package_texts.shifted_task)  # the same tasks in one domain that all of them share
 _glue = (hub_texts.GLUE, _hub_task)
 
 BACKBONES: dict[str, Backbone] = {
     "MiniLM": Backbone(_minilm, *_package, learning_rates=(1e-4, 3e-4, 1e-3)),
+    "MiniLM shifted": Backbone(_minilm, *_shifted, learning_rates=(1e-4, 3e-4, 1e-3)),
     "MiniLM LoRA": Backbone(_minilm, *_package, "lora", (1e-3, 2e-3, 4e-3)),
     "MiniLM IA³": Backbone(_minilm, *_package, "ia3", (5e-3, 1e-2, 2e-2)),
     "T5": Backbone(_package_t5, *_package, learning_rates=(1e-3,)),
