@@ -19,7 +19,7 @@ Testbed  the rule of merging/suites/testbed.py: Task Arithmetic, at its own or i
 Sharing  "MiniLM shifted" are the same tasks in one domain that all of them share (every vowel replaced by the next):
          the base starts far below the experts, and these share what they learn, as on the glyphs and perhaps in the
          paper's BERT row (56.9 for Task Arithmetic). Whether that raises s is in the table of testbeds.
-Rates    chosen on validation texts by the one-standard-error rule of merging/suites/learning_rates.py.
+Rates    chosen on validation texts by the rule of merging/suites/learning_rates.py, as in experiment 28.
 Cost     smoke 1 min; laptop 1 h, workstation 10 h (2 cores, estimated); paper: three suites from the hub, not timed.
 Run      python experiments/27_language_classification.py --scale laptop
 """

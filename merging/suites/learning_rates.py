@@ -1,10 +1,12 @@
 """The learning rate of experts that are trained here, chosen on validation texts before anything is merged.
 
-The rule: on the validation texts of the first few tasks, experts of seed 0 are scored at every rate of a grid; of all
-rates whose mean score is within one standard error of the best, the smallest is taken (the one-standard-error rule:
-Breiman et al., Classification and Regression Trees, 1984). The best rate alone would be a choice for experts at any
-price: a higher rate moves the weights further, and what is far from the base does not merge. Merging has no part in
-the choice, so that it favours no merger and no calibration.
+The rule: on the validation texts of the first few tasks, experts of seed 0 are scored at every rate of a grid. Rates at
+which some expert's update has 20 % or more of the base's norm are left out: a suite of such experts is no testbed
+(merging.suites.testbed). Of the others whose mean score is within one standard error of the best of them, the smallest
+is taken (the one-standard-error rule: Breiman et al., Classification and Regression Trees, 1984). Without the bound it
+is a choice of experts at any price: the score of a small T5's experts rises with the rate until their updates have half
+of the base's norm, and what is that far from the base does not merge. No merge has a part in the choice, so that it
+favours no merger and no calibration.
 """
 
 import json
@@ -24,7 +26,7 @@ from common.cache import Artefact, artefact
 from merging.suites import text_experts
 from merging.suites.data.text_tasks import TextTask
 from merging.suites.models import adapted, language
-from merging.suites.testbed import update_norms
+from merging.suites.testbed import LARGEST, update_norms
 from merging.suites.text_experts import Base, FineTuning, TextRecipe, Tuned
 from merging.task_vectors import task_vector
 
@@ -64,14 +66,24 @@ def choose(
 
 
 def smallest_of_the_best(seen: Sequence[Mapping[str, Any]]) -> float:
-    """Return the smallest rate whose mean accuracy is within one standard error of the best mean.
+    """Return the smallest rate whose mean accuracy is within one standard error of the best mean; see the rule above.
 
     Args:
-        seen: dicts with learning_rate, accuracy (%) and texts, one for each rate and task.
+        seen: dicts with learning_rate, accuracy (%), texts and norm (%), one for each rate and task.
+
+    Raises:
+        ValueError: at every rate some update is too large.
     """
     table = pd.DataFrame(seen)
+    table = table[table.groupby("learning_rate").norm.transform("max") < LARGEST]
+    if table.empty:
+        smallest = min(one["learning_rate"] for one in seen)
+        raise ValueError(
+            f"at {smallest:g}, the smallest of the learning rates, an expert's update already has {LARGEST:g} % of the "
+            f"base's norm; take smaller rates"
+        )
     share = table.accuracy / 100
-    table["variance"] = 100**2 * share * (1 - share) / table.texts
+    table = table.assign(variance=100**2 * share * (1 - share) / table.texts)
     by_rate = table.groupby("learning_rate")
     means, errors = by_rate.accuracy.mean(), by_rate.variance.sum().pow(0.5) / by_rate.size()
     best = means.idxmax()
