@@ -305,9 +305,20 @@ def test_the_smallest_rate_within_one_standard_error_of_the_best_is_taken(rates,
     assert learning_rates.smallest_of_the_best(seen) == by_hand == chosen
 
 
+@pytest.mark.parametrize("norms", [{8e-3: 25.0}, {8e-3: 20.0, 4e-3: 19.9}, {8e-3: 60.0, 4e-3: 33.0, 2e-3: 21.0}])
+def test_a_rate_at_which_some_expert_leaves_the_neighbourhood_of_the_base_is_not_taken(norms):
+    seen = seen_at({1e-3: 50.0, 2e-3: 60.0, 4e-3: 70.0, 8e-3: 80.0})
+    for one in seen:
+        one["norm"] = norms.get(one["learning_rate"], 1.0) if one["task"] == "two" else 1.0
+    allowed = [one["learning_rate"] for one in seen if norms.get(one["learning_rate"], 0.0) < 20]
+    assert learning_rates.smallest_of_the_best(seen) == max(allowed)  # each rate is 10 points above the one before
+    with pytest.raises(ValueError, match=r"at 0\.001, the smallest of the learning rates, .*take smaller rates"):
+        learning_rates.smallest_of_the_best([one | {"norm": 20.0} for one in seen])
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_a_grid_is_judged_on_validation_texts_and_a_single_rate_trains_nothing(name, monkeypatch):
-    base, task, grid = BASES[name](), colours("one"), (1e-5, 2e-2)
+    base, task, grid = BASES[name](), colours("one"), (1e-5, 1e-4)
     recipe = replace(RECIPE, rate_tasks=1)
     rate, seen = learning_rates.choose(base, [task], "lora", grid, recipe, CPU)
     assert rate in grid and [one["learning_rate"] for one in seen] == list(grid)
