@@ -193,8 +193,8 @@ DEVIATIONS = (
     "Embedded suites: MiniLM with a linear head a task, and a T5 of this project that was trained on the texts of "
     "installed packages, on tasks made from such texts.",
     "The T5's experts get better with the rate until their updates have half of the base's norm, and merges of such "
-    "experts hardly beat the base. Rates of 1e-2 (LoRA) and 5e-2 (IA³), which this experiment had first, showed that and not SVC; so "
-    "would the rates that validation texts alone choose (8e-3, 4e-2), hence the bound.",
+    "experts hardly beat the base. Rates of 1e-2 (LoRA) and 5e-2 (IA³), which this experiment had first, showed that "
+    "and not SVC; so would the rates that validation texts alone choose (8e-3, 4e-2), hence the bound.",
     "TIES and DARE look at single entries and have no factored form: on LoRA they merge the matrices.",
     "Iso-C and Iso-CTS have equal singular values: in factored form SVC takes the basis in which they were built.",
     "The factored form was compared with float32 matrices at first, and found 4e-4 apart under TSV-M: that is their "
