@@ -24,14 +24,15 @@ import torch
 
 from common.cache import cached_rows
 from common.lab.statistics import spread
-from merging import mergers
 from merging.calibration import Diagnosis, diagnose
 from merging.diagnosis import calibrated_matrices, totals
+from merging.mergers import plain_sum, task_arithmetic
 from merging.suites import comparison
 from merging.suites.comparison import BASE, BASE_TUNED
 from merging.suites.suite import Rows, State, Suite
 from merging.suites.unrelated import unrelated
 
+LINEAR, SUM, CHANCE = task_arithmetic.__name__, plain_sum.__name__, "unrelated"  # as they are called in tables
 GAIN = 2.0  # points that Task Arithmetic must gain over the pretrained model
 LARGEST = 20.0  # % of the base's norm that every expert's update must stay below
 UPDATE_NORM = "update norm, % of the base's"
@@ -55,8 +56,8 @@ def _rows(suite: Suite, seed: int) -> Rows:
     updates = suite.task_vectors()
     for task, share in zip(suite.tasks, update_norms(suite.pretrained, updates), strict=True):
         yield dict(method="expert", svc="none", task=task, metric=UPDATE_NORM, value=share)
-    for method, own in {"plain_sum": updates, "unrelated": unrelated(updates, seed)}.items():
-        found = calibrated_matrices(diagnose(mergers.merge("plain_sum", own, seed), own))
+    for method, own in {SUM: updates, CHANCE: unrelated(updates, seed)}.items():
+        found = calibrated_matrices(diagnose(plain_sum(own), own))
         known = totals(map(without_null_directions, found.values()))
         for metric in DIAGNOSIS:
             yield dict(method=method, svc="none", metric=metric, value=known[metric])
@@ -104,7 +105,7 @@ def judged(data: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for place in dict.fromkeys(zip(*(means.index.get_level_values(key) for key in PLACE), strict=True)):
         known = means[place]
-        merged = [known.get(("task_arithmetic", row), float("nan")) for row in (BASE, BASE_TUNED)]
+        merged = [known.get((LINEAR, row), float("nan")) for row in (BASE, BASE_TUNED)]
         gain = pd.Series(merged).max() - known.get(("pretrained", BASE), float("nan"))
         largest = norms.get(place, float("nan"))
         lines.append((*place, gain, largest, bool(gain >= GAIN and largest < LARGEST)))
@@ -133,7 +134,7 @@ def sentence(data: pd.DataFrame) -> str:
 
 def table(data: pd.DataFrame) -> pd.DataFrame:
     """Return the rule's answer and the diagnosis of every suite as text, "measured (by chance)", means over seeds."""
-    metrics = data[data.metric.isin(DIAGNOSIS) & data.method.isin(["plain_sum", "unrelated"])]
+    metrics = data[data.metric.isin(DIAGNOSIS) & data.method.isin([SUM, CHANCE])]
     means = metrics.groupby([*PLACE, "method", "metric"]).value.mean()
     norms = data[data.metric == UPDATE_NORM].groupby(PLACE).value.apply(spread)
     lines = []
@@ -142,8 +143,8 @@ def table(data: pd.DataFrame) -> pd.DataFrame:
         shown = dict(zip(PLACE, place, strict=True)) | {"testbed": "yes" if line.testbed else "no"}
         shown |= {"Task Arithmetic − pretrained, points": f"{line.gain:+.1f}", UPDATE_NORM: norms.get(place, "")}
         for metric, name in DIAGNOSIS.items():
-            if (*place, "plain_sum", metric) in means:
-                own, chance = (means[(*place, method, metric)] for method in ("plain_sum", "unrelated"))
+            if (*place, SUM, metric) in means:
+                own, chance = (means[(*place, method, metric)] for method in (SUM, CHANCE))
                 shown[f"{name} (by chance)"] = f"{own:.2f} ({chance:.2f})"
         lines.append(shown)
     return pd.DataFrame(lines)
