@@ -185,7 +185,7 @@ def task(name: str) -> TextTask:
     return TextTask(name, READERS[name][1], partial(_examples, tables), key, template=f"{name}: {{0}}")
 
 
-VOWELS = str.maketrans("aeiouAEIOU", "eiouaEIOUA")
+VOWELS = ("aeiouAEIOU", "eiouaEIOUA")  # and what replaces them
 
 
 @cache
@@ -198,11 +198,11 @@ def shifted_task(name: str) -> TextTask:
     Raises:
         ValueError: there is no such task.
     """
-    own = task(name)
+    own, moved = task(name), str.maketrans(*VOWELS)
 
     def split(which: str) -> Examples:
         examples = own.split(which)
-        return replace(examples, texts=[tuple(field.translate(VOWELS) for field in text) for text in examples.texts])
+        return replace(examples, texts=[tuple(field.translate(moved) for field in text) for text in examples.texts])
 
     return replace(own, split=split, key=f"{own.key}, next vowels")
 
