@@ -201,7 +201,7 @@ def test_a_shifted_task_has_the_same_texts_with_other_vowels_and_the_same_target
     own, shifted = package_texts.task("expression"), package_texts.shifted_task("expression")
     for split in SIZES:
         plain, moved = own.split(split), shifted.split(split)
-        assert moved.targets == plain.targets and moved.texts != plain.texts
+        assert moved.targets == plain.targets and (moved.texts != plain.texts or not plain.texts)
         for (before,), (after,) in zip(plain.texts, moved.texts, strict=True):
             following = dict(zip("aeiouAEIOU", "eiouaEIOUA", strict=True))
             assert after == "".join(following.get(letter, letter) for letter in before)
