@@ -53,7 +53,7 @@ class Settings:
     backbones: tuple[str, ...] = ("MiniLM LoRA", "T5 LoRA", "T5 IA³")
     methods: tuple[str, ...] = ("task_arithmetic", "ties", "tsv_m")
     ia3_forms: tuple[str, ...] = ("vectors",)  # how IA³ is merged: as vectors, or as the matrices that they change
-    recipe: TextRecipe = TextRecipe(test_texts=120)
+    recipe: TextRecipe = TextRecipe(rate_tasks=4, test_texts=120)
 
     def __post_init__(self):
         language.check_backbones(self.backbones)
@@ -64,7 +64,7 @@ class Settings:
 
 SMOKE = TextRecipe(2, t5_steps=2, base_steps=2, batch_size=4, rank=2, probe_texts=24, rate_tasks=1, validation_texts=8,
                     test_texts=8)  # fmt: skip
-WORKSTATION = TextRecipe(200, t5_steps=600, probe_texts=3000, validation_texts=100, test_texts=400)
+WORKSTATION = TextRecipe(200, t5_steps=600, rate_tasks=4, probe_texts=3000, validation_texts=100, test_texts=400)
 PAPER = TextRecipe(t5_steps=1000, validation_texts=0, test_texts=0)
 OWN = ("MiniLM LoRA", "MiniLM IA³", "T5 LoRA", "T5 IA³")
 HUB = ("Flan-T5-base LoRA", "Flan-T5-large LoRA", "T0-3B IA³")

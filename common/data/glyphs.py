@@ -58,9 +58,9 @@ FACES: dict[str, tuple[str, ...]] = {
              "STIXGeneralBolIta"),
 }  # fmt: skip
 
-# Of experts that are merged: a scale is tuned on validation faces, and two of one family are too few to choose it by.
-# The base has seen all nine training faces, in the mild style.
-SUITE_FACES = FACES | {
+# For experts that are merged: a scale is tuned on validation faces, and two of one family are few to choose it by. The
+# base has seen all nine training faces, in the mild style.
+WIDE_VALIDATION = FACES | {
     "train": tuple(face for face in FACES["train"] if face != "STIXGeneralBol"),
     "validation": (*FACES["validation"], "STIXGeneralBol"),
 }

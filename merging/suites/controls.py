@@ -115,10 +115,16 @@ def replaced(found: pd.DataFrame) -> dict[str, str]:
     return words
 
 
+def beside_a_tuned_scale(found: pd.DataFrame) -> str:
+    """Return `replaced` as a sentence with a space behind it; "" where norm matching was not measured."""
+    words = ", ".join(f"{method} {word}" for method, word in replaced(found).items())
+    return f"Norm matching beside a tuned scale: {words}. " if words else ""
+
+
 def tables(data: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the tables of a README: the controls of every cell, pooled differences, and the best merger by cell."""
     found = pooled(data)
-    if found.empty or NORM_GAIN not in set(found.condition):  # a table from before the controls
+    if found.empty:
         return {}
     texts = [f"{line.interval} (± {half_width(line.interval):.1f})" for line in found.itertuples()]
     wide = found.assign(text=texts).set_index(["method", "cells", "condition"]).text.unstack(sort=False)
@@ -135,9 +141,9 @@ def _table(data: pd.DataFrame) -> pd.DataFrame:
         known = dict(list(part.groupby("row").value))
         line = dict(zip(CELL, cell, strict=True))
         for heading, variants in COLUMNS.items():
-            line[heading] = next((spread(known[row]) for row in variants if row in known), "")
+            line |= next(({heading: spread(known[row])} for row in variants if row in known), {})
         lines.append(line)
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines).fillna("")
 
 
 def _best(data: pd.DataFrame) -> pd.DataFrame:
@@ -151,12 +157,13 @@ def _best(data: pd.DataFrame) -> pd.DataFrame:
 def draw(data: pd.DataFrame) -> dict[str, Figure]:
     """Return the figure of the pooled differences of every merger, "pooled_differences"."""
     found = pooled(data)
-    if found.empty or NORM_GAIN not in set(found.condition):
+    if found.empty:
         return {}
     panels = {
         "SVC against base": (SVC_GAIN, TUNED_GAIN, SPECTRUM),
         "norm matching against a tuned scale": (NORM_OVER_TUNED, WHOLE_OVER_TUNED),
     }
     parts = [found[found.condition.isin(shown)].assign(panel=panel) for panel, shown in panels.items()]
+    parts = [part for part in parts if len(part)]  # norm matching is not in every table
     options = dict(item="method", panel="panel", xlabel="difference in mean accuracy, points, all cells together")
     return {"pooled_differences": figures.forest(pd.concat(parts), **options)}

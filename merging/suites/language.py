@@ -42,7 +42,8 @@ class Backbone:
         tasks: names, in the order in which suites take them.
         task: maps a name to the task.
         tuned: what fine-tuning changed: everything ("full"), or the adapter ("lora", "ia3").
-        learning_rates: of experts that are trained here; of several, `learning_rates.choose` takes one.
+        learning_rates: of experts that are trained here, in ascending order; of several, `learning_rates.choose` takes
+            one, the middle one where the recipe does not ask for a choice.
         hub: repository of the base if the experts are on the hub too; "" if they are trained here.
     """
 

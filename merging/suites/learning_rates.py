@@ -45,9 +45,9 @@ def choose(
 
     Args:
         base: what the experts start from.
-        tasks: whose validation texts judge.
+        tasks: whose validation texts judge. Without any, the middle of the grid is taken.
         tuned: what is fine-tuned.
-        rates: the grid. A single one is taken without any training.
+        rates: the grid, in ascending order. A single one is taken without any training.
         recipe: how experts are trained.
         device: where.
 
@@ -55,8 +55,8 @@ def choose(
         the rate, and one dict for each rate and task: learning_rate, task, accuracy (%), texts (their number) and norm
         (of the update, % of the base's).
     """
-    if len(rates) == 1:
-        return rates[0], []
+    if len(rates) == 1 or not tasks:
+        return rates[(len(rates) - 1) // 2], []
     keys = [text_experts.expert(base, task, FineTuning(tuned, rate), SEED, recipe, device) for rate, task in
             _pairs(rates, tasks)]  # fmt: skip
     inputs = {"experts": [(kind, own) for kind, own, _ in keys]}

@@ -8,12 +8,14 @@ The rule, fixed before any run that it judges. A suite (backbone and number of t
         changed.
 
 Where merging itself does not work, or experts are trained so hard that they leave the base's neighbourhood, what SVC
-does to the merged model says nothing about SVC.
+does to the merged model says nothing about SVC. Of a suite for which (a) or (b) was not measured the rule says so, and
+leaves it in: what is not known has not failed.
 
 Beside it the diagnosis of the plain sum, as in experiment 21, each quantity next to its level by chance, which is that
 of unrelated updates with the same spectra: without over-accumulation there is nothing to remove.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -96,7 +98,7 @@ def judged(data: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         columns backbone, suite, gain (of Task Arithmetic over the pretrained model, points; NaN where it was not run),
-        largest (update norm, %; NaN where it was not measured) and testbed (bool).
+        largest (update norm, %; NaN where it was not measured) and testbed ("yes", "no" or "not measured").
     """
     means = (
         comparison.variant_means(comparison.models(data)).groupby([*PLACE, "method", "row"], sort=False).value.mean()
@@ -108,28 +110,36 @@ def judged(data: pd.DataFrame) -> pd.DataFrame:
         merged = [known.get((LINEAR, row), float("nan")) for row in (BASE, BASE_TUNED)]
         gain = pd.Series(merged).max() - known.get(("pretrained", BASE), float("nan"))
         largest = norms.get(place, float("nan"))
-        lines.append((*place, gain, largest, bool(gain >= GAIN and largest < LARGEST)))
+        known = "yes" if gain >= GAIN and largest < LARGEST else "no"
+        lines.append((*place, gain, largest, "not measured" if math.isnan(gain + largest) else known))
     return pd.DataFrame(lines, columns=[*PLACE, "gain", "largest", "testbed"])
 
 
 def on_testbeds(data: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return those of the rows (with columns backbone and suite) that belong to testbeds of the table."""
+    """Return the rows (with columns backbone and suite) without those of suites that are no testbeds by the table."""
     found = judged(data)
-    places = set(found[found.testbed][PLACE].itertuples(index=False, name=None))
-    return rows[[place in places for place in rows[PLACE].itertuples(index=False, name=None)]]
+    places = set(found[found.testbed == "no"][PLACE].itertuples(index=False, name=None))
+    return rows[[place not in places for place in rows[PLACE].itertuples(index=False, name=None)]]
 
 
 def sentence(data: pd.DataFrame) -> str:
-    """Return in words which suites are testbeds, and why the others are none."""
+    """Return in words which suites are testbeds, and why the others are none or not known to be any."""
     found = judged(data)
-    if found.testbed.all():
+    counts = found.testbed.value_counts()
+    if counts.get("yes") == len(found):
         return f"All {len(found)} suites are testbeds."
+    if counts.get("not measured") == len(found):
+        return "Testbeds: not measured in this run."
     reasons = [
         f"{line.backbone}, {line.suite} tasks (Task Arithmetic {line.gain:+.1f} points over the pretrained model, "
         f"updates up to {line.largest:.0f} % of the base's norm)"
-        for line in found[~found.testbed].itertuples()
+        for line in found[found.testbed == "no"].itertuples()
     ]
-    return f"{found.testbed.sum()} of {len(found)} suites are testbeds; no testbed: {'; '.join(reasons)}."
+    unknown = [f"{line.backbone}, {line.suite} tasks" for line in found[found.testbed == "not measured"].itertuples()]
+    parts = [f"{counts.get('yes', 0)} of {len(found)} suites are testbeds"]
+    parts += [f"no testbed: {'; '.join(reasons)}"] if reasons else []
+    parts += [f"not measured in this run: {'; '.join(unknown)}"] if unknown else []
+    return f"{'; '.join(parts)}."
 
 
 def table(data: pd.DataFrame) -> pd.DataFrame:
@@ -140,8 +150,9 @@ def table(data: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for line in judged(data).itertuples():
         place = (line.backbone, line.suite)
-        shown = dict(zip(PLACE, place, strict=True)) | {"testbed": "yes" if line.testbed else "no"}
-        shown |= {"Task Arithmetic − pretrained, points": f"{line.gain:+.1f}", UPDATE_NORM: norms.get(place, "")}
+        shown = dict(zip(PLACE, place, strict=True)) | {"testbed": line.testbed}
+        gain = "not run" if math.isnan(line.gain) else f"{line.gain:+.1f}"
+        shown |= {"Task Arithmetic − pretrained, points": gain, UPDATE_NORM: norms.get(place, "not measured")}
         for metric, name in DIAGNOSIS.items():
             if (*place, SUM, metric) in means:
                 own, chance = (means[(*place, method, metric)] for method in (SUM, CHANCE))

@@ -46,7 +46,7 @@ class TextRecipe:
     rank: int = 8  # of LoRA
     base_steps: int = 300  # of the T5 that is trained here
     head: float = 1e-3  # learning rate of the linear head, which starts from the probe
-    rate_tasks: int = 4  # number of tasks on whose validation texts the experts' learning rate is chosen
+    rate_tasks: int = 0  # number of tasks on whose validation texts the experts' learning rate is chosen; 0: it is not
     probe_texts: int = 500
     validation_texts: int = 32
     test_texts: int = 80

@@ -150,6 +150,7 @@ class GlyphRecipe:
     expert_learning_rate: float = 4e-4
     slant: float = 0.5
     halftone: float = 0.3
+    wide_validation: bool = False  # tune scales on 3 faces of 2 families and train experts on 8; else on 2 and 9
 
     def at(self, backbone: str) -> "GlyphRecipe":
         """Return the recipe of a backbone "glyph-WIDTH", with "base SEED" or "own domains" behind it, or both.
@@ -181,8 +182,17 @@ class GlyphRecipe:
             return glyphs.own_style(task, self.slant, self.halftone)
         return glyphs.shifted_style(self.slant, self.halftone)
 
+    @property
+    def faces(self) -> Mapping[str, tuple[str, ...]]:
+        """The faces that experts are trained on, scales are tuned on and merged models are tested on, by split."""
+        return glyphs.WIDE_VALIDATION if self.wide_validation else glyphs.FACES
 
-VALIDATION_GLYPHS = 128  # per task, about; each of the three faces in one or more photographs
+    @property
+    def validation_glyphs(self) -> int:
+        """About how many photographs of a task scales are tuned on; each glyph is in one or more of them."""
+        return 128 if self.wide_validation else 64
+
+
 SMOKE = GlyphRecipe(pretraining_steps=8, expert_steps=4)  # enough to run every line, not to learn
 
 
@@ -231,6 +241,7 @@ def _expert(recipe: GlyphRecipe, task: str, seed: int, device: torch.device) -> 
         "seed": seed,
         "recipe": recipe.expert,
         "style": recipe.style(task),
+        "faces": recipe.faces["train"],
         "base": cache_key(*base),
     }
     return "glyph_expert", inputs, partial(_fine_tune, recipe, task, seed, device)
@@ -245,7 +256,7 @@ def _fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device, 
         images, labels = glyphs.photograph(batch[0], style, generator), batch[1]
         return F.cross_entropy(F.normalize(model(images), dim=-1) @ head.to(images.device).T, labels)
 
-    drawn = glyphs.glyphs([task], "train", glyphs.SUITE_FACES)
+    drawn = glyphs.glyphs([task], "train", recipe.faces)
     encoder = training.fit(clip.visual, loss, _loader(drawn, recipe.expert, seed), recipe.expert, device)
     save_file(
         {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, folder / "model.safetensors"
@@ -279,23 +290,25 @@ def zero_shot_suite(recipe: GlyphRecipe, tasks: int, device: torch.device) -> Su
     model = load_clip(recipe.width, base.path)
     heads = [tiny_clip.zero_shot_head(model, glyphs.class_names(name)) for name in names]
     pretrained = {name: tensor.detach().clone().to(device) for name, tensor in model.visual.state_dict().items()}
-    styles = {name: recipe.style(name) for name in names}
-    key = cache_key({"base": base.key, "styles": styles, "tasks": names}, zero_shot_suite)
+    inputs = {"base": base.key, "styles": [recipe.style(name) for name in names], "tasks": names}
+    inputs |= {"faces": recipe.faces, "validation": recipe.validation_glyphs}
+    key = cache_key(inputs, zero_shot_suite)
     networks = tuple(ZeroShot(model.visual, head).to(device) for head in heads)
-    return Suite(key, names, networks, pretrained, (), _GlyphBatches(styles, device))
+    return Suite(key, names, networks, pretrained, (), _GlyphBatches(recipe, device))
 
 
 class _GlyphBatches:
     """Fixed photographs of each task: the same images for every model and seed, made once and kept."""
 
-    def __init__(self, styles: Mapping[str, glyphs.Style], device: torch.device):
-        self.styles, self.device, self.made = styles, device, {}
+    def __init__(self, recipe: GlyphRecipe, device: torch.device):
+        self.recipe, self.device, self.made = recipe, device, {}
 
     def __call__(self, task: str, split: str, batch_size: int = 512) -> list[tuple[Tensor, ...]]:
         if (task, split) not in self.made:
-            drawn = glyphs.glyphs([task], split, glyphs.SUITE_FACES)
-            copies = 2 if split == "test" else max(1, round(VALIDATION_GLYPHS / len(drawn.labels)))
-            images, labels = glyphs.photographs(drawn, self.styles[task], copies, seed=1 if split == "test" else 2)
+            drawn = glyphs.glyphs([task], split, self.recipe.faces)
+            copies = 2 if split == "test" else max(1, round(self.recipe.validation_glyphs / len(drawn.labels)))
+            style, seed = self.recipe.style(task), 1 if split == "test" else 2
+            images, labels = glyphs.photographs(drawn, style, copies, seed)
             self.made[task, split] = (images.to(self.device), labels.to(self.device))
         return list(zip(*(tensor.split(batch_size) for tensor in self.made[task, split]), strict=True))
 

@@ -83,8 +83,8 @@ def test_a_screen_darkens_a_third_or_half_of_the_pixels_as_its_formula_says(scre
 
 
 def test_faces_of_merged_experts_are_disjoint_and_their_test_faces_are_the_same():
-    sides = [set(faces) for faces in glyphs.SUITE_FACES.values()]
+    sides, wide = [set(faces) for faces in glyphs.WIDE_VALIDATION.values()], glyphs.WIDE_VALIDATION
     assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
-    assert (
-        set.union(*sides) == set().union(*glyphs.FACES.values()) and glyphs.SUITE_FACES["test"] == glyphs.FACES["test"]
-    )
+    assert set.union(*sides) == set().union(*glyphs.FACES.values()) and wide["test"] == glyphs.FACES["test"]
+    assert [len(faces) for faces in glyphs.FACES.values()] == [9, 2, 5]
+    assert [len(faces) for faces in wide.values()] == [8, 3, 5]

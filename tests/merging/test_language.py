@@ -344,6 +344,15 @@ def test_a_grid_is_judged_on_validation_texts_and_a_single_rate_trains_nothing(n
     assert list(shown.learning_rate) == list(grid) and list(shown.chosen) == ["yes" * (one == rate) for one in grid]
     monkeypatch.setattr(text_experts, "fine_tune", None)
     assert learning_rates.choose(base, [task], "lora", (3e-3,), recipe, CPU) == (3e-3, [])
+    for rates in [(1.0, 2.0), (1.0, 2.0, 3.0), (1.0, 2.0, 3.0, 4.0)]:  # without tasks nothing is chosen
+        assert learning_rates.choose(base, [], "lora", rates, recipe, CPU) == (rates[(len(rates) - 1) // 2], [])
+
+
+def test_fixed_rates_are_those_that_have_been_used():
+    used = {"MiniLM": 3e-4, "MiniLM LoRA": 2e-3, "MiniLM IA³": 1e-2, "T5": 1e-3, "BERT": 2e-5, "T0-3B IA³": 3e-3}
+    for name, rate in used.items():
+        grid = language.BACKBONES[name].learning_rates
+        assert list(grid) == sorted(grid) and learning_rates.choose(None, [], "full", grid, RECIPE, CPU)[0] == rate
 
 
 def test_a_suite_is_made_of_experts_at_the_chosen_rate(monkeypatch):

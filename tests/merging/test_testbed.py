@@ -10,6 +10,7 @@ from torch import nn
 from common.lab.statistics import paired_interval
 from merging import apply, diagnose, plain_sum
 from merging.suites import controls, testbed
+from merging.suites.comparison import TUNED_GAIN
 from merging.suites.suite import Suite
 
 
@@ -41,35 +42,61 @@ def table(gain_own, gain_tuned, largest):
 @pytest.mark.parametrize(
     ("own", "tuned", "largest", "expected"),
     [
-        (5.0, 5.0, 10.0, True),
-        (-20.0, 2.1, 19.9, True),  # "at some scale"
-        (2.1, -20.0, 19.9, True),
-        (1.9, 1.9, 5.0, False),
-        (-30.0, -1.0, 5.0, False),
-        (9.0, 9.0, 20.0, False),
-        (9.0, 9.0, 66.0, False),
-        (9.0, 9.0, float("nan"), False),  # never a testbed without having looked
+        (5.0, 5.0, 10.0, "yes"),
+        (-20.0, 2.1, 19.9, "yes"),  # "at some scale"
+        (2.1, -20.0, 19.9, "yes"),
+        (1.9, 1.9, 5.0, "no"),
+        (-30.0, -1.0, 5.0, "no"),
+        (9.0, 9.0, 20.0, "no"),
+        (9.0, 9.0, 66.0, "no"),
     ],
 )
 def test_a_suite_counts_where_merging_works_near_the_base(own, tuned, largest, expected):
     data = table(own, tuned, largest)
     (found,) = testbed.judged(data).itertuples()
-    assert found.testbed is expected or bool(found.testbed) is expected
+    assert found.testbed == expected and found.largest == largest
     assert found.gain == pytest.approx(max(own, tuned))
-    if not math.isnan(largest):
-        assert found.largest == largest
-    assert len(testbed.on_testbeds(data, data)) == (len(data) if expected else 0)
+    assert len(testbed.on_testbeds(data, data)) == (len(data) if expected == "yes" else 0)
     text = testbed.sentence(data)
-    assert (
-        text == "All 1 suites are testbeds."
-        if expected
-        else text.startswith("0 of 1 suites are testbeds; no testbed: B, 2")
-    )
+    if expected == "yes":
+        assert text == "All 1 suites are testbeds."
+    else:
+        assert text.startswith("0 of 1 suites are testbeds; no testbed: B, 2 tasks (Task Arithmetic ")
 
 
-def test_without_task_arithmetic_there_is_no_testbed():
-    data = table(9.0, 9.0, 5.0)
-    assert not testbed.judged(data[data.method != "task_arithmetic"]).testbed.any()
+def unmeasured(gain, what):
+    """A suite for which the update norms, their values or Task Arithmetic are not in the table."""
+    data = table(gain, gain, float("nan") if what == "no values" else 5.0)
+    if what == "no norms":
+        return data[data.metric != testbed.UPDATE_NORM]
+    return data[data.method != "task_arithmetic"] if what == "no Task Arithmetic" else data
+
+
+@pytest.mark.parametrize("what", ["no norms", "no values", "no Task Arithmetic"])
+@pytest.mark.parametrize("gain", [9.0, -9.0])
+def test_what_was_not_measured_is_unknown_and_leaves_the_suite_in(gain, what):
+    data = unmeasured(gain, what)
+    assert list(testbed.judged(data).testbed) == ["not measured"]
+    assert testbed.on_testbeds(data, data).equals(data)
+    assert testbed.sentence(data) == "Testbeds: not measured in this run."
+    (line,) = testbed.table(data).to_dict("records")
+    assert line["testbed"] == "not measured"
+    shown = ["not run", "+5.0"] if what == "no Task Arithmetic" else [f"{gain:+.1f}", "not measured"]
+    assert line["Task Arithmetic − pretrained, points"] == shown[0]
+    if what != "no values":
+        assert line[testbed.UPDATE_NORM] == shown[1] or what == "no Task Arithmetic"
+
+
+def test_of_several_suites_each_is_judged_by_what_is_known_of_it():
+    parts = {"A": table(5.0, 5.0, 5.0), "B": table(5.0, 5.0, 50.0), "C": unmeasured(5.0, "no norms")}
+    data = pd.concat([part.assign(backbone=name) for name, part in parts.items()], ignore_index=True)
+    assert dict(testbed.judged(data)[["backbone", "testbed"]].to_numpy()) == {
+        "A": "yes", "B": "no", "C": "not measured",
+    }  # fmt: skip
+    assert set(testbed.on_testbeds(data, data).backbone) == {"A", "C"}
+    text = testbed.sentence(data)
+    assert text.startswith("1 of 3 suites are testbeds; no testbed: B, 2 tasks (Task Arithmetic +5.0 points")
+    assert text.endswith("updates up to 50 % of the base's norm); not measured in this run: C, 2 tasks.")
 
 
 def test_the_table_puts_chance_beside_every_quantity():
@@ -194,7 +221,25 @@ def test_words_for_norm_matching(low, high, word):
     assert controls.replaced(found) == {"ties": word}
 
 
-def test_a_table_from_before_the_controls_has_none():
+@pytest.mark.parametrize("norm_matched", [False, True])
+def test_a_table_from_before_norm_matching_has_the_pooled_intervals_that_it_allows(norm_matched):
     data = cells()
-    old = data[data.scale_rule != "norm"].drop(columns=["gained_over_norm", "lost_over_norm"])
-    assert controls.tables(old) == {} == controls.draw(old)
+    tuned = data[data.scale_rule == "validation"].assign(svc="output", alpha=1 / data.suite, gained=8.0)
+    data = pd.concat([data, tuned], ignore_index=True)
+    if not norm_matched:
+        data = data[data.scale_rule != "norm"].drop(columns=["gained_over_norm", "lost_over_norm"])
+    by_cell, together, best = controls.tables(data).values()
+    assert ("norm matching" in by_cell) is norm_matched and "SVC + tuned scale" in by_cell
+    (line,) = together.to_dict("records")
+    assert line[TUNED_GAIN].startswith("+4.0 [") and line["cells"] == 2  # 8 of 200 images
+    assert (controls.NORM_OVER_TUNED in line) is norm_matched
+    assert len(best) == 2
+    words = controls.beside_a_tuned_scale(controls.pooled(data))
+    assert words == ("Norm matching beside a tuned scale: ties replaces it. " if norm_matched else "")
+    (figure,) = controls.draw(data).values()
+    assert len(figure.axes) == 1 + norm_matched
+
+
+def test_nothing_merged_has_no_controls():
+    data = cells().assign(method="pretrained")
+    assert controls.tables(data) == {} == controls.draw(data)
