@@ -154,15 +154,16 @@ def _best(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(data: pd.DataFrame) -> dict[str, Figure]:
-    """Return the figure of the pooled differences of every merger, "pooled_differences"."""
-    found = pooled(data)
-    if found.empty:
-        return {}
-    panels = {
-        "SVC against base": (TUNED_GAIN, SPECTRUM),  # at own scales the sum gains too much to be drawn beside it
-        "norm matching against a tuned scale": (NORM_OVER_TUNED, WHOLE_OVER_TUNED),
+    """Return figures of the pooled differences: SVC against base, and norm matching, if measured, against a tuned scale."""
+    found, drawn = pooled(data), {}
+    shown = {  # at own scales the sum gains too much from SVC to be drawn beside these
+        "pooled_differences": (TUNED_GAIN, SPECTRUM),
+        "pooled_norm_matching": (NORM_OVER_TUNED, WHOLE_OVER_TUNED),
     }
-    parts = [found[found.condition.isin(shown)].assign(panel=panel) for panel, shown in panels.items()]
-    parts = [part for part in parts if len(part)]  # norm matching is not in every table
-    options = dict(item="method", panel="panel", xlabel="difference in mean accuracy, points, all cells together")
-    return {"pooled_differences": figures.forest(pd.concat(parts), **options)}
+    for stem, conditions in shown.items():
+        if len(rows := found[found.condition.isin(conditions)]):
+            rows = rows.assign(panel="All cells together")
+            drawn[stem] = figures.forest(
+                rows, item="method", panel="panel", xlabel="difference in mean accuracy, points"
+            )
+    return drawn

@@ -146,7 +146,9 @@ def table(data: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     means = own.pivot_table(index=["backbone", "learning_rate"], columns="metric", values="value", sort=False)
     chosen = own.groupby(["backbone", "learning_rate"], sort=False).chosen.first()
-    return means.round(1).assign(chosen=chosen.map({True: "yes", False: ""})).reset_index()
+    table = means.round(1).assign(chosen=chosen.map({True: "yes", False: ""})).reset_index()
+    order = {backbone: place for place, backbone in enumerate(dict.fromkeys(own.backbone))}
+    return table.sort_values(["backbone", "learning_rate"], key=lambda column: column.replace(order), ignore_index=True)
 
 
 ACCURACY, NORM = "validation accuracy of experts, %", "norm of experts' updates, % of the base's"
