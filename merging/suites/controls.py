@@ -154,7 +154,7 @@ def _best(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(data: pd.DataFrame) -> dict[str, Figure]:
-    """Return figures of pooled differences: SVC against base, and norm matching, where measured, against a tuned scale."""
+    """Return figures of pooled differences: SVC against base; norm matching, where measured, against a tuned scale."""
     found, drawn = pooled(data), {}
     shown = {  # at own scales the sum gains too much from SVC to be drawn beside these
         "pooled_differences": (TUNED_GAIN, SPECTRUM),
