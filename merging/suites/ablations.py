@@ -12,9 +12,9 @@ import torch
 from merging import calibration, mergers
 from merging.calibration import SVC, SVC_MATRICES, calibrate, own_bases, published_alpha
 from merging.suites import reference
+from merging.suites.chance import chance_coefficients
 from merging.suites.comparison import scored
 from merging.suites.suite import Rows, Suite
-from merging.suites.unrelated import chance_coefficients
 from merging.task_vectors import TaskVector, apply, combine
 
 Labels = dict[str, Any]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from merging import calibrate, diagnose, plain_sum
-from merging.suites.unrelated import chance_coefficients, unrelated
+from merging.suites.chance import chance_coefficients
+from merging.suites.unrelated import unrelated
 
 
 def task_vectors() -> list[dict[str, torch.Tensor]]:
