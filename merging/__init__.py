@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         tsv_m,
         weight_average,
     )
+    from merging.norm_matching import norm_match, norm_match_low_rank
     from merging.task_vectors import apply, task_vector, weighted
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "iso_c",
     "iso_cts",
     "merger",
+    "norm_match",
+    "norm_match_low_rank",
     "plain_sum",
     "star",
     "task_arithmetic",
@@ -44,7 +47,11 @@ __all__ = [
     "weighted",
 ]
 HOMES = {name: "calibration" for name in ("SVC", "calibrate", "diagnose")} | {
-    name: "task_vectors" for name in ("apply", "task_vector", "weighted")
+    "apply": "task_vectors",
+    "task_vector": "task_vectors",
+    "weighted": "task_vectors",
+    "norm_match": "norm_matching",
+    "norm_match_low_rank": "norm_matching",
 }  # the rest is of mergers
 
 

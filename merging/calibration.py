@@ -96,6 +96,7 @@ def calibrate(
     *,
     matrices: Predicate = SVC_MATRICES,
     bases: Mapping[str, Tensor] | None = None,
+    chance: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Return `merged` with its singular values calibrated (SVC, equations above); the inputs are left unchanged.
@@ -120,6 +121,9 @@ def calibrate(
         matrices: which tensors are calibrated; the others keep the merged value.
         bases: name → (m, c), orthonormal columns which span those of that matrix (rows for space="input"), to use
             in place of its singular vectors; the parts of a split weight are named "NAME[q]", "[k]" and "[v]".
+        chance: name → (r,), by how much chance alone raises s in the r directions, largest σ first; it is subtracted
+            from the coefficients of all tasks before α is applied. Not in the paper: updates that share nothing are
+            inflated too, and the paper's rule calibrates them as well (merging.unrelated measures it).
         **options: fields of `SVC`, such as alpha=1.0, which take precedence over those of `svc`.
 
     Returns:
@@ -130,7 +134,7 @@ def calibrate(
     """
     svc = replace(svc or SVC(), **options)
     calibrated = {}
-    for name, _, blocks in _walk(merged, task_vectors, svc, matrices, bases):
+    for name, _, blocks in _walk(merged, task_vectors, svc, matrices, bases, chance):
         parts = [_directions(block, updates, svc).calibrated().to(block.merged.dtype) for block, updates in blocks]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else merged[name].clone()
         calibrated[name] = whole.reshape(merged[name].shape)
@@ -237,6 +241,7 @@ class _Block:
     merged: Tensor  # (m, n)
     is_vector: bool
     basis: Tensor | None  # (m, c), in place of its singular vectors
+    chance: Tensor | None = None  # (r,), to subtract from s
 
 
 def _walk(
@@ -245,11 +250,12 @@ def _walk(
     svc: SVC,
     matrices: Predicate,
     bases: Mapping[str, Tensor] | None,
+    chance: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, str, list[tuple[_Block, Sequence[Tensor]]]]]:
     """Yield (name, treatment, matrices to calibrate with the tasks' updates); all are views of the inputs."""
-    names, bases = check(task_vectors, merged), bases or {}
+    names, bases, chance = check(task_vectors, merged), bases or {}, chance or {}
     svc.check(len(task_vectors))
-    unused = set(bases)
+    unused = {f"bases[{name!r}]": name for name in bases} | {f"chance[{name!r}]": name for name in chance}
     for name in names:
         treatment = svc.treatment(name, merged[name], matrices)
         blocks = []
@@ -257,15 +263,15 @@ def _walk(
             parts = _parts(name, merged[name], svc)
             blocks = [
                 (
-                    _Block(part, matrix, treatment == "vector rule", bases.get(part)),
+                    _Block(part, matrix, treatment == "vector rule", bases.get(part), chance.get(part)),
                     _own(task_vectors, name, part, svc),
                 )
                 for part, matrix in parts.items()
             ]
-            unused -= parts.keys()
+            unused = {entry: part for entry, part in unused.items() if part not in parts}
         yield name, treatment, blocks
     if unused:
-        raise ValueError(f"bases has entries that are not calibrated: {', '.join(map(repr, sorted(unused)))}")
+        raise ValueError(f"no tensor of this name is calibrated: {', '.join(sorted(unused))}")
 
 
 def _own(task_vectors: Sequence[TaskVector], name: str, part: str, svc: SVC) -> Sequence[Tensor]:
@@ -315,6 +321,8 @@ def _directions(block: _Block, updates: Sequence[Tensor], svc: SVC) -> _Directio
         left, right = spectral_factors(matrix)
     oriented = map(torch.t, updates) if transposed else updates  # one task at a time: no (K, m, n)
     coefficients, energy = projection_coefficients(left, right, oriented)
+    if block.chance is not None:
+        coefficients = coefficients - _in_directions(block, left, right)
     divisor = _vector_divisor(coefficients) if block.is_vector else _divisor(coefficients, svc)
     return _Directions(left, right, coefficients, energy, divisor, transposed)
 
@@ -328,6 +336,16 @@ def _divisor(coefficients: Tensor, svc: SVC) -> Tensor:
     if svc.rule == "legacy":
         return coefficients.mean(0).clamp_min(alpha).where((coefficients > 0).all(0), 1)
     return coefficients.clamp_min(alpha).mean(0)
+
+
+def _in_directions(block: _Block, left: Tensor, right: Tensor) -> Tensor:
+    """Return what chance adds to s in each direction (r,) of ΔW = left @ right, given from the largest σ down."""
+    singular = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)
+    if block.chance.shape != singular.shape:
+        raise ValueError(
+            f"chance[{block.name!r}]: expected shape {tuple(singular.shape)}, got {tuple(block.chance.shape)}"
+        )
+    return block.chance.to(singular)[singular.argsort(descending=True).argsort()]
 
 
 def _vector_divisor(coefficients: Tensor) -> Tensor:

@@ -44,17 +44,40 @@ def load(folder: Path) -> pd.DataFrame:
     return read_csv(folder / "data.csv")
 
 
-def settings_hash(settings: Any) -> str:
+def settings_hash(settings: Any, recorded: Mapping[str, Any] | None = None) -> str:
     """Return the hash (16 hex digits) of the fields that differ from the dataclass defaults.
 
-    A new field with a default therefore leaves the hash of earlier results as it was.
+    A new field with a default therefore leaves the hash of earlier results as it was. Within a field that is a
+    dataclass itself this takes the settings that were recorded, see `_as_recorded`.
+
+    Args:
+        settings: a dataclass.
+        recorded: the settings of a provenance, if the hash is to be compared with the one that stands there.
     """
+    known = plain(settings) if recorded is None else _as_recorded(settings, recorded)
     changed = {
-        field.name: getattr(settings, field.name)
+        field.name: known[field.name]
         for field in dataclasses.fields(settings)
         if getattr(settings, field.name) != _default(field)
     }
-    return _sha256(json.dumps(plain(changed), sort_keys=True).encode())[:16]
+    return _sha256(json.dumps(changed, sort_keys=True).encode())[:16]
+
+
+def _as_recorded(today: Any, recorded: Any) -> Any:
+    """Return today's settings as plain data, without the fields that a record lacks and that have their defaults.
+
+    A field that a dataclass got after the run, at whatever depth, so counts as having been at its default.
+    """
+    if dataclasses.is_dataclass(today) and isinstance(recorded, Mapping):
+        values = {field: getattr(today, field.name) for field in dataclasses.fields(today)}
+        return {
+            field.name: _as_recorded(value, recorded.get(field.name))
+            for field, value in values.items()
+            if field.name in recorded or value != _default(field)
+        }
+    if isinstance(today, list | tuple) and isinstance(recorded, list) and len(today) == len(recorded):
+        return [_as_recorded(*pair) for pair in zip(today, recorded, strict=True)]
+    return plain(today)
 
 
 def _sha256(content: bytes) -> str:
@@ -225,12 +248,22 @@ def _stale(provenance: Mapping[str, Any], experiment: Experiment, folder: Path) 
     if provenance["data_sha256"] != _sha256((folder / "data.csv").read_bytes()):
         yield "data.csv is not the one that was measured (its hash differs)"
     settings = experiment.scales[folder.name]
-    if provenance["settings_hash"] != settings_hash(settings):
-        yield f"settings hash {provenance['settings_hash']}, but {folder.name} is {settings_hash(settings)} today"
-    today = plain(settings)
-    for name, value in provenance["settings"].items():  # the hash misses changed defaults
-        if name in today and today[name] != value:
-            yield f"measured with {name} = {value}, but {folder.name} has {today[name]} today"
+    recorded = provenance["settings"]
+    if provenance["settings_hash"] != (today := settings_hash(settings, recorded)):
+        yield f"settings hash {provenance['settings_hash']}, but {folder.name} is {today} today"
+    known = _as_recorded(settings, recorded)
+    for name in filter(known.__contains__, recorded):  # the hash misses changed defaults
+        for setting, old, new in _changes(name, recorded[name], known[name]):
+            yield f"measured with {setting} = {old}, but {folder.name} has {new} today"
+
+
+def _changes(name: str, recorded: Any, today: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each setting that was another one in a record: its dotted name, the recorded and today's value."""
+    if isinstance(recorded, Mapping) and isinstance(today, Mapping):
+        for key in dict.fromkeys([*recorded, *today]):
+            yield from _changes(f"{name}.{key}", recorded.get(key, "(not recorded)"), today.get(key, "(no setting)"))
+    elif recorded != today:
+        yield name, recorded, today
 
 
 def _difference(where: str, path: Path, expected: str) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from merging import calibration, mergers
 from merging.calibration import SVC, SVC_MATRICES, calibrate, own_bases, published_alpha
 from merging.suites import reference
+from merging.suites.chance import chance_coefficients
 from merging.suites.comparison import scored
 from merging.suites.suite import Rows, Suite
 from merging.task_vectors import TaskVector, apply, combine
@@ -72,10 +73,11 @@ def target_rows(suite: Suite, method: str, seed: int) -> Rows:
 
 
 def sweep_rows(suite: Suite, method: str, seed: int) -> Rows:
-    """Yield the rows of one merger over α and over its scale, the best of each, and two variants of the rule.
+    """Yield the rows of one merger over α and over its scale, the best of each, and variants of the rule.
 
     Parts of the table: "scale" and "alpha" (the sweeps), "tuned" (the choices on validation data, and by an oracle),
-    "paired" (the choices on validation data, task by task), "rule" (the legacy rule, and qkv split).
+    "paired" (the choices on validation data, task by task), "rule" (the legacy rule, s corrected for chance, and qkv
+    split).
     """
     updates, merged, default = merge(suite, method, seed)
     alphas = sorted({default, *ALPHAS, *(share / len(updates) for share in SHARES_OF_1)})
@@ -94,7 +96,11 @@ def sweep_rows(suite: Suite, method: str, seed: int) -> Rows:
     yield from [*own, *tuned, *(chosen(sweeps[key], "oracle", name) for key, name in names.items())]
     yield from choice_rows(suite, [*own, *tuned], {None: merged} | calibrated)
 
-    variants = {"legacy rule": calibrate(merged, updates, alpha=default, rule="legacy")}
+    chance = chance_coefficients(method, updates, seed)
+    variants = {
+        "legacy rule": calibrate(merged, updates, alpha=default, rule="legacy"),
+        "chance-corrected": calibrate(merged, updates, alpha=default, chance=chance),
+    }
     if any(name.endswith(calibration.FUSED_QKV) for name in merged):
         variants["split qkv"] = calibrate(merged, updates, alpha=default, split_qkv=True)
     found = [(_labels("rule", method, "output", default, variant=name), update) for name, update in variants.items()]

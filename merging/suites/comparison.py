@@ -2,7 +2,9 @@
 
 Every claim about a merger needs the same rows beside each other: the base merger and SVC on top of it, each at the
 merger's own scale and at a scale chosen on validation data after calibration. A further pair averages all tensors that
-SVC does not calibrate, so that the effect of the matrices can be told apart from that of the other tensors' scale.
+SVC does not calibrate, so that the effect of the matrices can be told apart from that of the other tensors' scale, and
+another has every tensor at the mean norm of the experts' updates (merging.norm_matching), a scale that needs no data.
+merging.suites.controls reads these rows as controls of SVC, merging.suites.testbed says where they count.
 """
 
 import math
@@ -23,6 +25,7 @@ from merging import mergers, tuning
 from merging.adapters import Adapter, fold_adapter, merge_adapters
 from merging.calibration import SVC_MATRICES, calibrate, published_alpha
 from merging.mergers import MERGERS, merger, weight_average
+from merging.norm_matching import norm_match
 from merging.suites.suite import Rows, Suite
 from merging.task_vectors import TaskVector, apply, combine, task_vector
 
@@ -91,8 +94,8 @@ def adapter_forms(
 def variant_rows(suite: Suite, method: str, seed: int, merge: Callable[..., Forms] = dense_forms) -> Rows:
     """Yield the rows of all variants of one merger, scored together.
 
-    The counts gained and lost compare with the base whose scale follows the same rule; those that end in "_over_tuned"
-    compare with the tuned base.
+    The counts gained and lost compare with the tuned base where the scale is tuned, and else with the base at its own
+    scale; those that end in "_over_tuned" compare with the tuned, in "_over_norm" with the norm-matched base.
 
     Args:
         suite, method, seed: as for `suite_rows`.
@@ -100,7 +103,8 @@ def variant_rows(suite: Suite, method: str, seed: int, merge: Callable[..., Form
     """
     found = variants(method, suite.task_vectors(), seed, partial(validation_scores, suite), merge)
     rules = [labels["scale_rule"] for labels, _ in found]  # the first of each rule is the base by that rule
-    pairs = [{"": rules.index(rule), "_over_tuned": rules.index("validation")} for rule in rules]
+    tuned, matched = rules.index("validation"), rules.index("norm")
+    pairs = [{"": tuned if rule == "validation" else 0, "_over_tuned": tuned, "_over_norm": matched} for rule in rules]
     yield from scored(suite, [({"method": method, **labels}, update) for labels, update in found], pairs)
 
 
@@ -161,7 +165,7 @@ def variants(
     score: Callable[[TaskVector, Sequence[float]], Sequence[float]],
     merge: Callable[..., Forms] = dense_forms,
 ) -> list[tuple[dict[str, Any], TaskVector]]:
-    """Return the merger's labelled updates: base first, then calibrated; own and tuned scale, other tensors averaged.
+    """Return the merger's labelled updates: base first, then calibrated; at its own scale, tuned and norm-matched.
 
     Args:
         method, seed, merge: as for `variant_rows`.
@@ -169,7 +173,8 @@ def variants(
         score: maps (update, scales) to validation scores.
 
     Returns:
-        pairs of labels (svc, alpha, scale_rule, scale, others) and update, which is not scaled yet.
+        pairs of labels (svc, alpha, scale_rule, scale, others) and update, which is not scaled yet, but norm-matched
+        where scale_rule is "norm" (each tensor) or "norm, whole" (the base by one number).
     """
     published = published_alpha(method, len(updates))
     mean = weight_average(updates)
@@ -183,6 +188,9 @@ def variants(
             averaged = combine(update, mean, SVC_MATRICES)
             if any(not averaged[name].equal(update[name]) for name in update):
                 found.append((labels | dict(others="mean"), averaged))
+            found.append((labels | dict(scale_rule="norm"), norm_match(update, updates)))
+        if alpha is None:
+            found.append((labels | dict(scale_rule="norm, whole"), norm_match(update, updates, whole=True)))
     return found
 
 
@@ -196,7 +204,9 @@ def validation_scores(suite: Suite, update: TaskVector, scales: Sequence[float])
 BASE, SVC, SVC_1 = "base", "+ SVC (paper)", "+ SVC, α = 1"
 BASE_TUNED, SVC_TUNED = "base, tuned scale", "+ SVC (paper), tuned scale"
 BASE_MEAN, SVC_MEAN = "base, other tensors averaged", "+ SVC (paper), other tensors averaged"
-ORDER = (BASE, SVC, SVC_1, BASE_MEAN, SVC_MEAN, BASE_TUNED, SVC_TUNED)
+BASE_NORM, SVC_NORM = "base, norm matching", "+ SVC (paper), norm matching"
+BASE_WHOLE = "base, norm matching by one number"
+ORDER = (BASE, SVC, SVC_1, BASE_MEAN, SVC_MEAN, BASE_NORM, SVC_NORM, BASE_WHOLE, BASE_TUNED, SVC_TUNED)
 CELL = ["backbone", "suite", "method"]  # what comparisons are made within
 SVC_GAIN, SVC_OVER_TUNED, TUNED_GAIN = "SVC − base", "SVC − tuned base", "tuned SVC − tuned base"
 GAINS = {SVC_GAIN: (SVC, ""), SVC_OVER_TUNED: (SVC, "_over_tuned"), TUNED_GAIN: (SVC_TUNED, "")}
@@ -206,11 +216,19 @@ def named(data: pd.DataFrame) -> pd.DataFrame:
     """Return the table with a column `row`, the name of each variant."""
     is_base, is_published = data.svc.ne("output"), has_published_alpha(data)
     tuned, averaged = data.scale_rule.eq("validation"), data.others.eq("mean")
-    names = np.select(
-        [is_base & tuned, is_base & averaged, is_base, ~is_published, tuned, averaged],
-        [BASE_TUNED, BASE_MEAN, BASE, SVC_1, SVC_TUNED, SVC_MEAN],
-        SVC,
-    )
+    matched, whole = data.scale_rule.eq("norm"), data.scale_rule.eq("norm, whole")
+    names = {
+        BASE_TUNED: is_base & tuned,
+        BASE_MEAN: is_base & averaged,
+        BASE_NORM: is_base & matched,
+        BASE_WHOLE: is_base & whole,
+        BASE: is_base,
+        SVC_1: ~is_published,
+        SVC_TUNED: tuned,
+        SVC_MEAN: averaged,
+        SVC_NORM: matched,
+    }
+    names = np.select(list(names.values()), list(names), SVC)
     return data.assign(row=names)
 
 
@@ -253,8 +271,13 @@ def methods_of(data: pd.DataFrame) -> list[str]:
 
 
 def models(data: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of models, merged or not, without those of chance, probes and similar references."""
-    return data[data.method.isin([*REFERENCES, *MERGERS])]
+    """Return the rows that score models, merged or not: not those of chance and probes, nor of other metrics."""
+    return data[data.method.isin([*REFERENCES, *MERGERS]) & data.metric.isin(["accuracy", "Spearman"])]
+
+
+def merged(data: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that score merged models."""
+    return models(data)[lambda rows: rows.method.isin(MERGERS)]
 
 
 def seed_means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -290,7 +313,7 @@ def differences(rows: pd.DataFrame, wanted: Mapping[str, tuple[str, str]], keys:
 
 def gains(data: pd.DataFrame) -> pd.DataFrame:
     """Return what SVC gains in every cell, in the format of `differences`."""
-    return differences(in_order(named(data[data.method.isin(MERGERS)]), CELL), GAINS)
+    return differences(in_order(named(merged(data)), CELL), GAINS)
 
 
 def spread_table(means: pd.DataFrame) -> pd.DataFrame:
@@ -311,7 +334,7 @@ def draw(data: pd.DataFrame, panel: str = "{backbone}, {suite} tasks", off_scale
         panel: title of a panel; the columns in it tell panels apart.
         off_scale: a merger that would flatten the figure, and so is left out unless its scale is tuned.
     """
-    means, found = variant_means(data[data.method.isin(MERGERS)]), gains(data)
+    means, found = variant_means(merged(data)), gains(data)
     means, found = (x.assign(panel=[panel.format(**row) for row in x[CELL].to_dict("records")]) for x in (means, found))
     shown = means[means.row.isin([BASE, SVC, SVC_1]) & means.method.ne(off_scale)]
     tuned = means[means.row.isin([BASE_TUNED, SVC_TUNED])]
@@ -390,7 +413,7 @@ def compared(
 
 def tables(data: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the tables of a README: every variant, paired differences, chosen scales, and tasks one by one."""
-    shown = {}
+    data, shown = models(data), {}
     for backbone in by_size(data.backbone):
         name = f"Accuracy of every variant, {backbone}: mean of the tasks (share of the experts' accuracy), %"
         shown[name] = _variants_table(data[data.backbone == backbone])

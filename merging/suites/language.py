@@ -16,13 +16,13 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.cache import cache_key, is_cached
 from common.data import hub
 from common.lab.statistics import spread
 from common.models.minilm import MINILM, minilm
-from merging.suites import package_t5, text_experts
+from merging.suites import learning_rates, package_t5, text_experts
 from merging.suites.data import hub_texts, package_texts
 from merging.suites.data.text_tasks import TextTask
 from merging.suites.models import adapted, language
@@ -43,7 +43,8 @@ class Backbone:
         tasks: names, in the order in which suites take them.
         task: maps a name to the task.
         tuned: what fine-tuning changed: everything ("full"), or the adapter ("lora", "ia3").
-        learning_rate: of experts that are trained here.
+        learning_rates: of experts that are trained here, in ascending order; of several, `learning_rates.choose` takes
+            one, the middle one where the recipe does not ask for a choice.
         hub: repository of the base if the experts are on the hub too; "" if they are trained here.
     """
 
@@ -51,13 +52,8 @@ class Backbone:
     tasks: tuple[str, ...]
     task: Callable[[str], TextTask]
     tuned: Tuned = "full"
-    learning_rate: float = 0.0
+    learning_rates: tuple[float, ...] = ()
     hub: str = ""
-
-    @property
-    def tuning(self) -> FineTuning:
-        """How experts are trained here."""
-        return FineTuning(self.tuned, self.learning_rate)
 
 
 def _minilm(recipe: TextRecipe) -> Base:
@@ -95,21 +91,23 @@ def _package_t5(recipe: TextRecipe) -> Base:
 
 
 _package = (package_texts.TASKS, package_texts.task)
+_shifted = (package_texts.TASKS, package_texts.shifted_task)  # the same tasks in one domain that all of them share
 _glue = (hub_texts.GLUE, _hub_task)
 
 BACKBONES: dict[str, Backbone] = {
-    "MiniLM": Backbone(_minilm, *_package, learning_rate=3e-4),
-    "MiniLM LoRA": Backbone(_minilm, *_package, "lora", 2e-3),
-    "MiniLM IA³": Backbone(_minilm, *_package, "ia3", 1e-2),
-    "T5": Backbone(_package_t5, *_package, learning_rate=1e-3),
-    "T5 LoRA": Backbone(_package_t5, *_package, "lora", 1e-2),
-    "T5 IA³": Backbone(_package_t5, *_package, "ia3", 5e-2),
-    "BERT": Backbone(_bert, hub_texts.BERT_SUITE, _hub_task, learning_rate=2e-5),
+    "MiniLM": Backbone(_minilm, *_package, learning_rates=(1e-4, 3e-4, 1e-3)),
+    "MiniLM shifted": Backbone(_minilm, *_shifted, learning_rates=(1e-4, 3e-4, 1e-3)),
+    "MiniLM LoRA": Backbone(_minilm, *_package, "lora", (1e-3, 2e-3, 4e-3)),
+    "MiniLM IA³": Backbone(_minilm, *_package, "ia3", (5e-3, 1e-2, 2e-2)),
+    "T5": Backbone(_package_t5, *_package, learning_rates=(1e-3,)),
+    "T5 LoRA": Backbone(_package_t5, *_package, "lora", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+    "T5 IA³": Backbone(_package_t5, *_package, "ia3", (5e-3, 1e-2, 2e-2, 4e-2)),
+    "BERT": Backbone(_bert, hub_texts.BERT_SUITE, _hub_task, learning_rates=(2e-5,)),
     "GPT-2": Backbone(_gpt2, GLUE, _hub_task, hub="openai-community/gpt2"),
     "Flan-T5-base": Backbone(partial(_t5, repositories=FLAN[:1]), *_glue, hub=FLAN[0]),
     "Flan-T5-base LoRA": Backbone(partial(_t5, repositories=FLAN[:1]), *_glue, "lora", hub=FLAN[0]),
     "Flan-T5-large LoRA": Backbone(partial(_t5, repositories=FLAN[1:]), *_glue, "lora", hub=FLAN[1]),
-    "T0-3B IA³": Backbone(partial(_t5, repositories=T0), GLUE, _hub_task, "ia3", 3e-3),
+    "T0-3B IA³": Backbone(partial(_t5, repositories=T0), GLUE, _hub_task, "ia3", (3e-3,)),
 }
 
 
@@ -151,13 +149,17 @@ def suite(name: str, tasks: int, seed: int, recipe: TextRecipe, device: torch.de
     check_backbones([name])
     backbone, base = BACKBONES[name], _base(name, recipe)
     texts = [backbone.task(task) for task in backbone.tasks[:tasks]]
-    find = partial(_hub_expert, backbone) if backbone.hub else partial(_own_expert, backbone, seed, recipe, device)
+    if backbone.hub:
+        find = partial(_hub_expert, backbone)
+    else:
+        find = partial(_own_expert, tuning(name, recipe, device), seed, recipe, device)
     experts = [find(base, text) for text in texts]
     pretrained = language.parameters(base.model.to(device))
     changes = [_changes(base, expert, pretrained) for expert in experts]
     changed = [name for name in pretrained if any(name in own for own in changes)]
     states = [{name: own.get(name, pretrained[name]) for name in changed} for own in ({}, *changes)]
-    networks = tuple(_network(base, text, expert.head).to(device) for text, expert in zip(texts, experts, strict=True))
+    pairs = zip(texts, experts, strict=True)
+    networks = tuple(text_experts.network(base, text, expert.head).to(device) for text, expert in pairs)
     limits = {"test": recipe.test_texts or None, "validation": recipe.validation_texts or None}
     facts = {"base": base.name, "experts": [expert.key for expert in experts], "tasks": [text.key for text in texts]}
     key = cache_key(facts | {"limits": limits, "device": device.type}, suite)
@@ -179,12 +181,23 @@ def _base(name: str, recipe: TextRecipe) -> Base:
     return replace(base, name=f"{base.name}, {cache_key({}, load)}")  # weights, and the code that reads them
 
 
+def tuning(name: str, recipe: TextRecipe, device: torch.device) -> FineTuning:
+    """Return how experts of a backbone are trained here, at the learning rate that is chosen from its grid."""
+    return FineTuning(BACKBONES[name].tuned, _choice(name, recipe, device)[0])
+
+
+def _choice(name: str, recipe: TextRecipe, device: torch.device) -> tuple[float, list[dict[str, Any]]]:
+    backbone = BACKBONES[name]
+    tasks = [backbone.task(task) for task in backbone.tasks[: recipe.rate_tasks]]
+    return learning_rates.choose(_base(name, recipe), tasks, backbone.tuned, backbone.learning_rates, recipe, device)
+
+
 def _own_expert(
-    backbone: Backbone, seed: int, recipe: TextRecipe, device: torch.device, base: Base, task: TextTask
+    tuning: FineTuning, seed: int, recipe: TextRecipe, device: torch.device, base: Base, task: TextTask
 ) -> _Expert:
-    found = text_experts.fine_tune(base, task, backbone.tuning, seed, recipe, device)
+    found = text_experts.fine_tune(base, task, tuning, seed, recipe, device)
     head = load_file(found.path / "head.safetensors") if base.pooling else None
-    if backbone.tuned != "full":
+    if tuning.tuned != "full":
         return _Expert(found.key, adapter=found.path / "adapter", head=head)
     return _Expert(found.key, load_file(found.path / "model.safetensors"), head=head)
 
@@ -205,12 +218,6 @@ def _changes(base: Base, expert: _Expert, pretrained: State) -> State:
     """Return the tensors that fine-tuning changed, on the device of the base; the others are not kept."""
     state = expert.state or adapted.folded(base.model, expert.adapter)
     return {name: own for name, start in pretrained.items() if not (own := state[name].to(start.device)).equal(start)}
-
-
-def _network(base: Base, task: TextTask, head: Mapping[str, Tensor] | None) -> nn.Module:
-    if head is None:
-        return language.Generator(base.model, base.tokenizer, task.answers or task.classes)
-    return language.Classifier(base.model, base.pooling, head["weight"], head.get("bias"))
 
 
 class _Batches:
@@ -247,25 +254,43 @@ def probe_rows(name: str, suite: Suite, recipe: TextRecipe) -> Rows:
             yield row | {"images": scores["test"]}
 
 
+def rate_rows(name: str, recipe: TextRecipe, device: torch.device) -> Rows:
+    """Yield the rows of the choice of a learning rate (`learning_rates.rows`), if there is one; else nothing."""
+    if not BACKBONES[name].hub:
+        yield from learning_rates.rows(*_choice(name, recipe, device))
+
+
 def prepare(settings: Any, context: Any) -> None:
-    """Train, in parallel processes, all probes and experts that the cache does not hold yet."""
+    """Train, in parallel processes, all probes and experts that the cache does not hold yet, and choose their rates."""
+    recipe, device = settings.recipe, context.device
     own = [name for name in settings.backbones if not BACKBONES[name].hub]
-    tasks = [(name, task) for name in own for task in BACKBONES[name].tasks[: max(settings.suites)]]
     for name in own:  # a base that is trained here is trained once, by this process
-        _base(name, settings.recipe)
-    context.map(partial(_probe_one, settings.recipe, context.device), tasks, "fit probes")
-    missing = [
-        (name, task, seed)
-        for name, task in tasks
-        for seed in settings.seeds
-        if not is_cached(*_artefact(name, task, seed, settings.recipe, context.device))
+        _base(name, recipe)
+    merged = [(name, task) for name in own for task in BACKBONES[name].tasks[: max(settings.suites)]]
+    grids = [
+        (name, task, FineTuning(BACKBONES[name].tuned, rate), learning_rates.SEED)
+        for name in own
+        for task in BACKBONES[name].tasks[: recipe.rate_tasks]
+        for rate in BACKBONES[name].learning_rates
+        if len(BACKBONES[name].learning_rates) > 1
     ]
-    context.map(partial(_fine_tune_one, settings.recipe, context.device), missing, "fine-tune experts")
+    probed = list(dict.fromkeys([*merged, *((name, task) for name, task, _, _ in grids)]))
+    context.map(partial(_probe_one, recipe, device), probed, "fit probes")
+    _fine_tune_all(recipe, context, grids, "fine-tune experts at every rate")
+    context.map(partial(_choose_one, recipe, device), own, "choose learning rates")
+    chosen = {name: tuning(name, recipe, device) for name in own}
+    experts = [(name, task, chosen[name], seed) for name, task in merged for seed in settings.seeds]
+    _fine_tune_all(recipe, context, experts, "fine-tune experts")
 
 
-def _artefact(name: str, task: str, seed: int, recipe: TextRecipe, device: torch.device) -> tuple:
-    backbone = BACKBONES[name]
-    return text_experts.expert(_base(name, recipe), backbone.task(task), backbone.tuning, seed, recipe, device)
+def _fine_tune_all(recipe: TextRecipe, context: Any, items: Sequence[tuple], description: str) -> None:
+    missing = [item for item in items if not is_cached(*_artefact(recipe, context.device, item))]
+    context.map(partial(_fine_tune_one, recipe, context.device), missing, description)
+
+
+def _artefact(recipe: TextRecipe, device: torch.device, item: tuple[str, str, FineTuning, int]) -> tuple:
+    name, task, how, seed = item
+    return text_experts.expert(_base(name, recipe), BACKBONES[name].task(task), how, seed, recipe, device)
 
 
 def _probe_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str]) -> None:
@@ -274,16 +299,22 @@ def _probe_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str]) 
         text_experts.probe(_base(name, recipe), BACKBONES[name].task(task), recipe, device)
 
 
-def _fine_tune_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str, int]) -> None:
-    name, task, seed = item
-    backbone = BACKBONES[name]
-    text_experts.fine_tune(_base(name, recipe), backbone.task(task), backbone.tuning, seed, recipe, device)
+def _fine_tune_one(recipe: TextRecipe, device: torch.device, item: tuple[str, str, FineTuning, int]) -> None:
+    name, task, how, seed = item
+    text_experts.fine_tune(_base(name, recipe), BACKBONES[name].task(task), how, seed, recipe, device)
+
+
+def _choose_one(recipe: TextRecipe, device: torch.device, name: str) -> None:
+    tuning(name, recipe, device)
 
 
 def suite_table(data: pd.DataFrame) -> pd.DataFrame:
     """Return, task by task, the scores that need no merging: chance, probe, base, expert, and expert − probe, in %."""
     names = ("chance", "probe", "pretrained", "expert")
-    own, keys = data[data.method.isin(names)], ["backbone", "suite", "task"]
+    own, keys = (
+        data[data.method.isin(names) & data.metric.isin(["accuracy", "Spearman"])],
+        ["backbone", "suite", "task"],
+    )
     columns = {method: rows.groupby(keys, sort=False).value.apply(spread) for method, rows in own.groupby("method")}
     table = pd.DataFrame({name: columns[name] for name in names if name in columns})
     if "probe" in columns:

@@ -46,6 +46,7 @@ class TextRecipe:
     rank: int = 8  # of LoRA
     base_steps: int = 300  # of the T5 that is trained here
     head: float = 1e-3  # learning rate of the linear head, which starts from the probe
+    rate_tasks: int = 0  # number of tasks on whose validation texts the experts' learning rate is chosen; 0: it is not
     probe_texts: int = 500
     validation_texts: int = 32
     test_texts: int = 80
@@ -112,6 +113,13 @@ def answer_tokens(tokenizer: Any, answers: Iterable[str]) -> Tensor:
     """Return the token ids of B answers (B, S), −100 at padding."""
     encoded = tokenizer(list(answers), padding=True, return_tensors="pt")
     return encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORED)
+
+
+def network(base: Base, task: TextTask, head: Mapping[str, Tensor] | None) -> nn.Module:
+    """Return what predicts a task's classes: the encoder under a head (weight, and bias if it has one), or a T5."""
+    if head is None:
+        return language.Generator(base.model, base.tokenizer, task.answers or task.classes)
+    return language.Classifier(base.model, base.pooling, head["weight"], head.get("bias"))
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

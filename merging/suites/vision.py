@@ -1,11 +1,14 @@
 """Merging suites of image encoders with frozen zero-shot heads.
 
 Experiments name a backbone and see only `Suite`. "glyph-WIDTH" is trained on this machine, without a download (see
-common.data.glyphs); "ViT-B/32" is CLIP, with experts and data sets from the hub.
+common.data.glyphs); "ViT-B/32" is CLIP, with experts and data sets from the hub. Conditions of the former stand behind
+its name: "glyph-96 own domains" gives every task a domain of its own, "glyph-96 base 1" starts from another pretrained
+base (all seeds of a backbone share one).
 """
 
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -139,23 +142,29 @@ def is_evidence(table: pd.DataFrame, backbones: Sequence[str]) -> bool:
 class GlyphRecipe:
     """How the glyph suite's base and experts are trained. `slant` and `halftone` set the downstream domain shift."""
 
-    width: tyro.conf.Suppress[int] = 96  # set by the backbone's name
+    width: tyro.conf.Suppress[int] = 96  # this and the next two are set by the backbone's name
+    base_seed: tyro.conf.Suppress[int] = 0
+    own_domains: tyro.conf.Suppress[bool] = False
     pretraining_steps: int = 2000
     expert_steps: int = 200
     expert_learning_rate: float = 4e-4
     slant: float = 0.5
     halftone: float = 0.3
+    wide_validation: bool = False  # tune scales on 3 faces of 2 families and train experts on 8; else on 2 and 9
 
     def at(self, backbone: str) -> "GlyphRecipe":
-        """Return the recipe at the width of a backbone "glyph-WIDTH".
+        """Return the recipe of a backbone "glyph-WIDTH", with "base SEED" or "own domains" behind it, or both.
 
         Raises:
             ValueError: the backbone is named otherwise, or its width is not a multiple of 32.
         """
-        width = backbone.removeprefix("glyph-")
-        if not width.isdigit() or int(width) % 32 or not int(width):
-            raise ValueError(f"a glyph backbone is named glyph-WIDTH, WIDTH a multiple of 32, got {backbone!r}")
-        return replace(self, width=int(width))
+        found = re.fullmatch(r"glyph-(\d+)( base (\d+))?( own domains)?", backbone)
+        if not found or int(found[1]) % 32 or not int(found[1]):
+            raise ValueError(
+                f"a glyph backbone is named glyph-WIDTH, WIDTH a multiple of 32, with ' base SEED' or ' own domains' "
+                f"behind it where wanted, got {backbone!r}"
+            )
+        return replace(self, width=int(found[1]), base_seed=int(found[3] or 0), own_domains=bool(found[4]))
 
     @property
     def pretraining(self) -> training.TrainingRecipe:
@@ -167,10 +176,21 @@ class GlyphRecipe:
         """How each expert is trained."""
         return training.TrainingRecipe(self.expert_steps, 64, self.expert_learning_rate)
 
-    @property
-    def style(self) -> glyphs.Style:
-        """How the images of downstream tasks look."""
+    def style(self, task: str) -> glyphs.Style:
+        """Return how the images of a downstream task look."""
+        if self.own_domains:
+            return glyphs.own_style(task, self.slant, self.halftone)
         return glyphs.shifted_style(self.slant, self.halftone)
+
+    @property
+    def faces(self) -> Mapping[str, tuple[str, ...]]:
+        """The faces that experts are trained on, scales are tuned on and merged models are tested on, by split."""
+        return glyphs.WIDE_VALIDATION if self.wide_validation else glyphs.FACES
+
+    @property
+    def validation_glyphs(self) -> int:
+        """About how many photographs of a task scales are tuned on; each glyph is in one or more of them."""
+        return 128 if self.wide_validation else 64
 
 
 SMOKE = GlyphRecipe(pretraining_steps=8, expert_steps=4)  # enough to run every line, not to learn
@@ -179,7 +199,7 @@ SMOKE = GlyphRecipe(pretraining_steps=8, expert_steps=4)  # enough to run every 
 def pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None = None) -> Artefact:
     """Return the tiny CLIP pre-trained on all 559 classes in the mild style: an artefact with model.safetensors.
 
-    All seeds share one base per width, as the paper shares one CLIP.
+    All seeds of a backbone share one base, as the paper shares one CLIP; a backbone "… base SEED" has another.
     """
     return artefact(*_base(recipe, device, description))
 
@@ -188,21 +208,22 @@ def _base(
     recipe: GlyphRecipe, device: torch.device, description: str | None = None
 ) -> tuple[str, dict[str, Any], Build]:
     """Return kind, inputs and builder of a base's artefact."""
-    inputs = {"width": recipe.width, "recipe": recipe.pretraining, "device": device.type}
+    inputs = {"width": recipe.width, "recipe": recipe.pretraining, "seed": recipe.base_seed, "device": device.type}
     return "tiny_clip", inputs, partial(_pretrain, recipe, device, description)
 
 
 def _pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None, folder: Path) -> None:
-    torch.manual_seed(0)
+    seed = recipe.base_seed
+    torch.manual_seed(seed)
     clip = tiny_clip.tiny_clip(recipe.width)
     drawn = glyphs.glyphs(list(glyphs.TASKS), "train")
-    texts, generator, contrast = tiny_clip.tokens(drawn.names), torch.Generator().manual_seed(0), ClipLoss()
+    texts, generator, contrast = tiny_clip.tokens(drawn.names), torch.Generator().manual_seed(seed), ClipLoss()
 
     def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
         images = glyphs.photograph(batch[0], glyphs.MILD, generator)
         return contrast(*model(images, texts.to(images.device)[batch[1]])[:3])
 
-    training.fit(clip, loss, _loader(drawn, recipe.pretraining, seed=0), recipe.pretraining, device, description)
+    training.fit(clip, loss, _loader(drawn, recipe.pretraining, seed), recipe.pretraining, device, description)
     save_file({name: tensor.contiguous() for name, tensor in clip.state_dict().items()}, folder / "model.safetensors")
 
 
@@ -215,20 +236,27 @@ def fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device) -
 def _expert(recipe: GlyphRecipe, task: str, seed: int, device: torch.device) -> tuple[str, dict[str, Any], Build]:
     """Return kind, inputs and builder of an expert's artefact."""
     _, *base = _base(recipe, device)
-    inputs = {"task": task, "seed": seed, "recipe": recipe.expert, "style": recipe.style, "base": cache_key(*base)}
+    inputs = {
+        "task": task,
+        "seed": seed,
+        "recipe": recipe.expert,
+        "style": recipe.style(task),
+        "faces": recipe.faces["train"],
+        "base": cache_key(*base),
+    }
     return "glyph_expert", inputs, partial(_fine_tune, recipe, task, seed, device)
 
 
 def _fine_tune(recipe: GlyphRecipe, task: str, seed: int, device: torch.device, folder: Path) -> None:
     clip = load_clip(recipe.width, pretrain(recipe, device).path)
     head = tiny_clip.zero_shot_head(clip, glyphs.class_names(task))
-    generator = torch.Generator().manual_seed(seed)
+    style, generator = recipe.style(task), torch.Generator().manual_seed(seed)
 
     def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
-        images, labels = glyphs.photograph(batch[0], recipe.style, generator), batch[1]
+        images, labels = glyphs.photograph(batch[0], style, generator), batch[1]
         return F.cross_entropy(F.normalize(model(images), dim=-1) @ head.to(images.device).T, labels)
 
-    drawn = glyphs.glyphs([task], "train")
+    drawn = glyphs.glyphs([task], "train", recipe.faces)
     encoder = training.fit(clip.visual, loss, _loader(drawn, recipe.expert, seed), recipe.expert, device)
     save_file(
         {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, folder / "model.safetensors"
@@ -262,22 +290,25 @@ def zero_shot_suite(recipe: GlyphRecipe, tasks: int, device: torch.device) -> Su
     model = load_clip(recipe.width, base.path)
     heads = [tiny_clip.zero_shot_head(model, glyphs.class_names(name)) for name in names]
     pretrained = {name: tensor.detach().clone().to(device) for name, tensor in model.visual.state_dict().items()}
-    key = cache_key({"base": base.key, "style": recipe.style, "tasks": names}, zero_shot_suite)
+    inputs = {"base": base.key, "styles": [recipe.style(name) for name in names], "tasks": names}
+    inputs |= {"faces": recipe.faces, "validation": recipe.validation_glyphs}
+    key = cache_key(inputs, zero_shot_suite)
     networks = tuple(ZeroShot(model.visual, head).to(device) for head in heads)
-    return Suite(key, names, networks, pretrained, (), _GlyphBatches(recipe.style, device))
+    return Suite(key, names, networks, pretrained, (), _GlyphBatches(recipe, device))
 
 
 class _GlyphBatches:
     """Fixed photographs of each task: the same images for every model and seed, made once and kept."""
 
-    def __init__(self, style: glyphs.Style, device: torch.device):
-        self.style, self.device, self.made = style, device, {}
+    def __init__(self, recipe: GlyphRecipe, device: torch.device):
+        self.recipe, self.device, self.made = recipe, device, {}
 
     def __call__(self, task: str, split: str, batch_size: int = 512) -> list[tuple[Tensor, ...]]:
         if (task, split) not in self.made:
-            drawn = glyphs.glyphs([task], split)
-            copies = 2 if split == "test" else max(1, round(64 / len(drawn.labels)))
-            images, labels = glyphs.photographs(drawn, self.style, copies, seed=1 if split == "test" else 2)
+            drawn = glyphs.glyphs([task], split, self.recipe.faces)
+            copies = 2 if split == "test" else max(1, round(self.recipe.validation_glyphs / len(drawn.labels)))
+            style, seed = self.recipe.style(task), 1 if split == "test" else 2
+            images, labels = glyphs.photographs(drawn, style, copies, seed)
             self.made[task, split] = (images.to(self.device), labels.to(self.device))
         return list(zip(*(tensor.split(batch_size) for tensor in self.made[task, split]), strict=True))
 
@@ -289,7 +320,8 @@ def train_all(recipes_seeds_tasks: Sequence[tuple[GlyphRecipe, int, str]], conte
         for recipe, seed, task in recipes_seeds_tasks
         if not is_cached(*_expert(recipe, task, seed, context.device))
     ]
-    recipes = {(recipe.width, recipe.pretraining): recipe for recipe, _, _ in recipes_seeds_tasks}.values()
+    own = {(recipe.width, recipe.base_seed, recipe.pretraining): recipe for recipe, _, _ in recipes_seeds_tasks}
+    recipes = own.values()
     bases = [recipe for recipe in recipes if not is_cached(*_base(recipe, context.device))]
     context.map(partial(_pretrain_one, context.device), bases, "pre-train")
     context.map(partial(_fine_tune_one, context.device), experts, "fine-tune experts")

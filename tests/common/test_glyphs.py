@@ -59,3 +59,32 @@ def test_the_half_tone_darkens_every_second_pixel_and_the_slant_moves_the_top_ag
 def test_unknown_names_are_refused_with_the_known_ones(call):
     with pytest.raises(ValueError, match="there are"):
         call()
+
+
+def test_every_task_has_a_domain_of_its_own_of_the_same_strength():
+    styles = [glyphs.own_style(task, 0.5, 0.3) for task in glyphs.TASKS]
+    assert len(set(styles)) == 20 and {abs(style.slant) for style in styles} == {0.25, 0.5}
+    darkened = {
+        tuple(torch.nonzero(glyphs._screen(style.screen, torch.device("cpu"))).flatten().tolist()) for style in styles
+    }
+    assert len(darkened) == len(glyphs.SCREENS)
+    with pytest.raises(ValueError, match="unknown glyph task 'runes'"):
+        glyphs.own_style("runes", 0.5, 0.3)
+
+
+@pytest.mark.parametrize("screen", glyphs.SCREENS)
+def test_a_screen_darkens_a_third_or_half_of_the_pixels_as_its_formula_says(screen):
+    down, along, period = screen
+    naive = torch.zeros(24, 24)
+    for i in range(24):
+        for j in range(24):
+            naive[i, j] = float((down * i + along * j) % period >= period / 2)
+    assert glyphs._screen(screen, torch.device("cpu")).equal(naive) and 0.3 < naive.mean() <= 0.5
+
+
+def test_faces_of_merged_experts_are_disjoint_and_their_test_faces_are_the_same():
+    sides, wide = [set(faces) for faces in glyphs.WIDE_VALIDATION.values()], glyphs.WIDE_VALIDATION
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert set.union(*sides) == set().union(*glyphs.FACES.values()) and wide["test"] == glyphs.FACES["test"]
+    assert [len(faces) for faces in glyphs.FACES.values()] == [9, 2, 5]
+    assert [len(faces) for faces in wide.values()] == [8, 3, 5]

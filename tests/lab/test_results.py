@@ -187,6 +187,71 @@ def test_a_new_setting_with_a_default_voids_nothing(folder, script, results_dir)
     assert check(results_dir) == []
 
 
+NESTED = """
+@dataclass(frozen=True)
+class Rate:
+    value: float = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    steps: int = 5
+    rates: tuple[Rate, ...] = (Rate(), Rate(0.2))
+
+
+@dataclass(frozen=True)
+class Settings:
+    recipe: Recipe = Recipe()
+"""
+
+
+@pytest.fixture(params=["Settings(", "Settings(recipe=Recipe(steps=6), "], ids=["default recipe", "own recipe"])
+def nested(script, results_dir, clean, request):
+    """A workstation result of a script whose settings hold a recipe, which holds rates."""
+    edit(script, "@dataclass(frozen=True)\nclass Settings:\n", NESTED.lstrip("\n"))
+    edit(script, '"workstation": Settings(', f'"workstation": {request.param}')
+    start(load_experiment(script), results_dir)
+    assert check(results_dir) == []
+    return script
+
+
+@pytest.mark.parametrize("place", ["    steps: int = 5\n", "    value: float = 0.1\n"], ids=["recipe", "rate"])
+def test_a_new_nested_setting_counts_as_having_been_at_its_default(nested, results_dir, place):
+    edit(nested, place, f"{place}    added: tuple[int, ...] = (7,)\n")
+    assert check(results_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("steps: int = 5\n", "steps: int = 5\n    added: int = 7\n", "recipe.added = (not recorded)"),
+        ("value: float = 0.1\n", "value: float = 0.1\n    added: int = 7\n", "measured with recipe"),
+        ("value: float = 0.1\n", "value: float = 0.3\n", "measured with recipe"),
+    ],
+)
+def test_a_new_nested_setting_that_is_not_at_its_default_voids_the_result(nested, results_dir, old, new, complaint):
+    edit(nested, old, new)
+    if "added" in new:
+        text = nested.read_text()
+        text = text.replace("recipe: Recipe = Recipe()", "recipe: Recipe = Recipe(added=8)")
+        text = text.replace("Recipe(steps=6)", "Recipe(steps=6, added=8)")
+        if "value" in old:
+            text = text.replace("Recipe(added=8)", "Recipe(rates=(Rate(added=8), Rate(0.2)))")
+            text = text.replace("steps=6, added=8", "steps=6, rates=(Rate(added=8), Rate(0.2))")
+        nested.write_text(text)
+    assert any(complaint in line for line in check(results_dir)), check(results_dir)
+
+
+@pytest.mark.parametrize("setting", ["steps", "rates"])
+def test_a_nested_setting_that_is_gone_or_another_voids_the_result(nested, results_dir, setting):
+    facts = results_dir / "90_squares" / "workstation" / "provenance.json"
+    recorded = json.loads(facts.read_text())
+    recorded["settings"]["recipe"] |= {"steps": 4} if setting == "steps" else {"gone": 1}
+    facts.write_text(json.dumps(recorded))
+    found = "recipe.steps = 4, but workstation has" if setting == "steps" else "recipe.gone = 1, but workstation has"
+    assert any(f"measured with {found}" in line for line in check(results_dir)), check(results_dir)
+
+
 def test_verify_wants_the_script(folder, script, results_dir):
     script.unlink()
     assert any("there is no script 90_squares.py" in line for line in check(results_dir))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from merging import diagnose, plain_sum
+from merging import calibrate, diagnose, plain_sum
+from merging.suites.chance import chance_coefficients
 from merging.unrelated import Unrelated, overlap_by_chance, unrelated
 
 
@@ -85,3 +86,53 @@ def test_overlap_by_chance_is_the_mean_over_many_draws(ranks):
         overlap = diagnose(plain_sum(dense), dense)["w"].overlap
         found.append(float(overlap[~torch.eye(len(ranks), dtype=torch.bool)].mean()))
     assert sum(found) / 100 == pytest.approx(overlap_by_chance(ranks, 8, 30), rel=0.15)
+
+
+@pytest.mark.parametrize("method", ["plain_sum", "task_arithmetic", "weight_average"])
+def test_what_chance_adds_to_s_is_measured_on_unrelated_updates(method):
+    tasks = [{name: task[name] for name in SHAPES} for task in task_vectors()]
+    found = chance_coefficients(method, tasks, seed=4)
+    scale = {"plain_sum": 1.0, "task_arithmetic": 0.3, "weight_average": 1 / 6}[method]
+    scattered = unrelated(tasks, 4)
+    for name, (m, n) in SHAPES.items():
+        total = scale * sum(task[name].double() for task in scattered)
+        left = torch.linalg.svd(total, full_matrices=False)[0]
+        naive = torch.zeros(min(m, n), dtype=torch.float64)
+        for r in range(min(m, n)):
+            for task in scattered:
+                own = left[:, r] @ task[name].double()
+                naive[r] += float(own @ (left[:, r] @ total)) / float(own @ own) / 6
+        shares = [float((total * task[name]).sum() / task[name].double().square().sum()) for task in scattered]
+        assert sum(shares) / 6 == pytest.approx(scale, abs=0.15 * scale)  # unrelated: nothing but their scale
+        top = slice(0, 5)  # where σ are apart, so that directions are well-defined
+        torch.testing.assert_close(found[name].double()[top], (naive - sum(shares) / 6)[top], rtol=1e-2, atol=1e-3)
+        assert found[name][0] > 0.2 * scale  # chance inflates, too
+
+
+def test_corrected_coefficients_are_those_less_chance():
+    tasks = [{name: task[name].double() for name in SHAPES} for task in task_vectors()]
+    merged = plain_sum(tasks)
+    chance = {name: torch.linspace(0.8, -0.1, min(size)).double() for name, size in SHAPES.items()}
+    corrected = calibrate(merged, tasks, alpha=0.25, chance=chance)
+    for name in SHAPES:
+        left, singular, right = torch.linalg.svd(merged[name], full_matrices=False)
+        expected = torch.zeros_like(merged[name])
+        for r in range(len(singular)):
+            divisor = 0.0
+            for task in tasks:
+                own = left[:, r] @ task[name]
+                s = float(own @ (left[:, r] @ merged[name])) / float(own @ own)
+                divisor += max(s - float(chance[name][r]), 0.25) / len(tasks)
+            expected += singular[r] / divisor * torch.outer(left[:, r], right[r])
+        torch.testing.assert_close(corrected[name], expected, rtol=1e-6, atol=1e-8)
+    none = {name: torch.zeros(min(size)) for name, size in SHAPES.items()}
+    for name, update in calibrate(merged, tasks, chance=none).items():
+        assert update.equal(calibrate(merged, tasks)[name])
+
+
+def test_chance_of_another_shape_or_tensor_is_refused_by_name():
+    tasks = task_vectors()
+    with pytest.raises(ValueError, match=r"chance\['wide'\]: expected shape \(40,\), got \(3,\)"):
+        calibrate(plain_sum(tasks), tasks, chance={"wide": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"no tensor of this name is calibrated: chance\['bias'\]"):
+        calibrate(plain_sum(tasks), tasks, chance={"bias": torch.zeros(5)})

@@ -9,17 +9,20 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from common.models.t5 import t5
-from merging import MERGERS, apply, calibrate, merger, task_vector, weight_average
+from merging import MERGERS, apply, calibrate, merger, norm_match, task_vector, weight_average
 from merging.adapters import Adapter, fold_adapter, load_adapter
 from merging.lowrank import LowRank, merge_and_calibrate
 from merging.suites import comparison
 from merging.suites.comparison import (
     BASE,
     BASE_MEAN,
+    BASE_NORM,
     BASE_TUNED,
+    BASE_WHOLE,
     SVC,
     SVC_1,
     SVC_MEAN,
+    SVC_NORM,
     SVC_TUNED,
     adapter_forms,
     dense_forms,
@@ -170,7 +173,13 @@ def test_the_variants_of_a_merger(method):
     expected = [
         (svc, alpha, rule, 0.25 if rule == "validation" else 1.0, others)
         for svc, alpha in [("none", None), ("output", published)]
-        for rule, others in [("fixed", "own"), ("validation", "own"), *(("fixed", own) for own in with_mean)]
+        for rule, others in [
+            ("fixed", "own"),
+            ("validation", "own"),
+            *(("fixed", own) for own in with_mean),
+            ("norm", "own"),
+            *([("norm, whole", "own")] if svc == "none" else []),
+        ]
     ]
     expected += [] if method == "tsv_m" else [("output", 1.0, "fixed", 1.0, "own")]
     columns = ("svc", "alpha", "scale_rule", "scale", "others")
@@ -179,6 +188,8 @@ def test_the_variants_of_a_merger(method):
     forms, mean = dense_forms(method, updates, 0, [published, 1.0]), weight_average(updates)
     for labels, update in found:
         own = forms[labels["alpha"]]
+        if labels["scale_rule"].startswith("norm"):
+            own = norm_match(own, updates, whole=labels["scale_rule"] == "norm, whole")
         others = mean if labels["others"] == "mean" else own
         assert update["weight"].equal(own["weight"])
         assert update["bias"].equal(others["bias"]) and update["embedding"].equal(others["embedding"])
@@ -216,7 +227,8 @@ def test_rows_are_paired_with_the_base_of_their_rule_and_with_the_tuned_base():
         assert row.items() >= labels.items() and row["value"] == pytest.approx(
             100 * right[index].double().mean().item()
         )
-        for suffix, base in {"": rules.index(labels["scale_rule"]), "_over_tuned": 1}.items():
+        bases = {"": 1 if rules[index] == "validation" else 0, "_over_tuned": 1, "_over_norm": rules.index("norm")}
+        for suffix, base in bases.items():
             assert row["gained" + suffix] == int((right[index] & ~right[base]).sum())
             assert row["lost" + suffix] == int((~right[index] & right[base]).sum())
 
@@ -231,8 +243,12 @@ LABELS = {  # name → svc, α, rule, others
     SVC_TUNED: ("output", 0.5, "validation", "own"),
     SVC_MEAN: ("output", 0.5, "fixed", "mean"),
     SVC_1: ("output", 1.0, "fixed", "own"),
+    BASE_NORM: ("none", None, "norm", "own"),
+    BASE_WHOLE: ("none", None, "norm, whole", "own"),
+    SVC_NORM: ("output", 0.5, "norm", "own"),
 }
 VALUES = {BASE: 60.0, BASE_TUNED: 64.0, BASE_MEAN: 58.0, SVC: 70.0, SVC_TUNED: 63.0, SVC_MEAN: 66.0, SVC_1: 68.0}
+VALUES |= {BASE_NORM: 65.0, BASE_WHOLE: 62.0, SVC_NORM: 67.0}
 
 
 def table():
@@ -247,6 +263,8 @@ def table():
             change, over_tuned = VALUES[name] - VALUES[base], VALUES[name] - VALUES[BASE_TUNED]
             counts = {"gained": max(change, 0), "lost": max(-change, 0)}
             counts |= {"gained_over_tuned": max(over_tuned, 0), "lost_over_tuned": max(-over_tuned, 0)}
+            over_norm = VALUES[name] - VALUES[BASE_NORM]
+            counts |= {"gained_over_norm": max(over_norm, 0), "lost_over_norm": max(-over_norm, 0)}
             scale = 0.5 + seed if rule == "validation" else 1.0
             labels = {"svc": svc, "alpha": alpha, "scale_rule": rule, "others": others, "scale": scale}
             rows.append(cell | {"method": "task_arithmetic", "value": VALUES[name] + more} | labels | counts)
@@ -266,12 +284,9 @@ def test_variants_get_their_names():
 def test_at_one_task_and_for_tsv_m_the_published_alpha_is_one():
     data = table().assign(alpha=table().alpha.replace(0.5, 1.0))
     merged = data[data.method == "task_arithmetic"]
-    assert set(comparison.named(merged.assign(suite=1)[merged.svc == "output"]).row) == {SVC, SVC_TUNED, SVC_MEAN}
-    assert set(comparison.named(merged.assign(method="tsv_m")[merged.svc == "output"]).row) == {
-        SVC,
-        SVC_TUNED,
-        SVC_MEAN,
-    }
+    for changed in ({"suite": 1}, {"method": "tsv_m"}):
+        found = comparison.named(merged.assign(**changed)[merged.svc == "output"])
+        assert set(found.row) == {SVC, SVC_TUNED, SVC_MEAN, SVC_NORM}
 
 
 def test_intervals_are_paired_differences():
@@ -292,7 +307,7 @@ def test_intervals_are_paired_differences():
 def test_the_tables_of_a_readme():
     shown = comparison.tables(table())
     every = shown["Accuracy of every variant, B: mean of the tasks (share of the experts' accuracy), %"]
-    assert list(every.method) == ["pretrained", "expert"] + 7 * ["task_arithmetic"]
+    assert list(every.method) == ["pretrained", "expert"] + len(LABELS) * ["task_arithmetic"]
     assert list(every.row) == ["", "", *comparison.ORDER]
     cells = every.set_index(["method", "row"])["2 tasks"]
     assert cells["task_arithmetic", SVC] == "80.0 ± 7.1 (100.0)"  # seeds: 75 and 85 of 80

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,9 +18,10 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from common import cache, evaluation
 from common.models.t5 import t5
-from merging.suites import language, text_experts
+from merging.suites import language, learning_rates, text_experts
 from merging.suites.data.text_tasks import Examples, TextTask
 from merging.suites.language import Backbone
+from merging.suites.models import adapted
 from merging.suites.models.language import Classifier, Generator, parameters
 from merging.suites.text_experts import Base, FineTuning, TextRecipe, Trainee
 
@@ -109,7 +111,7 @@ def forget():
 
 
 def make_suite(monkeypatch, name, way, task=colours, seed=0, tasks=2, recipe=RECIPE):
-    backbone = Backbone(lambda recipe: BASES[name](), ("one", "two"), task, *way)
+    backbone = Backbone(lambda recipe: BASES[name](), ("one", "two"), task, way.tuned, (way.learning_rate,))
     monkeypatch.setitem(language.BACKBONES, name, backbone)
     return language.suite(name, tasks, seed, recipe, CPU)
 
@@ -222,9 +224,8 @@ def test_what_a_suite_predicts_is_what_a_loaded_state_says_of_one_text_after_the
 
 
 def test_limits_and_the_rows_of_references(monkeypatch):
-    monkeypatch.setitem(language.BACKBONES, "bert", Backbone(lambda recipe: bert(), ("one", "two"), colours, *FULL))
     recipe = replace(RECIPE, test_texts=20, validation_texts=10)
-    suite = language.suite("bert", 2, 0, recipe, CPU)
+    suite = make_suite(monkeypatch, "bert", FULL, recipe=recipe)
     sizes = {split: sum(len(labels) for _, labels in suite.batches("one", split)) for split in ("test", "validation")}
     assert sizes == {"test": 20, "validation": 10}
     rows = list(language.probe_rows("bert", suite, recipe))
@@ -259,15 +260,108 @@ def test_nothing_is_trained_twice_and_every_setting_counts(monkeypatch):
     others = [make_suite(monkeypatch, "bert", LORA, seed=1, tasks=1)]
     for way, recipe in [
         (LORA, replace(RECIPE, rank=3)),
-        (("lora", 1e-3), RECIPE),
+        (FineTuning("lora", 1e-3), RECIPE),
         (LORA, replace(RECIPE, test_texts=9)),
     ]:
-        monkeypatch.setitem(language.BACKBONES, "bert", Backbone(lambda _: bert(), ("one", "two"), colours, *way))
         forget()
-        others.append(language.suite("bert", 1, 0, recipe, CPU))
+        others.append(make_suite(monkeypatch, "bert", way, tasks=1, recipe=recipe))
     assert len({suite.key for suite in (first, *others)}) == 5
 
 
 def test_what_there_is_not_is_named():
-    with pytest.raises(ValueError, match=r"unknown backbone 'BERT-huge'; there are MiniLM, MiniLM LoRA, .*T0-3B IA³"):
+    known = r"there are MiniLM, MiniLM shifted, MiniLM LoRA, .*T0-3B IA³"
+    with pytest.raises(ValueError, match=f"unknown backbone 'BERT-huge'; {known}"):
         language.check_backbones(["MiniLM", "BERT-huge"])
+
+
+# The choice of a learning rate ----------------------------------------------------------------------------------------
+
+
+def seen_at(rates, texts=400):
+    """What two tasks would have shown: rate → mean accuracy, the tasks 10 points apart."""
+    return [
+        dict(learning_rate=rate, task=task, accuracy=mean + 5 * sign, texts=texts, norm=1.0)
+        for rate, mean in rates.items()
+        for task, sign in (("one", 1), ("two", -1))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rates", "texts", "chosen"),
+    [
+        ({1e-3: 60.0, 2e-3: 69.0, 4e-3: 70.0}, 400, 2e-3),  # the standard error of 70 is 1.6
+        ({1e-3: 68.5, 2e-3: 69.0, 4e-3: 70.0}, 400, 1e-3),
+        ({1e-3: 68.3, 2e-3: 69.0, 4e-3: 70.0}, 400, 2e-3),
+        ({1e-3: 60.0, 2e-3: 69.0, 4e-3: 70.0}, 4000, 4e-3),  # 0.5
+        ({4e-3: 70.0, 1e-3: 70.0}, 400, 1e-3),
+        ({1e-3: 100.0 - 5, 2e-3: 20.0}, 400, 1e-3),
+    ],
+)
+def test_the_smallest_rate_within_one_standard_error_of_the_best_is_taken(rates, texts, chosen):
+    seen = seen_at(rates, texts)
+    best = max(rates.values())
+    errors = [math.sqrt(share * (1 - share) / texts) for share in ((best + 5) / 100, (best - 5) / 100)]
+    standard_error = 100 * math.sqrt(sum(error**2 for error in errors)) / 2
+    by_hand = min(rate for rate, mean in rates.items() if mean >= best - standard_error)
+    assert learning_rates.smallest_of_the_best(seen) == by_hand == chosen
+
+
+@pytest.mark.parametrize("norms", [{8e-3: 25.0}, {8e-3: 20.0, 4e-3: 19.9}, {8e-3: 60.0, 4e-3: 33.0, 2e-3: 21.0}])
+def test_a_rate_at_which_some_expert_leaves_the_neighbourhood_of_the_base_is_not_taken(norms):
+    seen = seen_at({1e-3: 50.0, 2e-3: 60.0, 4e-3: 70.0, 8e-3: 80.0})
+    for one in seen:
+        one["norm"] = norms.get(one["learning_rate"], 1.0) if one["task"] == "two" else 1.0
+    allowed = [one["learning_rate"] for one in seen if norms.get(one["learning_rate"], 0.0) < 20]
+    assert learning_rates.smallest_of_the_best(seen) == max(allowed)  # each rate is 10 points above the one before
+    with pytest.raises(ValueError, match=r"at 0\.001, the smallest of the learning rates, .*take smaller rates"):
+        learning_rates.smallest_of_the_best([one | {"norm": 20.0} for one in seen])
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_grid_is_judged_on_validation_texts_and_a_single_rate_trains_nothing(name, monkeypatch):
+    base, task, grid = BASES[name](), colours("one"), (1e-5, 1e-4)
+    recipe = replace(RECIPE, rate_tasks=1)
+    rate, seen = learning_rates.choose(base, [task], "lora", grid, recipe, CPU)
+    assert rate in grid and [one["learning_rate"] for one in seen] == list(grid)
+    for one in seen:
+        how = FineTuning("lora", one["learning_rate"])
+        found = text_experts.fine_tune(base, task, how, learning_rates.SEED, recipe, CPU)
+        state = adapted.folded(base.model, found.path / "adapter")
+        start = parameters(base.model)
+        changed = [key for key in start if not state[key].equal(start[key])]
+        norm = sum(float((state[key] - start[key]).double().square().sum()) for key in changed) ** 0.5
+        base_norm = sum(float(start[key].double().square().sum()) for key in changed) ** 0.5
+        assert one["norm"] == pytest.approx(100 * norm / base_norm, rel=1e-5)
+        rows = task.split("validation")
+        head = load_file(found.path / "head.safetensors") if base.pooling else None
+        network = text_experts.network(base, task, head)
+        network.encoder.load_state_dict(state, strict=False)
+        with torch.no_grad():
+            right = network(base.inputs(task, rows.texts)) == base.labels(task, rows.targets)
+        assert one["accuracy"] == pytest.approx(100 * right.float().mean().item()) and one["texts"] == len(right)
+    table = pd.DataFrame(learning_rates.rows(rate, seen)).assign(backbone=name)
+    shown = learning_rates.table(table)
+    assert list(shown.learning_rate) == list(grid) and list(shown.chosen) == ["yes" * (one == rate) for one in grid]
+    monkeypatch.setattr(text_experts, "fine_tune", None)
+    assert learning_rates.choose(base, [task], "lora", (3e-3,), recipe, CPU) == (3e-3, [])
+    for rates in [(1.0, 2.0), (1.0, 2.0, 3.0), (1.0, 2.0, 3.0, 4.0)]:  # without tasks nothing is chosen
+        assert learning_rates.choose(base, [], "lora", rates, recipe, CPU) == (rates[(len(rates) - 1) // 2], [])
+
+
+def test_fixed_rates_are_those_that_have_been_used():
+    used = {"MiniLM": 3e-4, "MiniLM LoRA": 2e-3, "MiniLM IA³": 1e-2, "T5": 1e-3, "BERT": 2e-5, "T0-3B IA³": 3e-3}
+    for name, rate in used.items():
+        grid = language.BACKBONES[name].learning_rates
+        assert list(grid) == sorted(grid) and learning_rates.choose(None, [], "full", grid, RECIPE, CPU)[0] == rate
+
+
+def test_a_suite_is_made_of_experts_at_the_chosen_rate(monkeypatch):
+    backbone = Backbone(lambda recipe: bert(), ("one", "two"), colours, "lora", (1e-3, 2e-2))
+    monkeypatch.setitem(language.BACKBONES, "bert", backbone)
+    monkeypatch.setattr(learning_rates, "smallest_of_the_best", lambda seen: 2e-2)
+    recipe = replace(RECIPE, rate_tasks=1)
+    suite = language.suite("bert", 1, 1, recipe, CPU)
+    assert language.tuning("bert", recipe, CPU) == FineTuning("lora", 2e-2)
+    forget()
+    alone = make_suite(monkeypatch, "bert", FineTuning("lora", 2e-2), seed=1, tasks=1, recipe=recipe)
+    assert all(suite.experts[0][key].equal(alone.experts[0][key]) for key in suite.pretrained)

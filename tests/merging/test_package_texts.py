@@ -194,3 +194,16 @@ def test_unknown_names_are_named(own_cache):
         package_texts.task("poetry")
     with pytest.raises(ValueError, match="no split 'dev': take one of"):
         package_texts.task("expression").split("dev")
+
+
+def test_a_shifted_task_has_the_same_texts_with_other_vowels_and_the_same_targets(own_cache):
+    package_texts.shifted_task.cache_clear()
+    own, shifted = package_texts.task("expression"), package_texts.shifted_task("expression")
+    for split in SIZES:
+        plain, moved = own.split(split), shifted.split(split)
+        assert moved.targets == plain.targets and (moved.texts != plain.texts or not plain.texts)
+        for (before,), (after,) in zip(plain.texts, moved.texts, strict=True):
+            following = dict(zip("aeiouAEIOU", "eiouaEIOUA", strict=True))
+            assert after == "".join(following.get(letter, letter) for letter in before)
+    assert shifted.key != own.key and shifted.classes == own.classes
+    package_texts.shifted_task.cache_clear()

@@ -1,9 +1,12 @@
 """A suite scores models as one would by hand, and refuses what it does not have."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from common.data import glyphs
 from merging.suites import vision
 
 CPU = torch.device("cpu")
@@ -69,3 +72,30 @@ def test_a_seed_changes_the_experts_and_not_the_base(suite):
 def test_what_there_is_not_is_refused_by_name(backbone, tasks, message):
     with pytest.raises(ValueError, match=message):
         vision.suite(backbone, tasks, 0, vision.SMOKE, CPU)
+
+
+@pytest.mark.parametrize(("wide", "copies"), [(False, 64), (True, 128)])
+def test_experts_and_scales_see_the_faces_of_the_recipe(wide, copies, tmp_path, monkeypatch):
+    recipe, seen = replace(vision.SMOKE.at("glyph-32"), wide_validation=wide), []
+    drawn = glyphs.glyphs
+
+    def spy(tasks, split, faces=glyphs.FACES):
+        seen.append((split, tuple(faces[split])))
+        return drawn(tasks, split, faces)
+
+    monkeypatch.setattr("common.cache.CACHE", tmp_path)
+    monkeypatch.setattr(glyphs, "glyphs", spy)
+    suite = vision.glyph_suite(recipe, 1, 0, CPU)
+    scored = ("validation", "test")
+    sizes = {split: sum(len(labels) for _, labels in suite.batches("digits", split)) for split in scored}
+    expected = glyphs.WIDE_VALIDATION if wide else glyphs.FACES
+    splits = [(split, expected[split]) for split in ("train", *scored)]
+    assert seen == [("train", glyphs.FACES["train"]), *splits]  # the base's own faces come first
+    each = 10 * len(expected["validation"])  # ten digits in every face
+    assert sizes == {"validation": round(copies / each) * each, "test": 2 * 10 * 5}
+
+
+def test_the_split_of_faces_is_a_part_of_the_keys_and_leaves_the_base_as_it_is(suite):
+    other = vision.suite("glyph-32", 2, 0, replace(vision.SMOKE, wide_validation=True), CPU)
+    assert other.key != suite.key and not other.experts[0]["proj"].equal(suite.experts[0]["proj"])
+    assert all(other.pretrained[name].equal(tensor) for name, tensor in suite.pretrained.items())

@@ -3,7 +3,7 @@
 Each task reads something different from a source file, see `READERS`: three read sentences, five expressions. Texts are
 short, so that an encoder learns from them within seconds on a CPU. No file is in two splits, no text in two splits or
 in two classes, and all classes are equally large. Texts differ between versions of Python and of the packages:
-`TextTask.key` says which ones they were.
+`TextTask.key` says which ones they were. `shifted_task` puts every task into one further domain that all of them share.
 """
 
 import ast
@@ -13,7 +13,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 
@@ -183,6 +183,28 @@ def task(name: str) -> TextTask:
     tables = _tables()[name]
     key = hashlib.sha256(json.dumps(tables).encode()).hexdigest()[:16]
     return TextTask(name, READERS[name][1], partial(_examples, tables), key, template=f"{name}: {{0}}")
+
+
+VOWELS = ("aeiouAEIOU", "eiouaEIOUA")  # and what replaces them
+
+
+@cache
+def shifted_task(name: str) -> TextTask:
+    """Return the task with every vowel of its texts replaced by the next one: "return the value" → "ritarn thi velai".
+
+    One domain shift for all tasks: nothing is lost, but a model that knows English and code has to learn to read again,
+    and every expert learns the same. As in the glyph suite the experts so share directions.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    own, moved = task(name), str.maketrans(*VOWELS)
+
+    def split(which: str) -> Examples:
+        examples = own.split(which)
+        return replace(examples, texts=[tuple(field.translate(moved) for field in text) for text in examples.texts])
+
+    return replace(own, split=split, key=f"{own.key}, next vowels")
 
 
 def _examples(tables: Mapping[str, list], split: str) -> Examples:
