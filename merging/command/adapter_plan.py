@@ -12,11 +12,13 @@ The rest    biases and modules that an adapter holds whole are merged like tenso
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from merging.adapters import rename_to_base
 from merging.checkpoints import Checkpoint, Entry
 from merging.command.changes import IA3, Full, LoRA, Step
+from merging.command.naming import naming
 from merging.command.options import depths
 from merging.command.proportion import Side, told
 from merging.command.recipe import Recipe
@@ -24,7 +26,7 @@ from merging.command.storage import Piece, pieces, storage
 from merging.command.tied import copy_of, same_values
 from merging.mergers import merger
 from merging.peft_files import Adapter, Factors
-from merging.views import renamed
+from merging.views import Transposed, renamed
 
 # names of input embeddings and heads over a vocabulary
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|embed_in|embed_out|shared|lm_head)\.")
@@ -53,9 +55,32 @@ def adapter_steps(recipe: Recipe, base: Checkpoint, experts: Sequence[Adapter], 
 
 def _named_as_base(given: str, adapter: Adapter, base: Checkpoint) -> Adapter:
     try:
-        return rename_to_base(adapter, base.entries)
+        return named_as_base(adapter, base)
     except ValueError as error:
         raise ValueError(f"{given}: {error}") from None
+
+
+def named_as_base(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter with its tensors named as the base stores them, in their order.
+
+    An adapter has the names of the model's class, or of an older version of it; the base's file may have others
+    (`merging.command.naming`), or another prefix.
+
+    Raises:
+        ValueError: a weight that is adapted has no counterpart.
+    """
+    if all(name in base.entries for name in (*adapter.modules, *adapter.vectors, *adapter.values)):
+        return adapter
+    own = naming(base)
+    whole = ((name, parts[0]) for name, parts in own.parts(base.entries).items() if len(parts) == 1)
+    stored = {part.name: name for name, part in whole if not isinstance(part, Transposed)}
+
+    def known(held: Mapping[str, Any]) -> dict[str, Any]:
+        names = (name if name in base.entries else stored.get(own.canonical(name), name) for name in held)
+        return dict(zip(names, held.values(), strict=True))
+
+    own_names = {kind: known(getattr(adapter, kind)) for kind in ("modules", "vectors", "values")}
+    return rename_to_base(replace(adapter, **own_names), base.entries)
 
 
 def _left_out(given: str, adapter: Adapter, base: Checkpoint, partial: bool) -> list[str]:

@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -59,14 +60,19 @@ def parse(arguments: Sequence[str]) -> Flags:
     """Return the flags; what the command line leaves out is taken from the file of --recipe or --mergekit.
 
     Raises:
-        ValueError: that file is no recipe.
+        ValueError: that file is no recipe, or there are two of them.
         SystemExit: a flag is wrong, or --help was asked for.
     """
-    arguments = _joined(list(arguments))
+    arguments = _joined(_apart(arguments))
     start = Flags()
-    for flag, read in (("--recipe", read_recipe), ("--mergekit", lambda path: read_mergekit(path)[0])):
-        if flag in arguments[:-1]:
-            start = Flags(**asdict(read(Path(arguments[arguments.index(flag) + 1]))))
+    readers = {"--recipe": read_recipe, "--mergekit": lambda path: read_mergekit(path)[0]}
+    files = [pair for pair in pairwise(arguments) if pair[0] in readers]
+    if len(files) > 1:
+        raise ValueError(f"{' '.join(map(' '.join, files))}: a merge follows one recipe; give one of these files")
+    for flag, file in files:
+        if not Path(file).is_file():
+            raise ValueError(f"{flag} {file}: there is no such file")
+        start = Flags(**asdict(readers[flag](Path(file))))
     groups = _groups()
     record = make_dataclass("Grouped", [(title, tyro.conf.OmitArgPrefixes[kind]) for title, kind in groups.items()])
     default = record(*(kind(*(getattr(start, one.name) for one in fields(kind))) for kind in groups.values()))
@@ -108,6 +114,18 @@ def documentation(kind: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 texts[field.target.id] = " ".join(text.value.value.split())
     return texts
+
+
+def _apart(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with --flag=value as two, and dashes for the underscores in names of flags."""
+    found: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--"):
+            found += [flag.replace("_", "-"), value] if equals else [flag.replace("_", "-")]
+        else:
+            found.append(argument)
+    return found
 
 
 def _joined(arguments: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ from merging.command.dry_run import describe
 from merging.command.flags import parse
 from merging.command.licences import licence_warning, licences
 from merging.command.mergekit import read_mergekit
-from merging.command.model_card import companions, what_to_say, write_companions
+from merging.command.model_card import companions, losses, what_to_say, write_companions
 from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
 from merging.command.plan import Plan, make_plan
 from merging.command.push import check_push, push
@@ -157,6 +157,8 @@ def _carry_out(output: ModelOutput | AdapterOutput, out: Path, made_from: str, j
             notes = [note for shard_notes in files.notes() for note in shard_notes]
             write_companions(output, files.folder, made_from, out, notes)
             files.finish()
+            for loss in losses(notes):
+                print(f"note: {loss}", file=sys.stderr)
             sizes = [tensor.size for shard in shards for tensor in shard.tensors]
             print(f"{out}: {len(sizes)} tensors, {sum(sizes) / 1e9:.3f} GB")
 

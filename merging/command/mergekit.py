@@ -14,6 +14,7 @@ A setting is a number, a gradient [a, b, …] over the layers, or a list of {fil
 counts (with us the last); a model's settings come before those for all. Two methods agree not exactly: DARE draws other
 masks, and rescales by 1 / density where mergekit restores Σ |τ_i|; and TIES keeps ⌊density · d⌋ + 1 entries, as its
 authors do, and all that are equal to the last of them, where mergekit keeps ⌊density · d⌋, whichever come first.
+Relative paths are relative to the current folder, as with mergekit, or else to that of the recipe.
 """
 
 import glob
@@ -24,7 +25,8 @@ from typing import Any
 
 import yaml
 
-from merging.command.recipe import Recipe
+from merging.command.recipe import Recipe, renamed
+from merging.command.recipe_files import located
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ def read_mergekit(path: Path) -> tuple[Recipe, list[str]]:
         text = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(text, Mapping) or "merge_method" not in text:
             raise ValueError("is no recipe of mergekit, which has a merge_method")
-        return _read({key: value for key, value in text.items() if value is not None})
+        recipe, notes = _read({key: value for key, value in text.items() if value is not None})
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is no YAML ({' '.join(str(error).split())})") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
+    return renamed(recipe, lambda given: given if Path(given).exists() else located(given, path.parent)), notes
 
 
 def _read(text: Mapping[str, Any]) -> tuple[Recipe, list[str]]:

@@ -76,13 +76,18 @@ def what_to_say(output: ModelOutput | AdapterOutput, notes: Sequence[dict[str, A
         output: what was merged.
         notes: one per step, as for `write_companions`.
     """
+    return [*output.plan.notes, *output.plan.remarks, *losses(notes)]
+
+
+def losses(notes: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what an adapter loses of the merge, at most two lines; nothing of a model."""
     rows = [note["lost"] for note in notes if "lost" in note]
     total = sum(row["energy"] for row in rows)
     lost = sum(row["energy"] * row["lost"] for row in rows)
     gone = [row["tensor"] for row in rows if row["lost"] == 1]
     said = [f"{lost / total:.3%} of the merged update's energy is not in the adapter (energy_lost.csv)"] if lost else []
     said += [f"{len(gone)} tensors have no place in it: {some(gone)}"] if gone else []
-    return [*output.plan.notes, *output.plan.remarks, *said]
+    return said
 
 
 def _write_losses(rows: Sequence[dict[str, Any]], folder: Path) -> None:

@@ -53,19 +53,27 @@ class Naming:
         alone = {name: own for name, own in found.items() if all(count[each.name] == 1 for each in own)}
         return {name: alone.get(name, (entry,)) for name, entry in entries.items()}
 
-    def _parts(self, entry: Entry) -> tuple[Entry, ...]:
-        stored = WRAPPERS.sub("", entry.name)
-        name = stored
+    def canonical(self, name: str) -> str:
+        """Return the name that a tensor of no packed or transposed kind has in the class."""
+        stored = WRAPPERS.sub("", name)
+        name = self._renamed(stored)
+        return stored if name not in self.shapes and stored in self.shapes else name  # as transformers
+
+    def _renamed(self, name: str) -> str:
         for renaming in self.renamings:
             name, _ = renaming.rename_source_key(name)
+        return name
+
+    def _parts(self, entry: Entry) -> tuple[Entry, ...]:
+        stored = WRAPPERS.sub("", entry.name)
+        name = self._renamed(stored)
         for converter in self.converters:
             converted, pattern = converter.rename_source_key(name)
             if pattern is not None:
                 if converted not in self.shapes and stored in self.shapes:
                     break
                 return self._source(entry, name, converted, converter)
-        if name not in self.shapes and stored in self.shapes:  # as transformers: not to be renamed
-            name = stored
+        name = self.canonical(stored)
         for converter in self.converters:
             if (parts := _packed(entry, name, converter)) is not None:
                 return parts
@@ -144,11 +152,16 @@ def naming(checkpoint: Checkpoint, other: Checkpoint | None = None) -> Naming:
 
 def naming_of(config: Mapping[str, Any]) -> Naming:
     """Return what transformers knows of the class that a configuration names."""
-    return _naming(json.dumps(config, sort_keys=True))
+    return _naming(as_text(config))
+
+
+def as_text(config: Mapping[str, Any]) -> str:
+    """Return a configuration as JSON, the same for equal ones."""
+    return json.dumps(config, sort_keys=True)
 
 
 @lru_cache(maxsize=32)
-def _class_of(config: str) -> Any | None:
+def class_of(config: str) -> Any | None:
     """Return the model of a configuration, as JSON, without memory for its weights; None if transformers cannot."""
     import transformers
 
@@ -169,7 +182,7 @@ def _naming(config: str) -> Naming:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
     except ImportError:  # a version without these tables: names are matched as they are
         return Naming()
-    model = _class_of(config)
+    model = class_of(config)
     if model is not None:
         table = get_model_conversion_mapping(model)
     else:

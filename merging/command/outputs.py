@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-from merging.adapters import MODULES, joint_config, rename_to_base
+from merging.adapters import MODULES, joint_config
+from merging.command.adapter_plan import named_as_base
 from merging.command.changes import IA3, Step
 from merging.command.findings import moves
+from merging.command.naming import as_text, class_of, naming
 from merging.command.plan import Plan
 from merging.command.recipe import shard_bytes
 from merging.command.shards import Shard, TensorSpec, Write, arrange
@@ -177,7 +179,7 @@ def _names_of_adapters(plan: Plan) -> dict[str, str]:
     """Return base's name → name in the adapters; where they differ, that in the first adapter which has it."""
     names = {}
     for adapter in reversed(plan.experts):
-        renamed = rename_to_base(adapter, plan.base.entries)
+        renamed = named_as_base(adapter, plan.base)
         for held in ("modules", "vectors", "values"):
             names |= dict(zip(getattr(renamed, held), getattr(adapter, held), strict=True))
     return names
@@ -197,8 +199,9 @@ def linear_layers(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
         matrix = matrix and not plan.base.part_of(step.name)  # peft's names are those of the main part
         if not matrix or (not known and not MODULES(step.name, torch.empty(step.base.shape, device="meta"))):
             continue
-        longer = (each for each in known if each.endswith(f".{step.name}"))
-        own = step.name if step.name in known else next(longer, None)
+        name = naming(plan.base).canonical(step.name)
+        longer = (each for each in known if each.endswith(f".{name}"))
+        own = name if name in known else next(longer, None)
         if own or not known:
             layouts[step.name] = known[own] if own else step.layout
             names[step.name] = own or step.name
@@ -210,15 +213,11 @@ def linear_layers(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
 
 def _linear_modules(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield weight and layout of all linear layers of the class that config.json names; nothing where it names none."""
-    import transformers
+    from transformers.pytorch_utils import Conv1D
 
-    kind = getattr(transformers, (config.get("architectures") or [""])[0], None)
-    if kind is None or "model_type" not in config:
-        return
-    with torch.device("meta"):
-        model = kind(transformers.AutoConfig.for_model(**config))
-    for name, module in model.named_modules():
+    model = class_of(as_text(config))
+    for name, module in model.named_modules() if model is not None else ():
         if isinstance(module, torch.nn.Linear):
             yield f"{name}.weight", "matrix"
-        elif isinstance(module, transformers.pytorch_utils.Conv1D):
+        elif isinstance(module, Conv1D):
             yield f"{name}.weight", "transposed"

@@ -76,7 +76,9 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
         raise ValueError(f"--tokens union: {recipe.experts[0]} is an adapter; fold adapters into full models first")
     plan.steps = adapter_steps(recipe, base, experts, plan.notes) if any(adapters) else _model_steps(plan)
     if odd := recipe.unmatched(base.entries):
-        raise ValueError(f"--set {odd[0]!r}: matches no tensor of {base.given}")
+        packed = next((step.name for step in plan.steps for piece in step.pieces if odd[0].matches(piece.name)), None)
+        hint = f" itself, but a part of {packed!r}, whose parts share their options" if packed else ""
+        raise ValueError(f"--set {odd[0].text!r}: matches no tensor of {base.given}{hint}")
     if not any(step.change for step in plan.steps):
         raise ValueError(f"{base.given}: no tensor is merged; the experts share none with it")
     if recipe.strict and plan.notes:

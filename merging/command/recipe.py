@@ -164,8 +164,8 @@ class Recipe:
         chosen = self.dtype is not None and stored.is_floating_point
         return getattr(torch, self.dtype) if chosen else stored
 
-    def unmatched(self, names: Iterable[str]) -> list[str]:
-        """Return the patterns of `set` that match none of the names.
+    def unmatched(self, names: Iterable[str]) -> list[Any]:
+        """Return the assignments of `set` whose patterns match none of the names.
 
         Raises:
             ValueError: one is interpolated over layers, and matches only tensors outside of them.
@@ -180,7 +180,7 @@ class Recipe:
                     f"--set {assignment.text!r}: {matched[0]!r}, which it matches, has no number of a layer in its "
                     "name, over which it could be interpolated; give one value"
                 )
-            without += [] if matched else [assignment.text]
+            without += [] if matched else [assignment]
         return without
 
     def plain(self) -> dict[str, Any]:

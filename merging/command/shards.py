@@ -136,7 +136,9 @@ def begin(out: Path, identity: str, shards: Sequence[Shard], rank: int = 0, rank
     """
     output = Output(out, tuple(shards), alone=ranks == 1)
     if rank > 0:
-        while _identity(output.work) is None and not any(map(output.is_finished, shards)):
+        while (  # what rank 0 is about to remove, or has not begun yet
+            (output.work / REFUSED).exists() and _identity(output.work) != identity
+        ) or (_identity(output.work) is None and not any(map(output.is_finished, shards))):
             time.sleep(0.1)
         _check_identity(output.work, identity)
         yield output
@@ -160,8 +162,9 @@ def _clear(output: "Output") -> None:
     for path in output.work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != "lock":
+        elif path.name not in ("lock", REFUSED):
             path.unlink()
+    (output.work / REFUSED).unlink()  # last: until then other ranks wait
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def test_full_experts_become_an_adapter_of_their_best_rank(tmp_path, name):
     assert "have no place in it" in (tmp_path / "adapter" / "README.md").read_text()
 
 
-def test_a_low_rank_loses_energy_and_says_how_much(tmp_path):
+def test_a_low_rank_loses_energy_and_says_how_much(tmp_path, capsys):
     _, where, others, _ = made_by_peft(tmp_path, "llama", lora)
     arguments = ["--base", where, "--experts", *others, "--method", "ties", "--output", "adapter", "--rank", "2"]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
@@ -230,7 +230,49 @@ def test_a_low_rank_loses_energy_and_says_how_much(tmp_path):
     assert all(t.dtype == torch.bfloat16 and 2 in t.shape for t in tensors.values())
     lines = (tmp_path / "out" / "energy_lost.csv").read_text().splitlines()[1:]
     assert len(lines) == 2 and all(0.05 < float(line.split(",")[3]) < 1 for line in lines)
-    assert "% of the merged update's energy is not in the adapter" in (tmp_path / "out" / "README.md").read_text()
+    for told in ((tmp_path / "out" / "README.md").read_text(), capsys.readouterr().err):
+        assert "% of the merged update's energy is not in the adapter (energy_lost.csv)" in told
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def llava():
+    vision = transformers.CLIPVisionConfig(**TEXT | dict(image_size=8, patch_size=4))
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**TEXT), vision_config=vision, image_token_index=39
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def bert():
+    return transformers.BertForMaskedLM(transformers.BertConfig(**TEXT))
+
+
+@pytest.mark.parametrize("make, targets, saved", [
+    (llava, r".*(language_model.*q_proj|vision.*v_proj|linear_1)", None),
+    (bert, r".*query", ["LayerNorm"]),
+])  # fmt: skip
+def test_adapters_fit_a_base_that_is_stored_under_older_names(tmp_path, make, targets, saved):
+    torch.manual_seed(0)
+    base = randomised(make(), 0)
+    base.save_pretrained(tmp_path / "base", save_original_format=True)
+    path = tmp_path / "base" / "model.safetensors"
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    state = load_file(path)
+    state = {re.sub("|".join(old), lambda found: old[found[0]], name): value for name, value in state.items()}
+    assert not state.keys() <= base.state_dict().keys()
+    save_file(state, path, {"format": "pt"})
+    kind, folded = type(base), []
+    for index in range(2):
+        config = lora(targets, index, modules_to_save=saved)
+        model = randomised(peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), config), index + 1)
+        model.save_pretrained(tmp_path / f"e{index}")
+        folded.append(model.merge_and_unload().state_dict())
+    others = (str(tmp_path / "e0"), str(tmp_path / "e1"))
+    merge(Recipe(str(tmp_path / "base"), others, "weight_average", strict=True), tmp_path / "out")
+    expected = {name: (folded[0][name] + folded[1][name]) / 2 for name in folded[0]}
+    assert_close(kind.from_pretrained(tmp_path / "out").state_dict(), expected)
 
 
 # Interruptions and refusals -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,24 @@ def test_a_process_among_several_marks_what_it_refuses_and_the_next_merge_remove
             output.write(shard, made_of(state, shard))
         output.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_other_processes_wait_until_a_refused_merge_is_removed(tmp_path):
+    state, out = state_of_all_dtypes(), tmp_path / "out"
+    shards = shards_of(state, 60)
+    with pytest.raises(ValueError), begin(out, "id", shards, 0, ranks=2) as output, output.attempt():
+        refuse("NaN")
+
+    def joins():
+        with begin(out, "mended", shards, 1, ranks=2) as output:
+            return output.is_finished(shards[0])
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(joins)
+        time.sleep(0.3)
+        assert not other.done()
+        with begin(out, "mended", shards, 0, ranks=2):
+            assert other.result(timeout=10) is False
 
 
 def refuse(text):

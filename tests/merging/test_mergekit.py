@@ -250,3 +250,12 @@ def test_linear_refuses_what_would_scale_the_base(tmp_path, folders):
         read_mergekit(written(tmp_path, "linear", base, listed, {"normalize": False}))
     with pytest.raises(ValueError, match=r"base: weight: has no value"):
         read_mergekit(written(tmp_path, "linear", base, listed[1:]))
+
+
+def test_relative_paths_are_looked_for_in_the_current_folder_then_in_that_of_the_recipe(folders, tmp_path, monkeypatch):
+    path = written(tmp_path, "ties", "base", [(name, {"weight": 1.0}) for name in ("e0", "e1")])
+    monkeypatch.chdir(tmp_path)
+    assert read_mergekit(path)[0].base == "base"
+    monkeypatch.chdir("/")
+    assert read_mergekit(path)[0].base == folders[0]
+    assert read_mergekit(path)[0].experts == tuple(folders[1][:2])

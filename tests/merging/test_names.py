@@ -146,6 +146,17 @@ def test_packed_experts_are_merged_matrix_by_matrix_as_those_that_are_stored_one
     assert packed and all(not torch.allclose(found["new"][name], base[name]) for name in packed)
 
 
+def test_a_pattern_of_packed_experts_is_refused_with_the_tensor_that_packs_them(tmp_path):
+    model = MIXTURES["qwen3_moe"]()
+    for name in ("base", "expert"):
+        model.save_pretrained(tmp_path / name, save_original_format=False)
+    text = "*layers.0.mlp.experts.1.up_proj*:scale=0.1"
+    recipe = Recipe(str(tmp_path / "base"), (str(tmp_path / "expert"),), "task_arithmetic", set=(text,))
+    message = r"matches no tensor of .*base itself, but a part of 'model\.layers\.0\.mlp\.experts\.gate_up_proj'"
+    with pytest.raises(ValueError, match=message):
+        merge(recipe, tmp_path / "out")
+
+
 def test_packed_vision_language_experts_are_merged_where_they_are_stored_transposed(tmp_path):
     torch.manual_seed(0)
     text = EXPERTS | dict(num_experts=4, rope_scaling={"mrope_section": [2, 1, 1], "rope_type": "default"})
