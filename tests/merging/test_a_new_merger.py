@@ -157,7 +157,7 @@ def test_a_merger_of_whole_matrices_without_a_factored_form_is_refused_on_lora(t
 
 
 def test_tables_have_it_in_order_and_figures_with_label_and_colour():
-    data = pd.DataFrame(dict(method=["median", "chance", "ties", "expert"], svc="none", value=1.0))
+    data = pd.DataFrame(dict(method=["median", "chance", "ties", "expert"], svc="none", metric="accuracy", value=1.0))
     assert comparison.methods_of(data) == ["ties", "median"]
     assert list(comparison.in_order(comparison.models(data), ["method"]).method) == ["expert", "ties", "median"]
     with figures.styled(comparison.merging_styles()):
