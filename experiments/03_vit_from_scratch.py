@@ -23,7 +23,7 @@ from common.lab.run import Experiment, run
 from common.training import TrainingRecipe
 from sparsity.studies import density_tables, recipes
 from sparsity.studies.images import IMAGENET, ImageTask
-from sparsity.studies.runs import STYLES, plan_density_tables
+from sparsity.studies.runs import COMMON_DEVIATIONS, STYLES, plan_density_tables
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ DEVIATIONS = (
     "instead of 300 epochs of ImageNet; Σ lr·wd is 4 and more (84 in the authors' recipe).",
     "The bounds of norms and zeroth biases are applied after every optimiser step, first the norms; the authors' ViT "
     "code applies the norm's bound before the step.",
-    "Zeroth biases stand at the MLP's input, as in the text; the later code has them at its output.",
-    "Zero means |a| ≤ 1e-6. Shares are over all entries of a layer and layers weigh equally, as in the authors' code.",
+    *COMMON_DEVIATIONS,
     "Training density is the mean over single logged steps of the whole run; test density is over the whole split.",
 )
 

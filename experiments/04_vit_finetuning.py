@@ -28,7 +28,7 @@ from common.lab.run import Experiment, run
 from common.training import TrainingRecipe
 from sparsity.studies import finetuning, finetuning_tables, recipes
 from sparsity.studies.images import ImageTask
-from sparsity.studies.runs import FineTuning, Run
+from sparsity.studies.runs import COMMON_DEVIATIONS, FineTuning, Run
 
 MARGIN = 1.0  # points of accuracy
 JUDGED = dict(metric="score", margin=MARGIN)
@@ -106,8 +106,7 @@ DEVIATIONS = (
     "JSReLU is mixed in over a third of the steps, as in the authors' T5 script; their ViT script as shipped swaps it "
     "at once.",
     "The bounds of norms and zeroth biases are applied after every optimiser step, first the norms.",
-    "Zeroth biases stand at the MLP's input, as in the text; the later code has them at its output.",
-    "Zero means |a| ≤ 1e-6. Shares are over all entries of a layer and layers weigh equally, as in the authors' code.",
+    *COMMON_DEVIATIONS,
 )
 
 EXPERIMENT = Experiment(

@@ -23,7 +23,7 @@ from common.training import TrainingRecipe
 from sparsity.plugins import PROTOCOLS
 from sparsity.studies import density_tables
 from sparsity.studies.recipes import T5
-from sparsity.studies.runs import STYLES, plan_density_tables
+from sparsity.studies.runs import COMMON_DEVIATIONS, STYLES, plan_density_tables
 from sparsity.studies.span_corruption import SpanCorruption
 
 
@@ -65,8 +65,7 @@ DEVIATIONS = (
     "At laptop and workstation scale: small T5s on bytes of Python sources and docstrings, rows of 64 tokens, minutes "
     "instead of 1e5 steps on C4; Σ lr·wd is 3 and more (0.5 in the authors' recipe).",
     "Statistics leave padding out; the authors count it.",
-    "Zeroth biases stand at the MLP's input, as in the text; the later code has them at its output.",
-    "Zero means |a| ≤ 1e-6. Shares are over all entries of a layer and layers weigh equally, as in the authors' code.",
+    *COMMON_DEVIATIONS,
     "Training density is the mean over single logged steps of the whole run; test density is over the whole split.",
 )
 

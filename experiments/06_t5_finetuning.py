@@ -30,7 +30,7 @@ from sparsity.plugins import PROTOCOLS
 from sparsity.studies import finetuning, finetuning_tables
 from sparsity.studies.distillation import Distillation
 from sparsity.studies.recipes import ADAMW, T5
-from sparsity.studies.runs import FineTuning, Run
+from sparsity.studies.runs import COMMON_DEVIATIONS, FineTuning, Run
 from sparsity.studies.span_corruption import SpanCorruption
 
 MARGINS = {"T5": 0.02, "MiniLM": 0.01}  # of the losses: nats a token, and 1 − cosine
@@ -139,8 +139,7 @@ DEVIATIONS = (
     "from their own T5.",
     "One batch a step, where the authors accumulate two halves. Statistics leave padding out; the authors count it.",
     "The bounds of norms and zeroth biases are applied after every optimiser step, first the norms.",
-    "Zeroth biases stand at the MLP's input, as in the text; the later code has them at its output.",
-    "Zero means |a| ≤ 1e-6. Shares are over all entries of a layer and layers weigh equally, as in the authors' code.",
+    *COMMON_DEVIATIONS,
 )
 
 EXPERIMENT = Experiment(

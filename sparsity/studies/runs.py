@@ -52,6 +52,10 @@ VARIANTS: dict[str, Variant] = {
     "zeroth bias alone": Variant(zeroth_bias=True),
     "squared ReLU": Variant("squared_relu"),
 }
+COMMON_DEVIATIONS = (  # of all experiments that train with plug-ins, from the paper
+    "Zeroth biases stand at the MLP's input, as in the text; the later code has them at its output.",
+    "Zero means |a| ≤ 1e-6. Shares are over all entries of a layer and layers weigh equally, as in the authors' code.",
+)
 STYLES = {  # in figures
     "vanilla": Style("vanilla", MUTED),
     "modified": Style("modified", "#0072B2"),
