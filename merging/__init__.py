@@ -12,13 +12,16 @@ if TYPE_CHECKING:
         iso_basis,
         iso_c,
         iso_cts,
+        lines,
         merger,
         plain_sum,
         star,
+        subspace_boost,
         task_arithmetic,
         ties,
         tsv_m,
         weight_average,
+        wudi,
     )
     from merging.norm_matching import norm_match, norm_match_low_rank
     from merging.task_vectors import apply, task_vector, weighted
@@ -34,17 +37,20 @@ __all__ = [
     "iso_basis",
     "iso_c",
     "iso_cts",
+    "lines",
     "merger",
     "norm_match",
     "norm_match_low_rank",
     "plain_sum",
     "star",
+    "subspace_boost",
     "task_arithmetic",
     "task_vector",
     "ties",
     "tsv_m",
     "weight_average",
     "weighted",
+    "wudi",
 ]
 HOMES = {name: "calibration" for name in ("SVC", "calibrate", "diagnose")} | {
     "apply": "task_vectors",

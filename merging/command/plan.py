@@ -24,7 +24,6 @@ from merging.checkpoints import Checkpoint, Entry
 from merging.command.adapter_plan import adapter_steps
 from merging.command.changes import Full, Step
 from merging.command.names import align, base_parts
-from merging.command.options import depths
 from merging.command.proportion import Side, is_computed, some, told
 from merging.command.recipe import Recipe
 from merging.command.storage import pieces, storage
@@ -32,6 +31,7 @@ from merging.command.tied import copy_of, equal, trained_apart, twin_of, with_ti
 from merging.command.tokens import union, united_rows
 from merging.command.vocabulary import matching_rows
 from merging.fp8 import dequantised
+from merging.layers import depths
 from merging.peft_files import Adapter
 
 

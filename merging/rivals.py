@@ -1,0 +1,190 @@
+"""Data-free mergers of 2024 to 2026 from outside the official SVC repository, rivals and complements of calibration.
+
+Notation and rank rule are those of `merging.mergers`, in whose table these stand too; each follows its authors' code,
+and its docstring says where it does not. Tensors that a merger leaves alone are averaged, as in all of this package.
+
+KnOTS (arXiv 2410.19735) and Core Space (arXiv 2509.17786) are not mergers but spaces in which LoRA updates are merged:
+see `merging.lowrank`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from common.spectral import numerical_rank, rank_tolerance, svd
+from merging.layers import depths, layer_of
+from merging.record import Updates, merge_each, sum_of
+from merging.task_vectors import OneTensor, Predicate, TaskVector, check, check_finite, matrices_without
+
+LINEAR_LAYERS = matrices_without("text_projection", "embed")
+
+
+# WUDI ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def wudi(
+    task_vectors: Sequence[TaskVector],
+    steps: int = 300,
+    rate: float = 1e-5,
+    *,
+    matrices: Predicate = LINEAR_LAYERS,
+) -> dict[str, Tensor]:
+    """Minimise the interference of the sum with each task, by Adam (WUDI, Cheng et al., 2025, arXiv 2503.08099).
+
+        L(τ) = Σ_i ‖(τ − τ_i) τ_iᵀ‖² / ‖τ_i‖²,  from τ = Σ τ_i, by `steps` steps of Adam at learning rate `rate`
+
+    The rows of τ_i stand for the inputs of the layer on task i, so that L is the error of the layer's outputs. With
+    G = Σ_i τ_iᵀ τ_i / ‖τ_i‖² and E = τ − Σ_j τ_j the gradient is 2 (E G + B), B = Σ_i (Σ_{j≠i} τ_j) τ_iᵀ τ_i / ‖τ_i‖²:
+    a step takes one product with an n × n matrix, whatever K, and tasks are read one by one. A single task is kept.
+
+    The rate is absolute: an entry moves by at most about `steps` · `rate` (3e-3 by default), which suits CLIP, whose
+    updates are of that size; where updates are far larger, τ stays near Σ τ_i. The minimum itself is not meant: 300
+    steps stop well before it (`interference_minimum` in merging/suites/reference.py).
+
+    Args:
+        task_vectors: the K task vectors.
+        steps: of Adam, at least 0.
+        rate: learning rate, above 0.
+        matrices: which tensors are treated so; the others are averaged. (The authors treat the linear layers of CLIP
+            and leave all other tensors at the pretrained value.)
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    if isinstance(steps, bool) or steps != int(steps) or steps < 0:
+        raise ValueError(f"steps must be an integer of at least 0, got {steps}")
+    if not (rate > 0 and math.isfinite(rate)):
+        raise ValueError(f"rate must be positive and finite, got {rate}")
+    return merge_each(task_vectors, partial(_wudi_matrix, steps=int(steps), rate=rate), matrices)
+
+
+def _wudi_matrix(updates: Updates, steps: int, rate: float) -> Tensor:
+    total = sum_of(updates)  # (m, n)
+    times_gram, start = interference(updates, total)
+    if not start.any():  # one task, orthogonal tasks, or no update at all
+        return total
+    away = torch.zeros_like(total)  # E
+    adam = torch.optim.Adam([away], lr=rate)
+    for _ in range(steps):
+        away.grad = times_gram(away).add_(start).mul_(2)
+        adam.step()
+    return total.add_(away)
+
+
+def interference(updates: Updates, total: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Return what makes half the gradient of WUDI's loss, E G + B: the map E → E G, and B (m, n).
+
+    G (n, n) is formed where that is smaller than the K updates; else the map goes through these, (K m, n).
+
+    Args:
+        updates: K matrices (m, n).
+        total: their sum.
+    """
+    rows, columns = total.shape
+    wide = columns > len(updates) * rows
+    start, gram, stacked = torch.zeros_like(total), None if wide else total.new_zeros(columns, columns), []
+    for update in updates:
+        length = torch.linalg.vector_norm(update)
+        if not length:
+            continue  # a task that left this weight alone
+        unit = update / length
+        start += torch.linalg.multi_dot([total - update, unit.T, unit])
+        if wide:
+            stacked.append(unit)
+        else:
+            gram.addmm_(unit.T, unit)
+        del update, unit
+    if not wide:
+        return lambda away: away @ gram, start
+    units = torch.cat(stacked) if stacked else total.new_zeros(0, columns)  # (K m, n)
+    return lambda away: (away @ units.T) @ units, start
+
+
+def wudi_copies(rows: int, columns: int, tasks: int) -> float:
+    """Return the memory of `wudi`, in copies of the matrix: Σ τ_i, E, B, gradient, Adam's two moments, and G."""
+    return 8 + min(tasks, 2 * columns / max(1, rows))
+
+
+# Subspace Boosting ---------------------------------------------------------------------------------------------------
+
+
+def subspace_boost(
+    task_vectors: Sequence[TaskVector],
+    share: float = 0.01,
+    scale: float = 0.3,
+    *,
+    matrices: Predicate = LINEAR_LAYERS,
+    precision: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Lift the weak directions of Task Arithmetic (Subspace Boosting, Skorobogat et al., 2025, arXiv 2506.16506).
+
+        τ = scale · U diag(max(σ, σ_k)) Vᵀ,  U diag(σ) Vᵀ = Σ τ_i,  k the smallest with Σ_{j≤k} σ_j ≥ share · Σ σ
+
+    With the authors' share for vision k is 1 for almost every matrix: all singular values become the largest one. By
+    the rank rule null directions stay null. As after Iso-C the left basis is that of the sum, which SVC is given.
+
+    Args:
+        task_vectors: the K task vectors.
+        share: β of the paper, in [0, 1]: 0.01 for vision and 0.02 for language; 1 lifts nothing.
+        scale: of the result. The authors choose it on validation data, for every share; 0.3 is Task Arithmetic's, and
+            too long after a strong boost: `--final-scale` and norm matching are the ways out.
+        matrices: which tensors are treated so; the others are averaged. (The authors scale those like the matrices,
+            and lift the three parts of a fused qkv weight one by one.)
+        precision: for the rank rule, as for `tsv_m`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1], got {share}")
+    check_finite("scale", scale)
+    return merge_each(task_vectors, partial(_boosted, share=share, scale=scale, precision=precision), matrices)
+
+
+def _boosted(updates: Updates, share: float, scale: float, precision: torch.dtype | None) -> Tensor:
+    total = sum_of(updates)
+    precision = precision or total.dtype
+    left, singular, right = svd(total, precision=precision)
+    rank = int(numerical_rank(singular, rank_tolerance(precision)))
+    if not rank:
+        return torch.zeros_like(total)
+    singular = singular[:rank]
+    cumulative = singular.cumsum(0)
+    first = int((cumulative < share * cumulative[-1]).sum())  # k − 1
+    lifted = scale * singular.clamp_min(singular[first])
+    return (left[:, :rank] * lifted) @ right[:rank]
+
+
+# LiNeS ---------------------------------------------------------------------------------------------------------------
+
+
+def lines(task_vectors: Sequence[TaskVector], rise: float = 0.5, *, depth: float | None = None) -> dict[str, Tensor]:
+    """Scale Task Arithmetic by depth (LiNeS, Wang et al., 2025, arXiv 2410.17146).
+
+        τ = (1/K + rise · (l − 1) / (L − 1)) Σ τ_i  in layer l of L; tensors outside of the layers like the first one
+
+    This is the authors' rule on the sum of the task vectors. On other mergers it is an option of single tensors:
+    `--set '*:final_scale=[A, B]'`.
+
+    Args:
+        task_vectors: the K task vectors; layers are read from the names of their tensors (`merging.layers`).
+        rise: β of the paper. The authors choose it on validation data, from 0.1 to 1; 0.5 is the middle.
+        depth: (l − 1) / (L − 1) of all these tensors, where they are only a part of a model.
+
+    Raises:
+        ValueError: rise is not finite, or there is only one tensor, which does not tell how many layers there are.
+    """
+    check_finite("rise", rise)
+    names = check(task_vectors) if depth is None else []
+    if len(names) == 1 and layer_of(names[0]):
+        raise ValueError(f"{names[0]!r} alone does not tell how many layers there are: give its depth, from 0 to 1")
+    layers = depths(names)
+
+    def rule(updates: OneTensor) -> Tensor:
+        return sum_of(updates).mul_(1 / len(updates) + rise * layers.get(updates.name, depth))
+
+    return merge_each(task_vectors, rule)
