@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from common.spectral import numerical_rank, polar, product, rank_tolerance, singular_values, svd
+from common.spectral import leading_triplets, numerical_rank, polar, product, rank_tolerance, singular_values, svd
 from merging.record import ByRows, Merger, Updates, as_matrix, merge_each, sum_of
 from merging.rivals import lines, subspace_boost, wudi, wudi_copies
 from merging.task_vectors import (
@@ -117,8 +117,8 @@ def _tsv_matrix(updates: Updates, side: int | None = None, precision: torch.dtyp
 
 def _top(update: Tensor, count: int, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first `count` triplets, or as many as the numerical rank allows, in float64."""
-    left, singular, right = svd(update, count, torch.float64, precision)
-    count = min(count, int(numerical_rank(singular, rank_tolerance(precision))))
+    left, singular, right = leading_triplets(update, min(count, *update.shape), precision)
+    count = int(numerical_rank(singular, rank_tolerance(precision))) if len(singular) else 0
     return left[:, :count], singular[:count], right[:count]
 
 
@@ -200,12 +200,17 @@ def _iso_cts_triplets(updates: Updates, side: int | None, precision: torch.dtype
     for update in updates:
         _add(total, update)
         del update
-    triplets = [_top(total, common, precision)]
-    shared = triplets[0][0]  # (m, c)
+    left, singular, right = svd(total, dtype=torch.float64, precision=precision)
     del total
+    kept = min(common, int(numerical_rank(singular, rank_tolerance(precision))))
+    shared, others = left[:, :kept], left[:, kept:]  # (m, c), (m, r − c)
+    triplets = [(shared, singular[:kept], right[:kept])]
     for update in updates if own else []:
-        left, singular, right = svd(_outside(shared, update), own, precision=precision)
-        triplets.append((left, singular[:own], right))
+        if len(left) == left.shape[1]:  # the others span all that is not shared
+            inner, singular, right = leading_triplets(product(others.T, update, torch.float64), own, precision)
+            triplets.append((others @ inner, singular, right))
+        else:
+            triplets.append(leading_triplets(_outside(shared, update), own, precision))
         del update
     left, singular, right = _concatenate(triplets)
     kept = singular > rank_tolerance(precision) * (singular.amax() if len(singular) else 0)
@@ -269,13 +274,11 @@ def star(
 
 
 def _star_matrix(update: Tensor, share: float) -> Tensor:
-    left, singular, right = svd(update)
-    cumulative = singular.cumsum(0)
-    total = cumulative[-1]
+    left, singular, right = svd(update, lambda singular: int((singular.cumsum(0) < share * singular.sum()).sum()) + 1)
+    total, kept = singular[singular > 1e-7 * singular[0]].sum(), singular[: left.shape[1]]  # less noise; the first p
     if total <= 1e-12:
         return torch.zeros_like(update)
-    kept = int((cumulative < share * total).sum()) + 1  # p
-    return (left[:, :kept] * (singular[:kept] * total / cumulative[kept - 1])) @ right[:kept]
+    return (left * (kept * total / kept.sum())) @ right
 
 
 def iso_basis(
@@ -348,6 +351,7 @@ MERGERS: dict[str, Merger] = {
 }
 
 OFFICIAL = tuple(name for name in MERGERS if not MERGERS[name].rival)  # the mergers of the official repository
+RIVALS = tuple(name for name in MERGERS if MERGERS[name].rival)  # the others
 PUBLISHED = tuple(name for name in MERGERS if MERGERS[name].published)  # those of the paper's main table
 
 

@@ -1,4 +1,4 @@
-"""WUDI, Subspace Boosting and LiNeS against their authors' algorithms, written naively, and what they have in common."""
+"""WUDI, Subspace Boosting and LiNeS against their authors' algorithms, written naively, and what they share."""
 
 import pytest
 import torch
