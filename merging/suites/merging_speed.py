@@ -5,7 +5,6 @@ part "tower" has one matrix of each shape of a tower, whose number stands in `ma
 leave all else as it is: "tasks" (K), "width" (of a square matrix) and "rank" (of LoRA updates, in factored form).
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -138,14 +137,18 @@ def ratios(data: pd.DataFrame) -> dict[str, float]:
 
 
 def exponents(data: pd.DataFrame) -> pd.DataFrame:
-    """Return the slope of log seconds over log size for every merger, contender and part, from medians over repeats."""
-    rows, lines = data[data.part.isin(GROWING) & (data.metric == SECONDS)], []
-    for (method, contender, part), own in rows.groupby(["method", "contender", "part"], sort=False):
-        middle = own.groupby("size").value.median()
-        slope = np.polyfit(np.log(middle.index), np.log(middle), 1)[0] if len(middle) > 1 else math.nan
-        lines.append({"method": method, "contender": contender, "part": GROWING[part], "exponent": f"{slope:.2f}"})
-    table = pd.DataFrame(lines).pivot(index=["method", "contender"], columns="part", values="exponent")
-    return table[list(GROWING.values())].fillna("–").reset_index()
+    """Return the slope of log seconds over log size for every merger, contender and part, from medians."""
+    found = middle(data[data.part.isin(GROWING)]).groupby(["method", "contender", "part"], sort=False)
+    slopes = found.apply(
+        lambda own: np.polyfit(np.log(own["size"]), np.log(own.value), 1)[0] if len(own) > 1 else np.nan
+    )
+    return slopes.map("{:.2f}".format).unstack(sort=False).rename(columns=GROWING).fillna("–").reset_index()
+
+
+def middle(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the medians over repeats and seeds of seconds of growth."""
+    keys = ["part", "method", "contender", "threads", "size"]
+    return rows[rows.metric == SECONDS].groupby(keys, sort=False).value.median().reset_index()
 
 
 def tables(data: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -182,7 +185,7 @@ def draw(data: pd.DataFrame) -> dict[str, Figure]:
     drawn = {"mergers_over_formula": figures.paired(tower, **shown)}
     scales = dict(panel="contender", ylabel="seconds", xscale="log", yscale="log")
     for part, quantity in GROWING.items():
-        rows = data[(data.part == part) & (data.metric == SECONDS)]
+        rows = middle(data[data.part == part])
         drawn[f"mergers_growth_with_{part}"] = figures.lines(rows, x="size", xlabel=quantity, **scales)
     return drawn
 
