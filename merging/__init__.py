@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         tsv_m,
         weight_average,
         wudi,
+        wudi_minimum,
     )
     from merging.norm_matching import norm_match, norm_match_low_rank
     from merging.task_vectors import apply, task_vector, weighted
@@ -51,6 +52,7 @@ __all__ = [
     "weight_average",
     "weighted",
     "wudi",
+    "wudi_minimum",
 ]
 HOMES = {name: "calibration" for name in ("SVC", "calibrate", "diagnose")} | {
     "apply": "task_vectors",

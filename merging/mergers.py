@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common.spectral import leading_triplets, numerical_rank, polar, product, rank_tolerance, singular_values, svd
 from merging.record import ByRows, Merger, Updates, as_matrix, merge_each, sum_of
-from merging.rivals import lines, subspace_boost, wudi, wudi_copies
+from merging.rivals import lines, subspace_boost, wudi, wudi_copies, wudi_minimum, wudi_minimum_copies
 from merging.task_vectors import (
     OneTensor,
     Predicate,
@@ -344,6 +344,9 @@ MERGERS: dict[str, Merger] = {
     "iso_cts": Merger(iso_cts, "Iso-CTS", "#8C6D31", factored=True, basis=_iso_cts_basis, published=True, copies=8),
     "star": Merger(star, "STAR", "#7A5195", factored=True),
     "wudi": Merger(wudi, "WUDI", "#332288", rival=True, alpha=1.0, copies=wudi_copies),
+    "wudi_minimum": Merger(
+        wudi_minimum, "WUDI, minimum", "#6699CC", factored=True, rival=True, alpha=1.0, copies=wudi_minimum_copies
+    ),
     "subspace_boost": Merger(
         subspace_boost, "Subspace Boosting", "#882255", factored=True, basis=_basis_of_sum, rival=True
     ),

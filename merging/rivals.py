@@ -8,7 +8,7 @@ see `merging.lowrank`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -41,9 +41,8 @@ def wudi(
     G = Σ_i τ_iᵀ τ_i / ‖τ_i‖² and E = τ − Σ_j τ_j the gradient is 2 (E G + B), B = Σ_i (Σ_{j≠i} τ_j) τ_iᵀ τ_i / ‖τ_i‖²:
     a step takes one product with an n × n matrix, whatever K, and tasks are read one by one. A single task is kept.
 
-    The rate is absolute: an entry moves by at most about `steps` · `rate` (3e-3 by default), which suits CLIP, whose
-    updates are of that size; where updates are far larger, τ stays near Σ τ_i. The minimum itself is not meant: 300
-    steps stop well before it (`interference_minimum` in merging/suites/reference.py).
+    The rate is absolute, chosen by the authors for CLIP: an entry moves by at most about `steps` · `rate`, 3e-3 by
+    default, so that τ stays near Σ τ_i where updates are as large as that. `wudi_minimum` has no such scale.
 
     Args:
         task_vectors: the K task vectors.
@@ -64,49 +63,84 @@ def wudi(
 
 def _wudi_matrix(updates: Updates, steps: int, rate: float) -> Tensor:
     total = sum_of(updates)  # (m, n)
-    times_gram, start = interference(updates, total)
+    rows, columns = total.shape
+    stacked = columns > len(updates) * rows
+    start, inputs = _interference(updates, total, stacked)
     if not start.any():  # one task, orthogonal tasks, or no update at all
         return total
     away = torch.zeros_like(total)  # E
     adam = torch.optim.Adam([away], lr=rate)
     for _ in range(steps):
-        away.grad = times_gram(away).add_(start).mul_(2)
+        product = (away @ inputs.T) @ inputs if stacked else away @ inputs  # E G
+        away.grad = product.add_(start).mul_(2)
         adam.step()
     return total.add_(away)
 
 
-def interference(updates: Updates, total: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """Return what makes half the gradient of WUDI's loss, E G + B: the map E → E G, and B (m, n).
-
-    G (n, n) is formed where that is smaller than the K updates; else the map goes through these, (K m, n).
+def _interference(updates: Updates, total: Tensor, stacked: bool) -> tuple[Tensor, Tensor]:
+    """Return B (m, n) and G (n, n), or, `stacked`, the rows τ_i / ‖τ_i‖ (K m, n) of which G is the Gram matrix.
 
     Args:
         updates: K matrices (m, n).
-        total: their sum.
+        total: their sum, in the dtype of the result.
+        stacked: what is smaller where n > K m.
     """
-    rows, columns = total.shape
-    wide = columns > len(updates) * rows
-    start, gram, stacked = torch.zeros_like(total), None if wide else total.new_zeros(columns, columns), []
+    start, columns = torch.zeros_like(total), total.shape[1]
+    gram, units = total.new_zeros(columns if not stacked else 0, columns), []
     for update in updates:
-        length = torch.linalg.vector_norm(update)
-        if not length:
-            continue  # a task that left this weight alone
-        unit = update / length
-        start += torch.linalg.multi_dot([total - update, unit.T, unit])
-        if wide:
-            stacked.append(unit)
-        else:
-            gram.addmm_(unit.T, unit)
-        del update, unit
-    if not wide:
-        return lambda away: away @ gram, start
-    units = torch.cat(stacked) if stacked else total.new_zeros(0, columns)  # (K m, n)
-    return lambda away: (away @ units.T) @ units, start
+        update = update.to(total)
+        if length := torch.linalg.vector_norm(update):  # else the task left this weight alone
+            unit = update / length
+            start += torch.linalg.multi_dot([total - update, unit.T, unit])
+            if stacked:
+                units.append(unit)
+            else:
+                gram.addmm_(unit.T, unit)
+        del update
+    return start, torch.cat(units) if units else gram
 
 
 def wudi_copies(rows: int, columns: int, tasks: int) -> float:
     """Return the memory of `wudi`, in copies of the matrix: Σ τ_i, E, B, gradient, Adam's two moments, and G."""
     return 8 + min(tasks, 2 * columns / max(1, rows))
+
+
+def wudi_minimum(
+    task_vectors: Sequence[TaskVector], *, matrices: Predicate = LINEAR_LAYERS, precision: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return where WUDI's loss is least, in closed form: no steps, no rate, no dependence on scale (not in the paper).
+
+        τ = Σ τ_i − B G⁺, the minimum that is nearest to Σ τ_i, with G and B as for `wudi`
+
+    That is the least-squares map from the rows of all τ_i to what each task makes of its own. Adam approaches it, and
+    300 steps stop early, which also keeps it from weak directions of G, where the minimum may be far away: expect it to
+    suffer where updates are noisy (weights stored in bfloat16). It needs sums and products alone, and so works on LoRA
+    in factored form. By the rank rule eigenvalues of G up to ε² of the largest are null; arithmetic is float64, which
+    resolves 1e-13.
+
+    Args:
+        task_vectors: the K task vectors.
+        matrices: as for `wudi`.
+        precision: for the rank rule, as for `tsv_m`.
+    """
+    return merge_each(task_vectors, partial(_wudi_minimum, precision=precision), matrices)
+
+
+def _wudi_minimum(updates: Updates, precision: torch.dtype | None) -> Tensor:
+    total = sum_of(updates)
+    start, gram = _interference(updates, total.double(), stacked=False)
+    if not start.any():
+        return total
+    values, basis = torch.linalg.eigh(gram)
+    kept = values > max(rank_tolerance(precision or total.dtype) ** 2, 1e-13) * values[-1]
+    basis = basis[:, kept]
+    away = ((start @ basis) / values[kept]) @ basis.T
+    return (total - away).to(total.dtype)
+
+
+def wudi_minimum_copies(rows: int, columns: int, tasks: int) -> float:
+    """Return the memory of `wudi_minimum`, in copies of the matrix in float32: B and E in float64, G and its basis."""
+    return 10 + 8 * columns / max(1, rows)
 
 
 # Subspace Boosting ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merging import MERGERS, lines, merger, subspace_boost, wudi
+from merging import MERGERS, lines, merger, subspace_boost, wudi, wudi_minimum
 from merging.adapters import Adapter, merge_adapters
 from merging.lowrank import LowRank, merge_low_rank
 from merging.suites.reference import interference_loss, interference_minimum
@@ -98,12 +98,31 @@ def test_wudi_lowers_the_loss_and_stops_before_the_minimum():
     assert float(interference_loss(long, updates)) == pytest.approx(lowest, rel=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (3, 40)])
+@pytest.mark.parametrize("count, rank", [(1, None), (2, None), (5, None), (4, 2)])
+def test_the_closed_form_is_the_minimum(count, rank, shape):
+    tasks, name = tasks_of(count, shape, rank), "layers.1.up.weight"
+    updates = [task[name] for task in tasks]
+    merged = wudi_minimum(tasks)[name]
+    expected = interference_minimum(updates)
+    assert error(merged, expected) < 1e-6 and (count > 1 or torch.equal(merged, updates[0]))
+    lowest = interference_loss(merged, updates)
+    for seed in range(3):
+        other = merged + 1e-5 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert interference_loss(other, updates) >= lowest
+    narrow = [{key: tensor.float() for key, tensor in task.items()} for task in tasks]
+    assert error(wudi_minimum(narrow)[name], expected) < 1e-3
+    larger = wudi_minimum([{key: 50 * tensor for key, tensor in task.items()} for task in tasks])[name]
+    assert error(larger, 50 * merged) < 1e-6  # no scale of its own
+
+
 def test_a_task_that_left_a_weight_alone_does_not_count_in_wudi():
     tasks = tasks_of(2)
     still = {name: torch.zeros_like(tensor) for name, tensor in tasks[0].items()}
     name = "layers.0.up.weight"
-    assert torch.equal(wudi([*tasks, still])[name], wudi(tasks)[name])
-    assert not any(tensor.any() for tensor in wudi([still, still]).values())
+    for merge in (wudi, wudi_minimum):
+        assert torch.equal(merge([*tasks, still])[name], merge(tasks)[name])
+        assert not any(tensor.any() for tensor in merge([still, still]).values())
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.02, 0.3, 0.9, 1])
@@ -214,5 +233,5 @@ def test_options_out_of_range_are_refused_in_one_line(call, message):
 
 
 def test_rivals_are_none_of_the_official_repositorys_mergers():
-    assert [name for name, own in MERGERS.items() if own.rival] == ["wudi", "subspace_boost", "lines"]
+    assert [name for name, own in MERGERS.items() if own.rival] == ["wudi", "wudi_minimum", "subspace_boost", "lines"]
     assert not any(own.rival and own.published for own in MERGERS.values())
