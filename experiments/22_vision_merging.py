@@ -27,8 +27,8 @@ Beside   conditions that are to be added to the scales with their next run, unti
          pretrained base. Wide validation: scales tuned on three faces of two families, not on two of one.
 Rivals   WUDI, also as the minimum that it approaches, Subspace Boosting and LiNeS (merging/rivals.py) stand beside,
          with and without SVC, at their own, tuned and norm-matched scales, and have no part in the verdict: at paper
-         scale, and at the others from their next run on, until then by --methods wudi wudi_minimum subspace_boost lines.
-         The authors of the last two choose a scale on validation data, so that their row is the tuned one.
+         scale, and at the others from their next run on, until then by --methods wudi wudi_minimum subspace_boost
+         lines. The authors of the last two choose a scale on validation data, so that their row is the tuned one.
 Later    than the committed runs: the rule of testbeds, the pooled intervals, and what is said of norms and conditions.
 Cost     smoke 30 s; laptop 6 min, workstation 1 h (2 cores, before there were norm-matched rows); paper: nine passes
          over the 8 test sets, not timed.

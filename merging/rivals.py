@@ -112,11 +112,10 @@ def wudi_minimum(
 
         τ = Σ τ_i − B G⁺, the minimum that is nearest to Σ τ_i, with G and B as for `wudi`
 
-    That is the least-squares map from the rows of all τ_i to what each task makes of its own. Adam approaches it, and
-    300 steps stop early, which also keeps it from weak directions of G, where the minimum may be far away: expect it to
-    suffer where updates are noisy (weights stored in bfloat16). It needs sums and products alone, and so works on LoRA
-    in factored form. By the rank rule eigenvalues of G up to ε² of the largest are null; arithmetic is float64, which
-    resolves 1e-13.
+    That is the least-squares map from the rows of all τ_i to what each task makes of its own. Adam would reach it after
+    many more steps than 300; in weak directions of G the minimum may be far from where it stops. Sums and products of
+    matrices are all it takes, so that it works on LoRA in factored form. By the rank rule eigenvalues of G up to ε² of
+    the largest are null; arithmetic is float64, which resolves 1e-13.
 
     Args:
         task_vectors: the K task vectors.
@@ -140,7 +139,7 @@ def _wudi_minimum(updates: Updates, precision: torch.dtype | None) -> Tensor:
 
 def wudi_minimum_copies(rows: int, columns: int, tasks: int) -> float:
     """Return the memory of `wudi_minimum`, in copies of the matrix in float32: B and E in float64, G and its basis."""
-    return 10 + 8 * columns / max(1, rows)
+    return 13 + 8 * columns / max(1, rows)
 
 
 # Subspace Boosting ---------------------------------------------------------------------------------------------------
