@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from merging import MERGERS, lines, merger, subspace_boost, wudi, wudi_minimum
+from merging import MERGERS, apply, lines, merger, subspace_boost, task_vector, wudi, wudi_minimum
 from merging.adapters import Adapter, merge_adapters
+from merging.command import changes
+from merging.command.main import merge
+from merging.command.recipe import Recipe
 from merging.lowrank import LowRank, merge_low_rank
 from merging.suites.reference import interference_loss, interference_minimum
 
@@ -120,9 +124,9 @@ def test_a_task_that_left_a_weight_alone_does_not_count_in_wudi():
     tasks = tasks_of(2)
     still = {name: torch.zeros_like(tensor) for name, tensor in tasks[0].items()}
     name = "layers.0.up.weight"
-    for merge in (wudi, wudi_minimum):
-        assert torch.equal(merge([*tasks, still])[name], merge(tasks)[name])
-        assert not any(tensor.any() for tensor in merge([still, still]).values())
+    for method in (wudi, wudi_minimum):
+        assert torch.equal(method([*tasks, still])[name], method(tasks)[name])
+        assert not any(tensor.any() for tensor in method([still, still]).values())
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.02, 0.3, 0.9, 1])
@@ -206,6 +210,39 @@ def test_the_factored_form_is_core_space(method, merge):
     updates = [adapter.modules["layers.1.up.weight"] for adapter in adapters_of(3, 2)]
     merged = merge_low_rank(updates, method)
     assert error(merged.dense(), core_space(updates, merge)) < 1e-9
+
+
+# On disk --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method, assigned, options",
+    [
+        ("lines", "*:rise=0.8", {"rise": 0.8}),
+        ("wudi", "*:steps=20", {"steps": 20}),
+        ("wudi_minimum", "*:final_scale=1.0", {}),
+        ("subspace_boost", "*:share=0.3", {"share": 0.3}),
+    ],
+)
+@pytest.mark.parametrize("range_of_rows", [None, 20])
+def test_models_on_disk_are_merged_as_in_memory(method, assigned, options, range_of_rows, tmp_path, monkeypatch):
+    tasks = tasks_of(3, dtype=torch.float32)
+    base = {
+        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(9)) for name, tensor in tasks[0].items()
+    }
+    folders = []
+    for index, update in enumerate([{name: 0 for name in base}, *tasks]):
+        folders.append(tmp_path / str(index))
+        folders[-1].mkdir()
+        save_file({name: base[name] + update[name] for name in base}, folders[-1] / "model.safetensors")
+    if range_of_rows:
+        monkeypatch.setattr(changes, "RANGE", range_of_rows)
+    where, *experts = map(str, folders)
+    merge(Recipe(where, tuple(experts), method, set=(assigned,)), tmp_path / "out")
+    stored = [task_vector(load_file(folder / "model.safetensors"), base) for folder in folders[1:]]
+    expected = apply(base, MERGERS[method](stored, **options))
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.allclose(tensor, expected[name], atol=1e-6), name
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
