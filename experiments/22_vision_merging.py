@@ -67,7 +67,7 @@ SCALES = {
     "smoke": Settings(
         suites=(2,),
         backbones=("glyph-32", "glyph-32 own domains", "glyph-32 base 1"),
-        methods=tuple(MERGERS),
+        methods=("task_arithmetic", "dare", "tsv_m", "iso_cts", *mergers.RIVALS),
         recipe=SMOKE,
     ),
     "laptop": Settings(suites=(8, 14, 20)),

@@ -84,7 +84,7 @@ class Settings:
     threads: tuple[int, ...] = (1,)
     # of the mergers: numbers of tasks, steps of WUDI, and the sizes that grow, one at a time
     merged_tasks: tuple[int, ...] = (8,)
-    wudi_steps: int = 5
+    wudi_steps: int = 3
     growing_tasks: tuple[int, ...] = (2, 4, 8, 16, 32)
     growing_width: tuple[int, ...] = (96, 192, 384, 768)
     growing_rank: tuple[int, ...] = (4, 8, 16, 32)
