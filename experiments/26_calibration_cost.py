@@ -16,8 +16,8 @@ Mergers  (not in the paper) TSV-M, Iso-C, Iso-CTS, STAR and WUDI of this library
          by full SVDs or, for WUDI, by autograd over all tasks stacked; one matrix of each shape of ViT-B/32, counted as
          often as the tower has it (else "not run"). Written before the run: a merger is within the goal if, for every
          number of tasks and threads, it takes ≤ 0.5 of the time of the float32 formula and its largest relative error
-         against the float64 formula is not above that of the float32 formula. WUDI takes a few of its 300 steps, which
-         is to its disadvantage: what it prepares once counts in full. Growth with the number of tasks, the width of a
+         against the float64 formula is not above that of the float32 formula. Of WUDI's 300 steps a few are timed, and
+         none: its seconds are what it prepares plus 300 times a step. Growth with the number of tasks, the width of a
          square matrix and the rank of LoRA updates: the slope of log seconds over log size, no verdict.
 Cost     smoke 15 s; laptop 10 min (1 thread); workstation 4 h (1 and 2 threads); paper: a GPU, not timed.
 Run      python experiments/26_calibration_cost.py --scale laptop

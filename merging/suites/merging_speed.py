@@ -20,12 +20,14 @@ from common.lab import benchmark, figures
 from merging.lowrank import LowRank, merge_low_rank
 from merging.mergers import merger
 
-OURS = "ours"
+OURS, START = "ours", "ours, no step"
+STEPS = 300  # of WUDI, as published
 PRECISIONS = {"formula, float32": torch.float32, "formula, float64": torch.float64}
 FORMULA, EXACT = PRECISIONS
 SECONDS, ERROR = "merging seconds", "merging error"
 Formulas = Mapping[str, Callable[[Tensor], Tensor]]  # merger → its formula on the K updates (K, m, n) of a matrix
 Options = Mapping[str, Mapping[str, Any]]  # merger → options of ours that its formula has too
+Call = Callable[[], Any]
 
 
 def random_updates(shape: Sequence[int], tasks: int, seed: int, device: torch.device) -> Tensor:
@@ -44,24 +46,37 @@ def tower_rows(
     given = {name: updates.to(dtype) for name, dtype in PRECISIONS.items()}
     for method, formula in formulas.items():
         results: dict[str, Tensor] = {}
-        calls = {OURS: partial(_ours, results, method, updates, options.get(method, {}))}
+        calls = _ours(results, method, updates, options.get(method, {}))
         calls |= {name: partial(_formula, results, name, formula, given[name]) for name in PRECISIONS}
         labels = dict(method=method, part="tower", shape=f"{shape[0]} × {shape[1]}", tasks=tasks)
-        with threadpool_limits(threads):  # also of the LAPACK behind SciPy
-            for repeat, contender, seconds in benchmark.interleaved_seconds(calls, repeats, device):
-                yield labels | dict(contender=contender, repeat=repeat, metric=SECONDS, value=seconds)
+        yield from _timed(calls, repeats, threads, device, labels | options.get(method, {}))
         exact = results[EXACT]
         for contender in (OURS, FORMULA):
             error = float((results[contender].double() - exact).norm() / exact.norm())
             yield labels | dict(contender=contender, metric=ERROR, value=error)
 
 
-def _ours(results: dict[str, Tensor], method: str, updates: Tensor, options: Mapping[str, Any]) -> None:
-    results[OURS] = merger(method)([{"weight": update} for update in updates], **options)["weight"]
+def _ours(results: dict[str, Tensor], method: str, updates: Tensor, options: Mapping[str, Any]) -> dict[str, Call]:
+    """Return the calls of ours: of a merger that takes steps also without any, which tells what it prepares."""
+    tasks, own = [{"weight": update} for update in updates], merger(method)
+
+    def call() -> None:
+        results[OURS] = own(tasks, **options)["weight"]
+
+    start = {START: partial(own, tasks, **options | {"steps": 0})} if "steps" in options else {}
+    return start | {OURS: call}
 
 
 def _formula(results: dict[str, Tensor], name: str, formula: Callable[[Tensor], Tensor], updates: Tensor) -> None:
     results[name] = formula(updates)
+
+
+def _timed(
+    calls: Mapping[str, Call], repeats: int, threads: int, device: torch.device, labels: Mapping[str, Any]
+) -> Iterator[dict]:
+    with threadpool_limits(threads):  # also of the LAPACK behind SciPy
+        for repeat, contender, seconds in benchmark.interleaved_seconds(calls, repeats, device):
+            yield {**labels, "contender": contender, "repeat": repeat, "metric": SECONDS, "value": seconds}
 
 
 def growth_rows(
@@ -78,19 +93,15 @@ def growth_rows(
         tasks: K, if it does not grow.
     """
     tasks, width = (size if part == "tasks" else tasks), (size if part == "width" else width)
-    if part == "rank":
-        contenders = {m: {OURS: partial(merge_low_rank, _lora(width, size, tasks, seed, device), m)} for m in formulas
-                      if merger(m).factored}  # fmt: skip
-    else:
-        updates = random_updates((width, width), tasks, seed, device)
-        own = partial(_ours, {})
-        contenders = {m: {OURS: partial(own, m, updates, options.get(m, {})), FORMULA: partial(formulas[m], updates)}
-                      for m in formulas}  # fmt: skip
-    for method, calls in contenders.items():
-        with threadpool_limits(threads):
-            for repeat, contender, seconds in benchmark.interleaved_seconds(calls, repeats, device):
-                labels = dict(method=method, part=part, size=size, tasks=tasks, contender=contender, repeat=repeat)
-                yield labels | dict(metric=SECONDS, value=seconds)
+    updates = random_updates((width, width), tasks, seed, device)
+    factors = _lora(width, size, tasks, seed, device)
+    for method, formula in formulas.items():
+        if part != "rank":
+            calls = _ours({}, method, updates, options.get(method, {})) | {FORMULA: partial(formula, updates)}
+        else:
+            calls = {OURS: partial(merge_low_rank, factors, method)} if merger(method).factored else {}
+        labels = dict(method=method, part=part, size=size, tasks=tasks)
+        yield from _timed(calls, repeats, threads, device, labels | options.get(method, {}))
 
 
 def _lora(width: int, rank: int, tasks: int, seed: int, device: torch.device) -> list[LowRank]:
@@ -111,6 +122,23 @@ def of_tower(data: pd.DataFrame) -> pd.DataFrame:
     return data[data.part == "tower"] if "part" in data else data[:0]
 
 
+def whole_runs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of seconds, those of a merger that took n steps at all STEPS of them: t_0 + (t_n − t_0) · STEPS / n.
+
+    t_0 is the time without any step, 0 for a formula, which prepares nothing.
+    """
+    rows = rows[rows.metric == SECONDS]
+    if "steps" not in rows:
+        return rows
+    keys = ["backbone", "threads", "tasks", "method", "part", "shape", "size", "repeat", "seed"]
+    keys = [key for key in keys if key in rows]
+    start = rows.loc[rows.contender == START, [*keys, "value"]]
+    rows = rows[rows.contender != START].merge(start, on=keys, how="left", suffixes=("", "_start"))
+    before = rows.value_start.where(rows.contender == OURS, 0)
+    stretched = (before + (rows.value - before) * STEPS / rows.steps).clip(lower=rows.value)
+    return rows.assign(value=rows.value.where(rows.steps.isna(), stretched))
+
+
 def tower_table(data: pd.DataFrame) -> pd.DataFrame:
     """Return seconds of a whole tower by contender, `ratio` = ours / float32 formula, and the largest errors.
 
@@ -119,7 +147,7 @@ def tower_table(data: pd.DataFrame) -> pd.DataFrame:
     rows = of_tower(data)
     if rows.empty:
         return rows
-    seconds = rows[rows.metric == SECONDS].assign(value=lambda own: own.value * own.matrices)
+    seconds = whole_runs(rows).assign(value=lambda own: own.value * own.matrices)
     means = seconds.groupby([*CELL, "shape", "contender"], sort=False).value.mean()
     table = means.groupby([*CELL, "contender"], sort=False).sum().unstack(sort=False)
     errors = rows[rows.metric == ERROR].groupby([*CELL, "contender"], sort=False).value.max().unstack(sort=False)
@@ -148,7 +176,7 @@ def exponents(data: pd.DataFrame) -> pd.DataFrame:
 def middle(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the medians over repeats and seeds of seconds of growth."""
     keys = ["part", "method", "contender", "threads", "size"]
-    return rows[rows.metric == SECONDS].groupby(keys, sort=False).value.median().reset_index()
+    return whole_runs(rows).groupby(keys, sort=False).value.median().reset_index()
 
 
 def tables(data: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -157,8 +185,7 @@ def tables(data: pd.DataFrame) -> dict[str, pd.DataFrame]:
     if tower.empty:
         return {}
     rows = of_tower(data)
-    means = rows[rows.metric == SECONDS].groupby([*CELL, "shape", "contender"], sort=False).value.mean()
-    means = means.unstack(sort=False)
+    means = whole_runs(rows).groupby([*CELL, "shape", "contender"], sort=False).value.mean().unstack(sort=False)
     errors = [column for column in tower if column.endswith("error")]
     tower[errors] = tower[errors].map("{:.1e}".format)
     return {
@@ -175,7 +202,7 @@ def draw(data: pd.DataFrame) -> dict[str, Figure]:
     tower = of_tower(data)
     if tower.empty:
         return {}
-    tower = tower[tower.metric == SECONDS].rename(columns={"shape": "form"})
+    tower = whole_runs(tower).rename(columns={"shape": "form"})
     keys = ["threads", "tasks", "method", "form", "repeat", "seed"]
     tower = tower.merge(tower[tower.contender == FORMULA][[*keys, "value"]], on=keys, suffixes=("", "_formula"))
     panel = tower.form + ", " + tower.tasks.astype(int).astype(str) + " tasks, " + tower.threads.map(threads_text)

@@ -36,7 +36,9 @@ def test_rows_time_every_contender_and_compare_what_it_returned():
     options = {"wudi": dict(steps=2)}
     rows = pd.DataFrame(speed.tower_rows(wudi, options, (24, 16), 3, seed=0, repeats=2, threads=1, device=CPU))
     seconds = rows[rows.metric == speed.SECONDS]
-    assert len(seconds) == 5 * 3 * 2 and (seconds.value > 0).all()
+    assert len(seconds) == (5 * 3 + 1) * 2 and (seconds.value > 0).all()
+    whole = speed.whole_runs(rows)
+    assert len(whole) == 5 * 3 * 2 and speed.START not in set(whole.contender)
     errors = rows[rows.metric == speed.ERROR]
     assert len(errors) == 5 * 2 and errors.value.between(1e-12, 1e-4).all()
     wrong = FORMULAS | {"iso_c": lambda updates: 2 * formulas.iso_c_by_svd(updates)}
@@ -50,6 +52,7 @@ def test_growth_is_that_of_one_size(part, contenders):
     given = dict(seed=0, repeats=1, threads=1, device=CPU)
     rows = pd.DataFrame(speed.growth_rows(FORMULAS, {"wudi": dict(steps=1)}, part, 3, 16, 2, **given))
     factored = [name for name in FORMULAS if MERGERS[name].factored]
+    rows = rows[rows.contender != speed.START]
     assert len(rows) == contenders * len(factored if part == "rank" else FORMULAS)
     assert set(rows.tasks) == {3 if part == "tasks" else 2} and set(rows["size"]) == {3}
 
@@ -70,6 +73,17 @@ def table(ours=0.4, error=1e-8, slope=2.0):
                 own = labels | dict(method=method, part=part, size=size, contender=speed.OURS)
                 rows += [own | dict(metric=speed.SECONDS, value=0.1 * size**slope)]
     return pd.DataFrame(rows)
+
+
+def test_seconds_of_a_few_steps_are_put_at_all_of_them():
+    labels = dict(method="wudi", part="tower", shape="768 × 768", seed=0, repeat=0, tasks=8, threads=1, matrices=1)
+    labels |= dict(metric=speed.SECONDS, backbone="ViT-B/32", steps=3)
+    values = {speed.START: 5.0, speed.OURS: 8.0, speed.FORMULA: 6.0, speed.EXACT: 9.0}
+    rows = pd.DataFrame([labels | dict(contender=name, value=value) for name, value in values.items()])
+    other = rows.assign(method="iso_c", steps=float("nan")).query("contender != @speed.START")
+    found = speed.whole_runs(pd.concat([rows, other])).set_index(["method", "contender"]).value
+    assert found["wudi"].to_dict() == {speed.OURS: 5 + 300, speed.FORMULA: 600, speed.EXACT: 900}
+    assert found["iso_c"].to_dict() == {speed.OURS: 8, speed.FORMULA: 6, speed.EXACT: 9}
 
 
 def test_a_tower_counts_each_shape_as_often_as_it_has_it():
