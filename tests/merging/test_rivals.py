@@ -6,8 +6,10 @@ from safetensors.torch import load_file, save_file
 
 from merging import MERGERS, apply, lines, merger, subspace_boost, task_vector, wudi, wudi_minimum
 from merging.adapters import Adapter, merge_adapters
-from merging.command import changes
+from merging.checkpoints import open_checkpoint
+from merging.command import changes, dry_run
 from merging.command.main import merge
+from merging.command.plan import make_plan
 from merging.command.recipe import Recipe
 from merging.lowrank import LowRank, merge_low_rank
 from merging.suites.reference import interference_loss, interference_minimum
@@ -243,6 +245,23 @@ def test_models_on_disk_are_merged_as_in_memory(method, assigned, options, range
     expected = apply(base, MERGERS[method](stored, **options))
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.allclose(tensor, expected[name], atol=1e-6), name
+
+
+def test_the_memory_to_expect_counts_wudis_gram_matrix(tmp_path):
+    rows, memory = changes.RANGE // 256 + 1, {}
+    for shape in ((rows, 256), (256, rows)):
+        folders = [tmp_path / f"{shape[0]}-{index}" for index in range(3)]
+        for folder in folders:
+            folder.mkdir()
+            save_file({"up.weight": torch.zeros(shape)}, folder / "model.safetensors")
+        where, *experts = map(str, folders)
+        checkpoints = open_checkpoint(where), [open_checkpoint(expert) for expert in experts]
+        for method in ("wudi", "star"):
+            plan = make_plan(Recipe(where, tuple(experts), method), *checkpoints)
+            memory[method, shape] = dry_run.expected_memory(plan)
+    (tall, wide), size = [(rows, 256), (256, rows)], 4 * 256 * rows
+    assert memory["star", tall] == memory["star", wide] < memory["wudi", tall] < memory["wudi", wide]
+    assert (memory["wudi", wide] - memory["wudi", tall]) / size == pytest.approx(2, abs=0.2)  # K copies
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
