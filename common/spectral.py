@@ -179,10 +179,11 @@ def _leading_basis(gram: Tensor, count: int) -> Tensor:
 
     LAPACK's syevr, which finds a part of them for less than the whole; torch offers the whole alone.
     """
-    size = len(gram)
+    if not count:
+        return gram[:, :0]
+    wanted = dict(subset_by_index=(len(gram) - count, len(gram) - 1), driver="evr", lower=True, check_finite=False)
     try:
-        wanted = dict(lower=True, subset_by_index=(size - count, size - 1), driver="evr", check_finite=False)
-        basis = scipy.linalg.eigh(gram.numpy(), **wanted)[1] if count else gram[:, :0].numpy()
+        _, basis = scipy.linalg.eigh(gram.detach().numpy(), **wanted)
     except scipy.linalg.LinAlgError:  # rare: eigenvalues that it cannot tell apart
         return torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :count]
     return torch.from_numpy(basis).flip(-1)
