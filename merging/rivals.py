@@ -37,7 +37,7 @@ def wudi(
 
         L(τ) = Σ_i ‖(τ − τ_i) τ_iᵀ‖² / ‖τ_i‖²,  from τ = Σ τ_i, by `steps` steps of Adam at learning rate `rate`
 
-    The rows of τ_i stand for the inputs of the layer on task i, so that L is the error of the layer's outputs. With
+    The rows of τ_i (out, in) stand for the layer's inputs on task i, so that L is the error of its outputs. With
     G = Σ_i τ_iᵀ τ_i / ‖τ_i‖² and E = τ − Σ_j τ_j the gradient is 2 (E G + B), B = Σ_i (Σ_{j≠i} τ_j) τ_iᵀ τ_i / ‖τ_i‖²:
     a step takes one product with an n × n matrix, whatever K, and tasks are read one by one. A single task is kept.
 
