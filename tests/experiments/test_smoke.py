@@ -1,4 +1,4 @@
-"""Every experiment runs end to end at smoke scale, by path, as a user would run it; one of each paper in two processes."""
+"""Every experiment runs end to end at smoke scale, by path, as a user would run it; one of each paper in processes."""
 
 import json
 import os
