@@ -55,7 +55,7 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     path: Path = field(repr=False, compare=False)
-    offset: int | None = field(default=None, repr=False, compare=False)  # of its first byte in a file of torch.save
+    offset: int = field(default=0, repr=False, compare=False)  # of its first byte in the file
     strides: tuple[int, ...] | None = field(default=None, repr=False, compare=False)  # there; None: one after the other
     stored: str = field(default="", repr=False, compare=False)  # its name in the file, if that is another
 
@@ -95,8 +95,6 @@ class Entry:
 
     def _stored(self, start: int, stop: int) -> Tensor:
         """Return a range of the flattened tensor as the file holds it."""
-        if self.offset is None:  # opened anew each time: an open file keeps in memory what was read of it
-            return _opened(self.path).get_tensor(self.stored or self.name).reshape(-1)[start:stop]
         if self.strides is not None:
             return self._strided(start, stop)
         place, size = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
@@ -259,33 +257,39 @@ def _complete(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
 
 
 def _safetensors_entries(path: Path) -> dict[str, Entry]:
-    file = _opened(path)
-    _check_names(path)
-    slices = {name: file.get_slice(name) for name in file.offset_keys()}
-    for name, stored in slices.items():
-        if stored.get_dtype() not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise ValueError(f"{path}: {name!r} has the dtype {stored.get_dtype()}, which is not one of {known}")
-    return {
-        name: Entry(name, DTYPES[stored.get_dtype()], tuple(stored.get_shape()), path)
-        for name, stored in slices.items()
-    }
+    _check_sound(path)
+    start, facts = _header(path)
+    entries = {}
+    for name, own in sorted(facts.items(), key=lambda item: item[1]["data_offsets"]):
+        if own["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name!r} has the dtype {own['dtype']}, which is not one of {', '.join(DTYPES)}")
+        place = start + own["data_offsets"][0]
+        entries[name] = Entry(name, DTYPES[own["dtype"]], tuple(own["shape"]), path, offset=place)
+    return entries
 
 
-def _check_names(path: Path) -> None:
-    """Refuse a sound header in which a name stands twice: which of the two is meant cannot be known."""
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return where the data of a sound file begin, and {name: dtype, shape, offsets from there}.
+
+    Raises:
+        ValueError: a name stands twice: which of the two is meant cannot be known.
+    """
     with path.open("rb") as stream:
-        header = stream.read(int.from_bytes(stream.read(8), "little"))
+        size = int.from_bytes(stream.read(8), "little")
+        text = stream.read(size)
     try:
-        json.loads(header, object_pairs_hook=once)
+        facts = json.loads(text, object_pairs_hook=once)
     except ValueError as error:
         raise ValueError(f"{path}: {error}, in its header; save it again") from None
+    facts.pop("__metadata__", None)
+    return 8 + size, facts
 
 
-def _opened(path: Path) -> safe_open:
-    """Return a safetensors file whose header is sound; tensors taken from it are mapped, not read."""
+def _check_sound(path: Path) -> None:
+    """Refuse a file of which the library for safetensors says that its header, or its length, is not sound."""
     try:
-        return safe_open(path, "pt")
+        with safe_open(path, "pt"):
+            pass
     except SafetensorError as error:
         reason = str(error).splitlines()[0].removeprefix("Error while deserializing header: ")
         with path.open("rb") as stream:

@@ -5,7 +5,7 @@ A view has the interface of the `Entry` that it is made of; it is read by ranges
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,23 @@ class Transposed(View):
         return torch.cat(found) if found else torch.empty(0, dtype=self.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadTwice(View):
+    """A tensor of which each range is asked for twice running, and is read once; the second caller may change it."""
+
+    last: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def read(
+        self, start: int = 0, stop: int | None = None, to: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> Tensor:
+        """Return the entries from `start` to `stop`, as `Entry.read` does."""
+        asked = (start, stop, to, device)
+        if (found := self.last.pop(asked, None)) is None:
+            self.last.clear()
+            found = self.last[asked] = self.sources[0].read(start, stop, to, device)
+        return found
+
+
 def renamed(entry: Entry, name: str) -> Entry:
     """Return a tensor under another name."""
     if name == entry.name:
@@ -70,6 +87,11 @@ def renamed(entry: Entry, name: str) -> Entry:
     if isinstance(entry, View):
         return replace(entry, name=name)
     return Part(name, entry.dtype, entry.shape, entry.path, sources=(entry,))
+
+
+def read_twice(entry: Entry) -> Entry:
+    """Return a tensor whose ranges are remembered until they are asked for again."""
+    return ReadTwice(entry.name, entry.dtype, entry.shape, entry.path, sources=(entry,))
 
 
 def part(entry: Entry, name: str, first: int, shape: tuple[int, ...]) -> Entry:

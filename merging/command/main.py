@@ -201,9 +201,15 @@ def _merged(
 
 
 def _hand_back_freed_memory() -> None:
-    """Let glibc return freed matrices to the system at once; by itself it keeps those of up to 32 MiB for later."""
+    """Let glibc return freed matrices to the system at once, and keep what a few ranges of rows take.
+
+    By itself it keeps freed blocks of up to 32 MiB for later, and gives back the end of its heap whenever that is free,
+    only to ask for the same pages again for the next range.
+    """
     with contextlib.suppress(OSError, AttributeError):  # other C libraries
-        ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
 
 
 def _decided(plan: Plan, files: Output, device: torch.device, jobs: int, rank: int) -> Any | None:
