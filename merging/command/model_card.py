@@ -59,8 +59,8 @@ def write_companions(
         _copy(plan.base.folder, folder)
         for part in ("", *plan.base.parts):
             _adapt(folder / part / "config.json", plan)
-        if plan.recipe.tokens == "union":
-            write_tokenizer(folder, plan.base, plan.experts)
+        if plan.joint:
+            write_tokenizer(folder / plan.base.main, plan.base, plan.joint)
     if plan.recipe.report:
         from merging.command.report import write_report  # draws figures: loaded only where they are asked for
 

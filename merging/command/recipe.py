@@ -257,7 +257,7 @@ def identity(recipe: Recipe, checkpoints: "Iterable[Checkpoint | Adapter]") -> s
 
     facts: list[Any] = [{key: value for key, value in recipe.plain().items() if key not in ("base", "experts")}]
     for checkpoint in checkpoints:
-        texts = tokenizer_files(checkpoint.folder) if recipe.tokens == "union" else []
+        texts = tokenizer_files(checkpoint.home) if recipe.tokens == "union" else []
         stats = ((path, path.stat()) for path in (*checkpoint.files, *texts))
         facts.append([[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
