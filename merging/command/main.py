@@ -32,7 +32,7 @@ from merging.command.dry_run import describe
 from merging.command.flags import parse
 from merging.command.licences import licence_warning, licences
 from merging.command.mergekit import read_mergekit
-from merging.command.model_card import companions, losses, what_to_say, write_companions
+from merging.command.model_card import companions, found_out, what_to_say, write_companions
 from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
 from merging.command.plan import Plan, make_plan
 from merging.command.push import check_push, push
@@ -119,8 +119,7 @@ def merge(
     output = adapter_output(plan) if recipe.output == "adapter" else ModelOutput(plan)
     made_from = identity(recipe, (base, *experts))
     on = _device(device)
-    for note in (*plan.notes, *plan.remarks) if _process()[0] == 0 else ():
-        print(f"note: {note}", file=sys.stderr)
+    _tell((*plan.notes, *plan.remarks, *plan.repeated.values()) if _process()[0] == 0 else ())
     if dry_run:
         print("\n".join(describe(output, jobs, on, out)))
     elif report_only:
@@ -163,10 +162,14 @@ def _carry_out(output: ModelOutput | AdapterOutput, out: Path, made_from: str, j
             notes = [note for shard_notes in files.notes() for note in shard_notes]
             write_companions(output, files.folder, made_from, out, notes)
             files.finish()
-            for loss in losses(notes):
-                print(f"note: {loss}", file=sys.stderr)
+            _tell(found_out(output, notes))
             sizes = [tensor.size for shard in shards for tensor in shard.tensors]
             print(f"{out}: {len(sizes)} tensors, {sum(sizes) / 1e9:.3f} GB")
+
+
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _report_alone(output: ModelOutput | AdapterOutput, out: Path, jobs: int, device: torch.device) -> None:
@@ -184,6 +187,7 @@ def _report_alone(output: ModelOutput | AdapterOutput, out: Path, jobs: int, dev
     with _progress([whole], [whole], 0) as bar:
         notes = _merged(output, whole, streamer, jobs, bar, lambda name, parts: collections.deque(parts, maxlen=0))
     write_report(output.plan, notes, what_to_say(output, notes), out)
+    _tell(found_out(output, notes))
     print(f"{out / REPORT[0]}: the report of {len(output.plan.merged)} merged tensors; no weights were written")
 
 

@@ -27,6 +27,7 @@ from merging.command.names import align, base_parts
 from merging.command.options import depths
 from merging.command.proportion import Side, is_computed, some, told
 from merging.command.recipe import Recipe
+from merging.command.repeats import repeats
 from merging.command.storage import pieces, storage
 from merging.command.tied import copy_of, equal, stays_configured, trained_apart, twin_of, with_ties
 from merging.command.tokens import Union, union, united_rows
@@ -45,6 +46,7 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what differs between the models, and is refused by --strict
     remarks: list[str] = field(default_factory=list)  # tied tensors
+    repeated: dict[int, str] = field(default_factory=dict)  # experts that change nothing, or that are given again
     joint: Union | None = None  # the vocabulary of the output, where it is not the base's
     untied: bool = False  # whether the output's configuration has to untie what the base's ties
 
@@ -61,7 +63,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
         ValueError: one line that names file and tensor; with `recipe.strict` for everything that would be a note.
     """
     base, experts = dequantised(base), [each if isinstance(each, Adapter) else dequantised(each) for each in experts]
-    plan = Plan(recipe, base, tuple(experts))
+    plan = Plan(recipe, base, tuple(experts), repeated=repeats(recipe.experts, base, experts))
     for model in (base, *experts):
         if not isinstance(model, Adapter) and "quantization_config" in model.config:
             plan.remarks.append(f"{model.given}: 8-bit weights, read as weight · scale; nothing is written in 8 bits")
