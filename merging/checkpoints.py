@@ -198,15 +198,26 @@ def open_checkpoint(given: str | Path, path: Path | None = None) -> Checkpoint:
 
 
 def locate(given: str | Path) -> Path:
-    """Return the file or folder that is meant: the path itself, or the copy of a repository of the Hub."""
+    """Return the file or folder that is meant: the path itself, or the copy of a repository of the Hub.
+
+    Raises:
+        ValueError: there is none, or it is neither a file nor a folder.
+        HubError: a repository cannot be had.
+    """
     path = Path(given)
-    return path if path.exists() else _from_hub(str(given))
+    try:
+        there = bool(str(given).strip()) and path.exists()  # "", as of an empty variable, is not the current folder
+    except (OSError, ValueError):  # no name that a file could have
+        raise ValueError(f"{str(given)[:200]!r}: there is no such file or folder") from None
+    if there and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{given}: is neither a file nor a folder")
+    return path if there else _from_hub(str(given))
 
 
 def _from_hub(given: str) -> Path:
     names = given.split("/")
-    if len(names) > 2 or not all(names) or given.startswith((".", "~")) or given.endswith(ENDINGS):
-        raise ValueError(f"{given}: there is no such file or folder")
+    if len(names) > 2 or not all(map(str.strip, names)) or given.startswith((".", "~")) or given.endswith(ENDINGS):
+        raise ValueError(f"{given if given.strip() else repr(given)}: there is no such file or folder")
     return _downloaded(lambda *patterns: snapshot(given, "model", (*HUB_TEXTS, *patterns)))
 
 

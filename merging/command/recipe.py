@@ -209,7 +209,7 @@ def _takes_weights(own: Any) -> bool:
 def shard_bytes(text: str) -> int:
     """Return the bytes of a size such as "500MB" or "5GB" (powers of ten)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.IGNORECASE)
-    if not found or not float(found[1]):
+    if not found or not 0 < float(found[1]) < math.inf:
         raise ValueError(f"--shard-size must be a size such as 500MB or 5GB, got {text!r}")
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 

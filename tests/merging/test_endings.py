@@ -249,3 +249,37 @@ def test_ctrl_c_while_modules_are_imported_ends_it_quietly(tmp_path, module):
     (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     process = in_process(*command(tmp_path / "models", None, "--method", "ties"), path=tmp_path)
     assert process.communicate() == (b"", b"") and process.returncode == 130
+
+
+def _fifo(path):
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make, name, reason", [
+    (None, "", "'': there is no such file or folder"),
+    (None, " ", "' ': there is no such file or folder"),
+    (None, "x" * 5000, "there is no such file or folder"),
+    (None, "a\0b", "there is no such file or folder"),
+    (_fifo, "fifo", "fifo: is neither a file nor a folder"),
+    (_fifo, "fifo.safetensors", "fifo.safetensors: is neither a file nor a folder"),
+])  # fmt: skip
+@pytest.mark.parametrize("of", ["base", "expert"])
+def test_what_no_model_can_be_is_refused_in_one_line(tmp_path, make, name, reason, of, capsys, monkeypatch):
+    monkeypatch.chdir(models(tmp_path, state_of(), [])[0])  # an empty name is not the model in the current folder
+    base, odd = str(tmp_path / "base"), str(tmp_path / name) if make else name
+    if make:
+        make(Path(odd))
+    named = ["--base", odd, "--experts", base] if of == "base" else ["--base", base, "--experts", odd]
+    assert main([*named, "--method", "weight_average", "--out", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m merging: ") and line.endswith(reason)
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--shard-size", "9" * 400 + "GB"], "--shard-size must be a size such as 500MB"),
+    (["--set", "*:scale=" + "[" * 5000], "scale must be float"),
+])  # fmt: skip
+def test_options_beyond_all_bounds_are_refused_in_one_line(tmp_path, more, message, capsys):
+    assert main([*command(tmp_path, None, "--method", "task_arithmetic"), *more]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m merging: ") and message in line
