@@ -1,5 +1,4 @@
-"""Tensors that are made of stored ones without loading them: renamed, a part of one, several joined, means of
-rows, or transposed.
+"""Tensors that are made of stored ones without loading them: renamed, parts, joined, means of rows, or transposed.
 
 A view has the interface of the `Entry` that it is made of; it is read by ranges, when it is asked for.
 """

@@ -12,6 +12,7 @@ Proportion  heads may differ; if more than 1 % of the bytes of the rest have no 
 Rows        where tensors differ in their number of rows, `merging.command.vocabulary` says what is merged.
 8 bits      weights with scales are read as what they stand for (`merging.fp8`); other quantised ones are refused.
 Tied        an output head that the base ties and an expert trained apart is written (`merging.command.tied`).
+Repeats     an expert that is the base, or is given twice, is merged so, and told (`merging.command.repeats`).
 Integers    keep the base's value; where experts differ in more than a single counter, that is refused. They may be
             absent from some experts, and so may what a model computes by itself (inv_freq).
 Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told by `merging.command.storage`.
@@ -45,7 +46,7 @@ class Plan:
     experts: tuple[Checkpoint, ...] | tuple[Adapter, ...]
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what differs between the models, and is refused by --strict
-    remarks: list[str] = field(default_factory=list)  # tied tensors
+    remarks: list[str] = field(default_factory=list)  # tied tensors, and what else is only told
     repeated: dict[int, str] = field(default_factory=dict)  # experts that change nothing, or that are given again
     joint: Union | None = None  # the vocabulary of the output, where it is not the base's
     untied: bool = False  # whether the output's configuration has to untie what the base's ties

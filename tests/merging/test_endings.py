@@ -256,23 +256,28 @@ def _fifo(path):
 
 
 @pytest.mark.parametrize("make, name, reason", [
-    (None, "", "'': there is no such file or folder"),
     (None, " ", "' ': there is no such file or folder"),
     (None, "x" * 5000, "there is no such file or folder"),
-    (None, "a\0b", "there is no such file or folder"),
     (_fifo, "fifo", "fifo: is neither a file nor a folder"),
     (_fifo, "fifo.safetensors", "fifo.safetensors: is neither a file nor a folder"),
 ])  # fmt: skip
 @pytest.mark.parametrize("of", ["base", "expert"])
-def test_what_no_model_can_be_is_refused_in_one_line(tmp_path, make, name, reason, of, capsys, monkeypatch):
-    monkeypatch.chdir(models(tmp_path, state_of(), [])[0])  # an empty name is not the model in the current folder
-    base, odd = str(tmp_path / "base"), str(tmp_path / name) if make else name
+def test_what_no_model_can_be_is_refused_in_one_line(tmp_path, make, name, reason, of, capsys):
+    base, _ = models(tmp_path, state_of(), [])
+    odd = str(tmp_path / name) if make else name
     if make:
         make(Path(odd))
     named = ["--base", odd, "--experts", base] if of == "base" else ["--base", base, "--experts", odd]
     assert main([*named, "--method", "weight_average", "--out", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m merging: ") and line.endswith(reason)
+
+
+def test_an_empty_name_is_not_the_model_in_the_current_folder(tmp_path, capsys, monkeypatch):
+    base, _ = models(tmp_path, state_of(), [])
+    monkeypatch.chdir(base)
+    assert main(["--base", base, "--experts", "", base, "--method", "ties", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "python -m merging: '': there is no such file or folder\n"
 
 
 @pytest.mark.parametrize("more, message", [
