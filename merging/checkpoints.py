@@ -25,11 +25,13 @@ from merging.weight_files import (
     ENDINGS,
     WeightFiles,
     find_weights,
+    main_part,
     nothing_there,
     once,
     parts,
-    read_config,
     read_index,
+    read_json,
+    read_tokens,
     usual_weights,
 )
 
@@ -119,16 +121,26 @@ class Checkpoint:
     entries: Mapping[str, Entry]
     notes: tuple[str, ...] = ()  # what is in the folder and was left aside
     parts: tuple[str, ...] = ()  # sub-folders whose tensors belong to the model, under the names PART/NAME
+    main: str = ""  # that of them, if any, whose tensors have no prefix: the model that the others follow
+
+    @property
+    def home(self) -> Path | None:
+        """The folder with configuration and tokenizer of the main part."""
+        return self.folder and self.folder / self.main
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json, or {} where there is none."""
-        there = self.folder and (self.folder / "config.json").is_file()
-        return read_config(self.folder) if there else {}
+        return (self.home and read_json(self.home, "config.json")) or {}
+
+    @cached_property
+    def tokens(self) -> dict[str, int] | None:
+        """Token → row of the tokenizer, added tokens included; None where no file lists its tokens."""
+        return self.home and read_tokens(self.home)
 
     def part_of(self, name: str) -> str:
         """Return the sub-folder that a tensor belongs to, "" for the folder itself."""
-        return max((part for part in self.parts if name.startswith(f"{part}/")), key=len, default="")
+        return max((part for part in self.parts if name.startswith(f"{part}/")), key=len, default=self.main)
 
     @property
     def files(self) -> list[Path]:
@@ -161,34 +173,49 @@ def open_checkpoint(given: str | Path, path: Path | None = None) -> Checkpoint:
         raise ValueError(
             f"{path}: is a peft adapter, which only an expert can be; name the model that it was made for{hint}"
         )
-    entries, notes, known = {}, [], tuple(parts(path))
-    for part in ("", *known):
+    entries, notes, known, main = {}, [], tuple(parts(path)), main_part(path)
+    for part in dict.fromkeys((main, *known)):
         if found := find_weights(path, part):
             notes += found.notes
             for name, entry in _complete(_entries(found), found.index or found.files[0]).items():
-                full = f"{part}/{name}" if part else name
+                full = name if part == main else f"{part}/{name}"
                 entries[full] = replace(entry, name=full, stored=name)
     if not entries:
         raise nothing_there(path)
-    checkpoint = Checkpoint(str(given), path, entries, tuple(notes), known)
+    if main and (beside := usual_weights(path)):
+        notes.append(f"{path}: the model is in {main}, as modules.json says; left aside: {', '.join(beside)}")
+    checkpoint = Checkpoint(str(given), path, entries, tuple(notes), known, main)
     if method := checkpoint.config.get("quantization_config"):
         kind = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
         if kind in DEQUANTISED:
             return checkpoint
-        raise ValueError(f"{path / 'config.json'}: the weights are quantised ({kind}); dequantise the model first")
+        raise ValueError(
+            f"{path / main / 'config.json'}: the weights are quantised ({kind}); dequantise the model first"
+        )
     return checkpoint
 
 
 def locate(given: str | Path) -> Path:
-    """Return the file or folder that is meant: the path itself, or the copy of a repository of the Hub."""
+    """Return the file or folder that is meant: the path itself, or the copy of a repository of the Hub.
+
+    Raises:
+        ValueError: there is none, or it is neither a file nor a folder.
+        HubError: a repository cannot be had.
+    """
     path = Path(given)
-    return path if path.exists() else _from_hub(str(given))
+    try:
+        there = bool(str(given).strip()) and path.exists()  # "", as of an empty variable, is not the current folder
+    except (OSError, ValueError):  # no name that a file could have
+        raise ValueError(f"{str(given)[:200]!r}: there is no such file or folder") from None
+    if there and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{given}: is neither a file nor a folder")
+    return path if there else _from_hub(str(given))
 
 
 def _from_hub(given: str) -> Path:
     names = given.split("/")
-    if len(names) > 2 or not all(names) or given.startswith((".", "~")) or given.endswith(ENDINGS):
-        raise ValueError(f"{given}: there is no such file or folder")
+    if len(names) > 2 or not all(map(str.strip, names)) or given.startswith((".", "~")) or given.endswith(ENDINGS):
+        raise ValueError(f"{given if given.strip() else repr(given)}: there is no such file or folder")
     return _downloaded(lambda *patterns: snapshot(given, "model", (*HUB_TEXTS, *patterns)))
 
 

@@ -1,4 +1,4 @@
-"""Tensors that are made of stored ones without loading them: renamed, a part of one, several joined, or transposed.
+"""Tensors that are made of stored ones without loading them: renamed, parts, joined, means of rows, or transposed.
 
 A view has the interface of the `Entry` that it is made of; it is read by ranges, when it is asked for.
 """
@@ -78,6 +78,25 @@ class ReadTwice(View):
             self.last.clear()
             found = self.last[asked] = self.sources[0].read(start, stop, to, device)
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Entry):
+    """A tensor made of rows of others: each run is a range of rows, the mean of those of one or several tensors."""
+
+    runs: tuple[tuple[int, tuple[tuple[Entry, int], ...]], ...]  # (number of rows, (tensor, its first row)…)
+
+    def _stored(self, start: int, stop: int) -> Tensor:
+        width, wide = math.prod(self.shape[1:]), torch.promote_types(self.dtype, torch.float32)
+        found, first = [torch.empty(0, dtype=wide)], 0
+        for height, sources in self.runs:
+            low, high = max(start, first), min(stop, first + height * width)
+            if low < high:
+                ranges = [(source, row * width - first) for source, row in sources]
+                parts = [source.read(low + shift, high + shift, wide) for source, shift in ranges]
+                found.append(sum(parts[1:], parts[0]).div_(len(parts)))
+            first += height * width
+        return torch.cat(found)
 
 
 def renamed(entry: Entry, name: str) -> Entry:
