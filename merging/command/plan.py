@@ -30,10 +30,10 @@ from merging.command.proportion import Side, is_computed, some, told
 from merging.command.recipe import Recipe
 from merging.command.repeats import repeats
 from merging.command.storage import pieces, storage
-from merging.command.tied import copy_of, equal, stays_configured, trained_apart, twin_of, with_ties
+from merging.command.tied import adapted_as_one, copy_of, equal, stays_configured, trained_apart, twin_of, with_ties
 from merging.command.tokens import Union, union, united_rows
 from merging.command.vocabulary import matching_rows
-from merging.fp8 import dequantised
+from merging.fp8 import Scaled, dequantised
 from merging.peft_files import Adapter
 
 
@@ -66,7 +66,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
     base, experts = dequantised(base), [each if isinstance(each, Adapter) else dequantised(each) for each in experts]
     plan = Plan(recipe, base, tuple(experts), repeated=repeats(recipe.experts, base, experts))
     for model in (base, *experts):
-        if not isinstance(model, Adapter) and "quantization_config" in model.config:
+        if not isinstance(model, Adapter) and any(isinstance(entry, Scaled) for entry in model.entries.values()):
             plan.remarks.append(f"{model.given}: 8-bit weights, read as weight · scale; nothing is written in 8 bits")
     adapters = [isinstance(expert, Adapter) for expert in experts]
     if apart := trained_apart(base, experts):
@@ -77,6 +77,11 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
     if any(adapters) and not all(adapters):
         odd = recipe.experts[adapters.index(False)]
         raise ValueError(f"{odd}: is no adapter, and other experts are; fold those into the base first, one by one")
+    if any(adapters) and (one := adapted_as_one(base, experts, apart)):
+        plan.remarks.append(
+            f"{some(one)}: adapted, and tied to the head, which changes with it, as where peft folds it; while it was "
+            "trained the head did not"
+        )
     if any(adapters) and recipe.tokens == "union":
         raise ValueError(f"--tokens union: {recipe.experts[0]} is an adapter; fold adapters into full models first")
     plan.steps = adapter_steps(recipe, base, experts, plan.notes) if any(adapters) else _model_steps(plan)

@@ -116,6 +116,21 @@ def trained_apart(base: Checkpoint, experts: Sequence[Checkpoint] | Sequence[Ada
     return found
 
 
+def adapted_as_one(base: Checkpoint, adapters: Sequence[Adapter], apart: Iterable[str]) -> list[str]:
+    """Return the embeddings that adapters change and that stay tied to a head, so that the head changes with them.
+
+    Args:
+        base: the base.
+        adapters: the experts.
+        apart: as `trained_apart` finds them.
+    """
+    touched = {name for adapter in adapters for name in adapter.modules if is_embedding(name)}
+    if not touched:
+        return []
+    head = _head(base)
+    return [source for name, source in naming(base).ties.items() if name == head not in apart and source in touched]
+
+
 def stays_configured(base: Checkpoint, names: Iterable[str]) -> bool:
     """Return whether config.json must go on tying some tensors that the output holds apart.
 

@@ -170,13 +170,14 @@ def test_an_adapter_of_one_of_two_tied_tensors_is_what_was_trained(tmp_path, nam
     assert not torch.allclose(expected, logits(kind.from_pretrained(tmp_path / "base")), atol=1e-2)
 
 
-def test_lora_of_the_embedding_leaves_the_head_tied_as_where_peft_folds_it(tmp_path):
+def test_lora_of_the_embedding_leaves_the_head_tied_as_where_peft_folds_it_and_says_so(tmp_path, capsys):
     tied_llama(tmp_path / "base")
     base = t.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
     perturbed(model, 1, of=lambda name: "lora_" in name).save_pretrained(tmp_path / "e0", save_embedding_layers=True)
     loaded, expected = merged(tmp_path, [tmp_path / "e0"]), by_peft(tmp_path, tmp_path / "e0")
     assert loaded.config.tie_word_embeddings and torch.allclose(logits(loaded), logits(expected), atol=1e-5)
+    assert "adapted, and tied to the head, which changes with it" in capsys.readouterr().err
 
 
 def test_an_embedding_and_head_that_were_trained_as_one_stay_tied(tmp_path):
