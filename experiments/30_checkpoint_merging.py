@@ -81,6 +81,12 @@ NAMES = {
     "task_arithmetic + SVC": "Task Arithmetic + SVC",
     "limit": "limit: 1 GiB + (K + 4)\n× largest tensor",
 }
+PROFILE = {  # where the seconds of a merge go: functions as the profiler spells them
+    "reading": r"numpy\.fromfile",
+    "converting": r"'(copy_|to)' of 'torch",
+    "arithmetic": r"'\w+' of 'torch._C.TensorBase|torch._C._VariableFunctions",
+    "writing": r"posix\.(pwrite|fsync)",
+}
 COPY = [sys.executable, "-m", "merging.suites.copy_floor"]
 MERGEKIT_FLAGS = ["--quiet", "--no-copy-tokenizer", "--lazy-unpickle", "--num-threads", "1"]
 LATER_LAYERS = re.compile(r"layers\.(?!0\.|1\.)")  # their errors are not looked at: the float64 merge is slow
@@ -197,6 +203,13 @@ def beside_mergekit(settings, folder, peer, seed, shard) -> Iterator[dict]:
                         repeat == 0 and shard == settings.shards[0] and contender != FLOOR
                     ):  # how files are cut changes no value
                         yield from error_rows(labels, models, Path(out) / "merged", method)
+        if method == "task_arithmetic":
+            labels = dict(seed=seed, part="profile", method=method, contender=OURS, repeat=0, shard=shard)
+            _, _, module, *arguments = commands[OURS]
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                seconds = benchmark.profile_module(module, [*arguments, Path(out) / "merged"], PROFILE, threads=1)
+            for name, value in seconds.items():
+                yield labels | dict(metric=name, value=value)
 
 
 def write_llamas(llama, folders, seed, shard, dtype=torch.bfloat16):
@@ -448,6 +461,10 @@ def tables(data):
     ).reset_index()
     errors = beside(data, "relative error").map("{:.5g}".format)
     undecided = beside(data, "undecided share")[ROUNDED].map("{:.1%}".format)
+    profile = data[data.part == "profile"].groupby(["shard", "metric"], sort=False).value.mean().unstack(sort=False)
+    shown[
+        "Where the seconds of Task Arithmetic go, under a profiler, which slows the rest: start, plan, Python itself"
+    ] = profile.reset_index()
     shown["Distance to the float64 merge / norm of the update"] = errors.assign(undecided=undecided).reset_index()
     shown["Recipes of mergekit, beside its own output"] = agreed(data)[["method", "metric", "value"]].assign(
         value=lambda table: table.value.map("{:.3g}".format)

@@ -25,11 +25,13 @@ from merging.weight_files import (
     ENDINGS,
     WeightFiles,
     find_weights,
+    main_part,
     nothing_there,
     once,
     parts,
-    read_config,
     read_index,
+    read_json,
+    read_tokens,
     usual_weights,
 )
 
@@ -55,7 +57,7 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     path: Path = field(repr=False, compare=False)
-    offset: int | None = field(default=None, repr=False, compare=False)  # of its first byte in a file of torch.save
+    offset: int = field(default=0, repr=False, compare=False)  # of its first byte in the file
     strides: tuple[int, ...] | None = field(default=None, repr=False, compare=False)  # there; None: one after the other
     stored: str = field(default="", repr=False, compare=False)  # its name in the file, if that is another
 
@@ -95,8 +97,6 @@ class Entry:
 
     def _stored(self, start: int, stop: int) -> Tensor:
         """Return a range of the flattened tensor as the file holds it."""
-        if self.offset is None:  # opened anew each time: an open file keeps in memory what was read of it
-            return _opened(self.path).get_tensor(self.stored or self.name).reshape(-1)[start:stop]
         if self.strides is not None:
             return self._strided(start, stop)
         place, size = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
@@ -121,16 +121,26 @@ class Checkpoint:
     entries: Mapping[str, Entry]
     notes: tuple[str, ...] = ()  # what is in the folder and was left aside
     parts: tuple[str, ...] = ()  # sub-folders whose tensors belong to the model, under the names PART/NAME
+    main: str = ""  # that of them, if any, whose tensors have no prefix: the model that the others follow
+
+    @property
+    def home(self) -> Path | None:
+        """The folder with configuration and tokenizer of the main part."""
+        return self.folder and self.folder / self.main
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json, or {} where there is none."""
-        there = self.folder and (self.folder / "config.json").is_file()
-        return read_config(self.folder) if there else {}
+        return (self.home and read_json(self.home, "config.json")) or {}
+
+    @cached_property
+    def tokens(self) -> dict[str, int] | None:
+        """Token → row of the tokenizer, added tokens included; None where no file lists its tokens."""
+        return self.home and read_tokens(self.home)
 
     def part_of(self, name: str) -> str:
         """Return the sub-folder that a tensor belongs to, "" for the folder itself."""
-        return max((part for part in self.parts if name.startswith(f"{part}/")), key=len, default="")
+        return max((part for part in self.parts if name.startswith(f"{part}/")), key=len, default=self.main)
 
     @property
     def files(self) -> list[Path]:
@@ -163,34 +173,49 @@ def open_checkpoint(given: str | Path, path: Path | None = None) -> Checkpoint:
         raise ValueError(
             f"{path}: is a peft adapter, which only an expert can be; name the model that it was made for{hint}"
         )
-    entries, notes, known = {}, [], tuple(parts(path))
-    for part in ("", *known):
+    entries, notes, known, main = {}, [], tuple(parts(path)), main_part(path)
+    for part in dict.fromkeys((main, *known)):
         if found := find_weights(path, part):
             notes += found.notes
             for name, entry in _complete(_entries(found), found.index or found.files[0]).items():
-                full = f"{part}/{name}" if part else name
+                full = name if part == main else f"{part}/{name}"
                 entries[full] = replace(entry, name=full, stored=name)
     if not entries:
         raise nothing_there(path)
-    checkpoint = Checkpoint(str(given), path, entries, tuple(notes), known)
+    if main and (beside := usual_weights(path)):
+        notes.append(f"{path}: the model is in {main}, as modules.json says; left aside: {', '.join(beside)}")
+    checkpoint = Checkpoint(str(given), path, entries, tuple(notes), known, main)
     if method := checkpoint.config.get("quantization_config"):
         kind = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
         if kind in DEQUANTISED:
             return checkpoint
-        raise ValueError(f"{path / 'config.json'}: the weights are quantised ({kind}); dequantise the model first")
+        raise ValueError(
+            f"{path / main / 'config.json'}: the weights are quantised ({kind}); dequantise the model first"
+        )
     return checkpoint
 
 
 def locate(given: str | Path) -> Path:
-    """Return the file or folder that is meant: the path itself, or the copy of a repository of the Hub."""
+    """Return the file or folder that is meant: the path itself, or the copy of a repository of the Hub.
+
+    Raises:
+        ValueError: there is none, or it is neither a file nor a folder.
+        HubError: a repository cannot be had.
+    """
     path = Path(given)
-    return path if path.exists() else _from_hub(str(given))
+    try:
+        there = bool(str(given).strip()) and path.exists()  # "", as of an empty variable, is not the current folder
+    except (OSError, ValueError):  # no name that a file could have
+        raise ValueError(f"{str(given)[:200]!r}: there is no such file or folder") from None
+    if there and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{given}: is neither a file nor a folder")
+    return path if there else _from_hub(str(given))
 
 
 def _from_hub(given: str) -> Path:
     names = given.split("/")
-    if len(names) > 2 or not all(names) or given.startswith((".", "~")) or given.endswith(ENDINGS):
-        raise ValueError(f"{given}: there is no such file or folder")
+    if len(names) > 2 or not all(map(str.strip, names)) or given.startswith((".", "~")) or given.endswith(ENDINGS):
+        raise ValueError(f"{given if given.strip() else repr(given)}: there is no such file or folder")
     return _downloaded(lambda *patterns: snapshot(given, "model", (*HUB_TEXTS, *patterns)))
 
 
@@ -259,33 +284,39 @@ def _complete(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
 
 
 def _safetensors_entries(path: Path) -> dict[str, Entry]:
-    file = _opened(path)
-    _check_names(path)
-    slices = {name: file.get_slice(name) for name in file.offset_keys()}
-    for name, stored in slices.items():
-        if stored.get_dtype() not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise ValueError(f"{path}: {name!r} has the dtype {stored.get_dtype()}, which is not one of {known}")
-    return {
-        name: Entry(name, DTYPES[stored.get_dtype()], tuple(stored.get_shape()), path)
-        for name, stored in slices.items()
-    }
+    _check_sound(path)
+    start, facts = _header(path)
+    entries = {}
+    for name, own in sorted(facts.items(), key=lambda item: item[1]["data_offsets"]):
+        if own["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name!r} has the dtype {own['dtype']}, which is not one of {', '.join(DTYPES)}")
+        place = start + own["data_offsets"][0]
+        entries[name] = Entry(name, DTYPES[own["dtype"]], tuple(own["shape"]), path, offset=place)
+    return entries
 
 
-def _check_names(path: Path) -> None:
-    """Refuse a sound header in which a name stands twice: which of the two is meant cannot be known."""
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return where the data of a sound file begin, and {name: dtype, shape, offsets from there}.
+
+    Raises:
+        ValueError: a name stands twice: which of the two is meant cannot be known.
+    """
     with path.open("rb") as stream:
-        header = stream.read(int.from_bytes(stream.read(8), "little"))
+        size = int.from_bytes(stream.read(8), "little")
+        text = stream.read(size)
     try:
-        json.loads(header, object_pairs_hook=once)
+        facts = json.loads(text, object_pairs_hook=once)
     except ValueError as error:
         raise ValueError(f"{path}: {error}, in its header; save it again") from None
+    facts.pop("__metadata__", None)
+    return 8 + size, facts
 
 
-def _opened(path: Path) -> safe_open:
-    """Return a safetensors file whose header is sound; tensors taken from it are mapped, not read."""
+def _check_sound(path: Path) -> None:
+    """Refuse a file of which the library for safetensors says that its header, or its length, is not sound."""
     try:
-        return safe_open(path, "pt")
+        with safe_open(path, "pt"):
+            pass
     except SafetensorError as error:
         reason = str(error).splitlines()[0].removeprefix("Error while deserializing header: ")
         with path.open("rb") as stream:

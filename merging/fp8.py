@@ -93,17 +93,23 @@ def _block(checkpoint: Checkpoint, quantised: Mapping[str, Any]) -> tuple[int, i
     Raises:
         ValueError: the weights are quantised otherwise.
     """
-    groups = [group.get("weights") or {} for group in (quantised.get("config_groups") or {}).values()]
-    floats = all(
-        each.get("num_bits") == 8 and each.get("type") == "float" and each.get("symmetric", True) for each in groups
-    )
+    try:
+        groups = [group.get("weights") or {} for group in (quantised.get("config_groups") or {}).values()]
+        floats = all(
+            each.get("num_bits") == 8 and each.get("type") == "float" and each.get("symmetric", True) for each in groups
+        )
+        sizes = [each.get("block_structure") for each in groups] + [quantised.get("weight_block_size")]
+        blocks = {(int(height), int(width)) for height, width in filter(None, sizes)}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"{checkpoint.home / 'config.json'}: quantization_config is none that fp8 or compressed-tensors writes; "
+            "download it again, or dequantise the model first"
+        ) from None
     if quantised.get("quant_method") == "compressed-tensors" and not (groups and floats):
         raise ValueError(
             f"{checkpoint.given}: its weights are quantised (compressed-tensors, {quantised.get('format')}), not in "
             "8-bit floating point; dequantise the model first"
         )
-    blocks = {tuple(each["block_structure"]) for each in groups if each.get("block_structure")}
-    blocks |= {tuple(quantised["weight_block_size"])} if quantised.get("weight_block_size") else set()
     if len(blocks) > 1:
         raise ValueError(f"{checkpoint.given}: config.json names several sizes of blocks; dequantise the model first")
     return next(iter(blocks), None)

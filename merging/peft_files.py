@@ -162,6 +162,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{file}: adapters of kind {kind} cannot be merged, only LORA and IA3")
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
+        raise ValueError(f"{file}: modules_to_save is {whole!r}, and must be a list of names")
     if kind == "LORA":
         _check_plain_lora(config, file)
     return config

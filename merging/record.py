@@ -112,10 +112,13 @@ def as_matrix(name: str, tensor: Tensor) -> Tensor:
 
 
 def sum_of(updates: Iterable[Tensor]) -> Tensor:
-    """Return the sum, with no more than one update and the sum in memory."""
-    total = None
+    """Return the sum, a tensor of its own, with no more than two updates and the sum in memory."""
+    updates = iter(updates)
+    total, second = next(updates), next(updates, None)
+    total = total.clone() if second is None else total + second
+    del second
     for update in updates:
-        total = update.clone() if total is None else total.add_(update)
+        total.add_(update)
         del update
     return total
 

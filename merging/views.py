@@ -1,11 +1,11 @@
-"""Tensors that are made of stored ones without loading them: renamed, a part of one, several joined, or transposed.
+"""Tensors that are made of stored ones without loading them: renamed, parts, joined, means of rows, or transposed.
 
 A view has the interface of the `Entry` that it is made of; it is read by ranges, when it is asked for.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,42 @@ class Transposed(View):
         return torch.cat(found) if found else torch.empty(0, dtype=self.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadTwice(View):
+    """A tensor of which each range is asked for twice running, and is read once; the second caller may change it."""
+
+    last: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def read(
+        self, start: int = 0, stop: int | None = None, to: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> Tensor:
+        """Return the entries from `start` to `stop`, as `Entry.read` does."""
+        asked = (start, stop, to, device)
+        if (found := self.last.pop(asked, None)) is None:
+            self.last.clear()
+            found = self.last[asked] = self.sources[0].read(start, stop, to, device)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Entry):
+    """A tensor made of rows of others: each run is a range of rows, the mean of those of one or several tensors."""
+
+    runs: tuple[tuple[int, tuple[tuple[Entry, int], ...]], ...]  # (number of rows, (tensor, its first row)…)
+
+    def _stored(self, start: int, stop: int) -> Tensor:
+        width, wide = math.prod(self.shape[1:]), torch.promote_types(self.dtype, torch.float32)
+        found, first = [torch.empty(0, dtype=wide)], 0
+        for height, sources in self.runs:
+            low, high = max(start, first), min(stop, first + height * width)
+            if low < high:
+                ranges = [(source, row * width - first) for source, row in sources]
+                parts = [source.read(low + shift, high + shift, wide) for source, shift in ranges]
+                found.append(sum(parts[1:], parts[0]).div_(len(parts)))
+            first += height * width
+        return torch.cat(found)
+
+
 def renamed(entry: Entry, name: str) -> Entry:
     """Return a tensor under another name."""
     if name == entry.name:
@@ -70,6 +106,11 @@ def renamed(entry: Entry, name: str) -> Entry:
     if isinstance(entry, View):
         return replace(entry, name=name)
     return Part(name, entry.dtype, entry.shape, entry.path, sources=(entry,))
+
+
+def read_twice(entry: Entry) -> Entry:
+    """Return a tensor whose ranges are remembered until they are asked for again."""
+    return ReadTwice(entry.name, entry.dtype, entry.shape, entry.path, sources=(entry,))
 
 
 def part(entry: Entry, name: str, first: int, shape: tuple[int, ...]) -> Entry:

@@ -7,8 +7,9 @@ Order       transformers' `from_pretrained` takes the first of these that is the
 Left aside  everything else: variants (model.fp16.safetensors), consolidated.safetensors beside shards, pickles beside
             safetensors. A note says so. An index none of whose shards is there is left aside if something else is.
 Parts       sub-folders with weights belong to the model if modules.json names them, as sentence-transformers writes it
-            ("2_Dense"); their tensors are called PART/NAME. Weights in other sub-folders are exports of the same model,
-            or other models, and are left aside.
+            ("2_Dense"); their tensors are called PART/NAME. Those of the first module, which old versions keep in a
+            sub-folder too ("0_Transformer"), have no prefix, as in models without modules. Weights in other
+            sub-folders are exports of the same model, or other models, and are left aside.
 Outside     an index, a configuration or a link may name what lies outside the folder. That is refused before it is
             opened. Links to the blobs of the Hub's cache are followed: its snapshots consist of them.
 """
@@ -16,7 +17,7 @@ Outside     an index, a configuration or a link may name what lies outside the f
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -140,6 +141,19 @@ def parts(folder: Path) -> list[str]:
     Raises:
         ValueError: it is broken, or names what lies outside the folder.
     """
+    return [path for path in _module_paths(folder) if path != "." and (folder / path).is_dir()]
+
+
+def main_part(folder: Path) -> str:
+    """Return the first module of modules.json, if it is in a sub-folder and has weights ("0_Transformer"), or "".
+
+    sentence-transformers keeps there the model that other programs have in the folder itself, under the same names.
+    """
+    first = next(iter(_module_paths(folder)), ".")
+    return first if first != "." and (folder / first).is_dir() and find_weights(folder, first) else ""
+
+
+def _module_paths(folder: Path) -> list[str]:
     file = folder / "modules.json"
     if not file.is_file():
         return []
@@ -149,8 +163,7 @@ def parts(folder: Path) -> list[str]:
     paths = [module.get("path", "") for module in modules]
     if odd := [path for path in paths if not isinstance(path, str)]:
         raise ValueError(f"{file}: the path {odd[0]!r} is no text")
-    paths = [str(PurePosixPath(path)) for path in dict.fromkeys(paths)]
-    return [path for path in paths if path != "." and within(folder, path, file).is_dir()]
+    return [str(PurePosixPath(path)) for path in dict.fromkeys(paths) if within(folder, path, file)]
 
 
 def other_weights(folder: Path) -> list[str]:
@@ -252,6 +265,43 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{file}: is no mapping from options to values; download it again")
     return config
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return what a file of a folder holds, None where there is no such file; refuses what `read_config` does."""
+    return read_config(folder, name) if (folder / name).is_file() else None
+
+
+def read_tokens(folder: Path) -> dict[str, int] | None:
+    """Return token → row of the tokenizer in a folder, added tokens included; None where no file lists its tokens.
+
+    Raises:
+        ValueError: a file of the tokenizer is damaged, or lies outside the folder.
+    """
+    names = ("tokenizer.json", "vocab.json", "vocab.txt")
+    name = next((name for name in names if (folder / name).is_file()), None)
+    if name is None:
+        return None
+    file = within(folder, name)
+    try:
+        if name == "vocab.txt":
+            tokens = {line: row for row, line in enumerate(file.read_text(encoding="utf-8").splitlines())}
+        else:
+            whole = read_config(folder, name)
+            tokens = _listed(whole) if name == "tokenizer.json" else dict(whole)
+        tokens |= read_json(folder, "added_tokens.json") or {} if name != "tokenizer.json" else {}
+        if odd := [token for token, row in tokens.items() if not isinstance(row, int) or row < 0]:
+            raise TypeError(f"the row of {odd[0]!r} is {tokens[odd[0]]!r}")
+    except (TypeError, AttributeError, LookupError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: lists no tokens with their rows ({error}); download it again") from None
+    return tokens
+
+
+def _listed(whole: Mapping[str, Any]) -> dict[str, int]:
+    """Return token → row of a tokenizer.json."""
+    model = whole.get("model", {}).get("vocab", {})
+    tokens = dict(model) if isinstance(model, dict) else {piece[0]: row for row, piece in enumerate(model)}
+    return tokens | {each["content"]: each["id"] for each in whole.get("added_tokens", ())}
 
 
 def _parsed(file: Path, unique: bool = False) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import pstats
 import re
 import resource
 import subprocess
@@ -159,3 +160,33 @@ def run_command(command: Sequence[str | Path], threads: int) -> Usage:
     if process.returncode:
         raise ChildProcessError(f"{Path(command[0]).name} ended with status {process.returncode}: {last}")
     return Usage(seconds, *(max(sizes, default=math.nan) / 2**20 for sizes in (peak, anonymous)))
+
+
+def profile_module(
+    module: str, arguments: Sequence[str | Path], groups: Mapping[str, str], threads: int
+) -> dict[str, float]:
+    """Run `python -m module`, in a process of its own and to its end, and return where its main thread's seconds go.
+
+    The profiler slows Python down, and not what it calls in C: shares are right where most of the time is spent there.
+
+    Args:
+        module: name of the module.
+        arguments: of its command line.
+        groups: {name: regular expression that finds the functions of a group, as the profiler spells them}; the first
+            that fits counts. Seconds are those of the functions themselves, without what they call.
+        threads: of OpenMP and MKL.
+
+    Returns:
+        The seconds of each group, in the order of `groups`, and under "rest" those of all other functions.
+
+    Raises:
+        ChildProcessError: as `run_command` does.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        run_command([sys.executable, "-m", "cProfile", "-o", file.name, "-m", module, *arguments], threads)
+        found = pstats.Stats(file.name).stats
+    seconds = dict.fromkeys((*groups, "rest"), 0.0)
+    for function, (_, _, own, _, _) in found.items():
+        spelt = pstats.func_std_string(function)
+        seconds[next((name for name, pattern in groups.items() if re.search(pattern, spelt)), "rest")] += own
+    return seconds

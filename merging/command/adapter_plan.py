@@ -10,7 +10,6 @@ The rest    biases and modules that an adapter holds whole are merged like tenso
             refused without `partial`.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from merging.adapters import rename_to_base
 from merging.checkpoints import Checkpoint, Entry
 from merging.command.changes import IA3, Full, LoRA, Step
+from merging.command.kinds import is_of_tokens
 from merging.command.naming import naming
 from merging.command.proportion import Side, told
 from merging.command.recipe import Recipe
@@ -27,9 +27,6 @@ from merging.layers import depths
 from merging.mergers import merger
 from merging.peft_files import Adapter, Factors
 from merging.views import Transposed, renamed
-
-# names of input embeddings and heads over a vocabulary
-EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|embed_in|embed_out|shared|lm_head)\.")
 
 
 def adapter_steps(recipe: Recipe, base: Checkpoint, experts: Sequence[Adapter], notes: list[str]) -> list[Step]:
@@ -90,7 +87,7 @@ def _left_out(given: str, adapter: Adapter, base: Checkpoint, partial: bool) -> 
     held = values | {each.where: each for each in (*factors, *adapter.vectors.values())}
     alone = [value for name, value in values.items() if name not in base.entries]
     alone = [value for value in alone if not copy_of(value, [each for each in values.values() if each is not value])]
-    return told(Side(base.given, base.entries, (), base.config), Side(given, held, alone, {}), partial)
+    return told(Side(base.given, base.entries, (), base.config), Side(given, held, alone, {}), partial, set())
 
 
 def _step(
@@ -166,7 +163,7 @@ def _layout_of(base: Checkpoint, entry: Entry, factors: Sequence[Factors | None]
 def _check_vocabulary(base: Checkpoint, entry: Entry, where: str, shape: Sequence[int]) -> None:
     """Raise what is to be done where an adapter was made after its model got more rows for tokens than the base has."""
     other_rows = len(shape) == len(entry.shape) > 0 and shape[0] != entry.shape[0] and shape[1:] == entry.shape[1:]
-    if other_rows and EMBEDDINGS.search(entry.name):
+    if other_rows and is_of_tokens(entry.name):
         raise ValueError(
             f"{where}: {shape[0]} rows, and {entry.name!r} in {base.given} has {entry.shape[0]}: the adapter was made "
             f"after its model's vocabulary was resized; save that base, model.resize_token_embeddings({shape[0]}), "

@@ -21,7 +21,7 @@ from merging.mergers import merger
 from merging.peft_files import Factors
 from merging.ties_dare import Ranges
 
-RANGE = 2**21  # entries merged at a time where rows are independent: 8 MiB in float32
+RANGE = 2**19  # entries merged at a time where rows are independent: 2 MiB in float32, which caches hold
 
 # What the experts hold of one tensor ---------------------------------------------------------------------------------
 

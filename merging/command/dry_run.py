@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.calibration import calibrate
-from merging.command.changes import RANGE, Full, LoRA, Step, differences, row_ranges
+from merging.checkpoints import Entry
+from merging.command.changes import RANGE, Change, Full, LoRA, Step, differences, row_ranges
+from merging.command.findings import moves
 from merging.command.outputs import AdapterOutput, ModelOutput
 from merging.command.plan import Plan
 from merging.command.recipe import dtype_name
 from merging.command.storage import Piece
-from merging.command.stream import Streamer, rounded, svc_of, takes, treatment
+from merging.command.stream import Streamer, rounded, takes, treatment
 from merging.mergers import merger
 
 PROGRAM = 600 * 2**20  # bytes: the interpreter with PyTorch
@@ -54,7 +55,8 @@ def expected_seconds(plan: Plan, device: torch.device, folder: Path | None = Non
     """Return the seconds to expect with one job, from a timed part of the stream: real files are read and merged.
 
     Of each kind of change a part of the largest tensor is read, merged and written; that grows with the number of
-    entries. What is done on matrices comes on top: it is timed on a small one, and grows with m · n · min(m, n).
+    entries. What is done on matrices comes on top: it is timed on a small one, and grows with m · n · min(m, n). Of a
+    report its spectra, chance levels and sizes of updates are timed too; not so the seconds in which its page is drawn.
 
     Args:
         plan: what becomes of each tensor.
@@ -70,7 +72,10 @@ def expected_seconds(plan: Plan, device: torch.device, folder: Path | None = Non
     for (_, spectral), steps in kinds.items():
         largest = max(steps, key=lambda step: step.base.count)
         each = _time_of_part(streamer, largest, spectral, folder)
-        seconds += sum(each * step.base.count * (1 + (spectral and step.options["svc"])) for step in steps)  # two reads
+        reads = 1 + (spectral and plan.recipe.report)  # SVC is one more
+        seconds += sum(each * step.base.count * (reads + (spectral and step.options["svc"])) for step in steps)
+        if plan.recipe.report and largest.change:
+            seconds += _time_of_findings(streamer, largest) * sum(step.base.count for step in steps)
         if spectral:
             sample = _time_of_sample(streamer, largest)
             pieces = [piece for step in steps for piece in _spectral(streamer, step)]
@@ -91,19 +96,38 @@ def _side(piece: Piece) -> int:
 
 def _time_of_part(streamer: Streamer, step: Step, spectral: bool, folder: Path | None) -> float:
     """Return the seconds per entry of reading, merging entry by entry, and writing the first rows of a tensor."""
-    entry = step.dtype.itemsize + step.base.dtype.itemsize * (1 + len(step.experts))  # bytes
-    entries, done = max(1, int(TIMED / entry)), 0
-    pieces = tuple(_first_rows(piece, entries) for piece in step.pieces[:1])
-    part = replace(step, pieces=pieces) if isinstance(step.change, Full | LoRA) else step
+    part, entries, done = *_part(step), 0
     with tempfile.TemporaryFile(dir=folder) as file:
         start = time.perf_counter()
         for merged in _averaged(part, streamer.device) if spectral else streamer.tensor(part):
             file.write(merged.view(torch.uint8).numpy())
-            if (done := done + merged.numel()) >= (min(entries, pieces[0].count) if pieces else entries):
+            if (done := done + merged.numel()) >= entries:
                 break  # what follows is the rest of the base's tensor
         file.flush()
         os.fsync(file.fileno())
         return (time.perf_counter() - start) / done
+
+
+def _part(step: Step) -> tuple[Step, int]:
+    """Return a step of the first rows of a tensor, of TIMED bytes at most, and how many entries these are."""
+    entry = step.dtype.itemsize + step.base.dtype.itemsize * (1 + len(step.experts))  # bytes
+    entries = max(1, int(TIMED / entry))
+    pieces = tuple(_first_rows(piece, entries) for piece in step.pieces[:1])
+    part = replace(step, pieces=pieces) if isinstance(step.change, Full | LoRA) else step
+    return part, min(entries, pieces[0].count) if pieces else entries
+
+
+def _time_of_findings(streamer: Streamer, step: Step) -> float:
+    """Return the seconds per entry of what the report says of a tensor, beside the spectra of dense matrices."""
+    part, entries = _part(step)
+    start = time.perf_counter()
+    moves(part, streamer.device)
+    seconds = (time.perf_counter() - start) / entries
+    if streamer.is_factored(step, step.pieces[0]):
+        start = time.perf_counter()
+        streamer.low_rank(step, [])
+        seconds += (time.perf_counter() - start) / step.base.count
+    return seconds
 
 
 def _first_rows(piece: Piece, entries: int) -> Piece:
@@ -122,18 +146,24 @@ def _averaged(step: Step, device: torch.device) -> Iterator[Tensor]:
         yield rounded(step.name, merged, step.dtype)
 
 
+class _InMemory(Change):
+    """Updates that are not read from files."""
+
+    def updates(self, base: Entry, start: int, stop: int, device: torch.device) -> Iterator[Tensor]:
+        for update in self.experts:
+            yield update[start:stop].to(device, copy=True)
+
+
 def _time_of_sample(streamer: Streamer, step: Step) -> float:
-    """Return the seconds that merging, and calibrating, a small matrix takes."""
-    merge, options = streamer.merger, step.of_merger(streamer.plan.recipe.method)
+    """Return the seconds that merging, and calibrating and diagnosing if that is done, a small matrix takes."""
+    entry = Entry("sample.weight", torch.float32, (SAMPLE, SAMPLE), Path())
     generator = torch.Generator().manual_seed(0)
-    updates = [{"": torch.randn(SAMPLE, SAMPLE, generator=generator).to(streamer.device)} for _ in step.experts]
+    change = _InMemory([torch.randn(entry.count, generator=generator) for _ in step.experts])
+    sample = replace(step, base=entry, change=change, pieces=(Piece(entry.name, 0, entry.shape, "matrix"),))
     seconds = []
     for _ in range(2):  # the first call warms up
         start = time.perf_counter()
-        merged = merge(updates, **options)
-        if step.options["svc"]:
-            merged = calibrate(merged, updates, svc_of(step))
-        float(merged[""].sum())  # waits for a GPU
+        float(streamer.update(sample, [] if streamer.plan.recipe.report else None).sum())  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 

@@ -71,7 +71,8 @@ def parse(arguments: Sequence[str]) -> Flags:
         raise ValueError(f"{' '.join(map(' '.join, files))}: a merge follows one recipe; give one of these files")
     for flag, file in files:
         if not Path(file).is_file():
-            raise ValueError(f"{flag} {file}: there is no such file")
+            odd = "is a folder; name the file in it" if Path(file).is_dir() else "there is no such file"
+            raise ValueError(f"{flag} {file}: {odd}")
         start = Flags(**asdict(readers[flag](Path(file))))
     groups = _groups()
     record = make_dataclass("Grouped", [(title, tyro.conf.OmitArgPrefixes[kind]) for title, kind in groups.items()])

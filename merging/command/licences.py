@@ -43,12 +43,12 @@ def _folder(model: Any) -> Path | None:
 
 def read_licence(folder: Path | None) -> Licence | None:
     """Return what README.md in a folder states, None where there is none; a card that is broken states nothing."""
-    from huggingface_hub import ModelCard
-
     try:
         card = within(folder, "README.md") if folder else None
         if card is None or not card.is_file():
             return None
+        from huggingface_hub import ModelCard
+
         stated = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # a card is free text, which can break its reader in any way
         return Licence("")

@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm import tqdm
 
 from merging.checkpoints import Checkpoint, locate, open_checkpoint
+from merging.command.destination import destination, is_complete
 from merging.command.dry_run import describe
 from merging.command.flags import parse
 from merging.command.licences import licence_warning, licences
 from merging.command.mergekit import read_mergekit
-from merging.command.model_card import companions, losses, what_to_say, write_companions
+from merging.command.model_card import companions, found_out, what_to_say, write_companions
 from merging.command.outputs import AdapterOutput, ModelOutput, adapter_output
 from merging.command.plan import Plan, make_plan
 from merging.command.push import check_push, push
@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or 1 for what is wrong, or 130 after Ctrl-C, as shells have it.
+
+    Raises:
+        BrokenPipeError: nobody reads what it prints.
     """
     try:
         flags = parse(sys.argv[1:] if arguments is None else arguments)
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"note: {flags.mergekit}: {note}", file=sys.stderr)
         values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Recipe)}
         merge(Recipe(**values), flags.out, flags.jobs, flags.device, flags.dry_run, flags.report_only, flags.push)
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError) as error:
         print(f"python -m merging: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -97,6 +102,7 @@ def merge(
         raise ValueError("give --out, the folder of the merged model")
     if to and report_only:
         raise ValueError("--push uploads a finished merge, and --report-only makes none; give one of them")
+    out = destination(out, replaced=not report_only) if str(out) else None
     if to and not dry_run and _process()[0] == 0:
         check_push(to)
     base, *experts = open_checkpoint(recipe.base), *map(_open_expert, recipe.experts)
@@ -113,13 +119,12 @@ def merge(
     output = adapter_output(plan) if recipe.output == "adapter" else ModelOutput(plan)
     made_from = identity(recipe, (base, *experts))
     on = _device(device)
-    for note in (*plan.notes, *plan.remarks) if _process()[0] == 0 else ():
-        print(f"note: {note}", file=sys.stderr)
+    _tell((*plan.notes, *plan.remarks, *plan.repeated.values()) if _process()[0] == 0 else ())
     if dry_run:
-        print("\n".join(describe(output, jobs, on, Path(os.path.abspath(out)) if str(out) else None)))
+        print("\n".join(describe(output, jobs, on, out)))
     elif report_only:
-        _report_alone(output, Path(os.path.abspath(out)), jobs, on)
-    elif _is_complete(out := Path(os.path.abspath(out)), made_from):
+        _report_alone(output, out, jobs, on)
+    elif is_complete(out, made_from):
         remove_leftovers(out, made_from)  # of a merge that was killed after its last step
         print(f"{out}: this recipe has made it already; nothing to do")
     else:
@@ -157,10 +162,14 @@ def _carry_out(output: ModelOutput | AdapterOutput, out: Path, made_from: str, j
             notes = [note for shard_notes in files.notes() for note in shard_notes]
             write_companions(output, files.folder, made_from, out, notes)
             files.finish()
-            for loss in losses(notes):
-                print(f"note: {loss}", file=sys.stderr)
+            _tell(found_out(output, notes))
             sizes = [tensor.size for shard in shards for tensor in shard.tensors]
             print(f"{out}: {len(sizes)} tensors, {sum(sizes) / 1e9:.3f} GB")
+
+
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _report_alone(output: ModelOutput | AdapterOutput, out: Path, jobs: int, device: torch.device) -> None:
@@ -178,6 +187,7 @@ def _report_alone(output: ModelOutput | AdapterOutput, out: Path, jobs: int, dev
     with _progress([whole], [whole], 0) as bar:
         notes = _merged(output, whole, streamer, jobs, bar, lambda name, parts: collections.deque(parts, maxlen=0))
     write_report(output.plan, notes, what_to_say(output, notes), out)
+    _tell(found_out(output, notes))
     print(f"{out / REPORT[0]}: the report of {len(output.plan.merged)} merged tensors; no weights were written")
 
 
@@ -201,9 +211,15 @@ def _merged(
 
 
 def _hand_back_freed_memory() -> None:
-    """Let glibc return freed matrices to the system at once; by itself it keeps those of up to 32 MiB for later."""
+    """Let glibc return freed matrices to the system at once, and keep what a few ranges of rows take.
+
+    By itself it keeps freed blocks of up to 32 MiB for later, and gives back the end of its heap whenever that is free,
+    only to ask for the same pages again for the next range.
+    """
     with contextlib.suppress(OSError, AttributeError):  # other C libraries
-        ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
 
 
 def _decided(plan: Plan, files: Output, device: torch.device, jobs: int, rank: int) -> Any | None:
@@ -232,21 +248,6 @@ def _in_threads(function: Callable, items: Iterable, jobs: int) -> Iterator:
                 yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _is_complete(out: Path, made_from: str) -> bool:
-    """Return whether the same merge is there already; another one, or anything else in the folder, is refused."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        found = yaml.safe_load((out / "merging.yaml").read_text(encoding="utf-8"))["identity"]
-    except (OSError, yaml.YAMLError, ValueError, RecursionError, TypeError, KeyError):
-        raise ValueError(f"{out}: is there and holds no finished merge; choose another --out, or delete it") from None
-    if found != made_from:
-        raise ValueError(
-            f"{out}: holds a merge by another recipe or of other input files; choose another --out, or delete it"
-        )
-    return True
 
 
 def _device(name: str) -> torch.device:

@@ -68,7 +68,11 @@ def read_mergekit(path: Path) -> tuple[Recipe, list[str]]:
         recipe, notes = _read({key: value for key, value in text.items() if value is not None})
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is no YAML ({' '.join(str(error).split())})") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except RecursionError:  # nested thousands of times
+        raise ValueError(f"{path}: is no recipe of mergekit, but nested without end") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return renamed(recipe, lambda given: given if Path(given).exists() else located(given, path.parent)), notes
 

@@ -14,6 +14,7 @@ from merging.command.outputs import AdapterOutput, ModelOutput
 from merging.command.plan import Plan
 from merging.command.proportion import some
 from merging.command.recipe import public_name, write_recipe
+from merging.command.repeats import unmoved
 from merging.command.shards import write_text
 from merging.command.tied import untied
 from merging.command.tokens import write_tokenizer
@@ -59,8 +60,8 @@ def write_companions(
         _copy(plan.base.folder, folder)
         for part in ("", *plan.base.parts):
             _adapt(folder / part / "config.json", plan)
-        if plan.recipe.tokens == "union":
-            write_tokenizer(folder, plan.base, plan.experts)
+        if plan.joint:
+            write_tokenizer(folder / plan.base.main, plan.base, plan.joint)
     if plan.recipe.report:
         from merging.command.report import write_report  # draws figures: loaded only where they are asked for
 
@@ -76,7 +77,14 @@ def what_to_say(output: ModelOutput | AdapterOutput, notes: Sequence[dict[str, A
         output: what was merged.
         notes: one per step, as for `write_companions`.
     """
-    return [*output.plan.notes, *output.plan.remarks, *losses(notes)]
+    return [*output.plan.notes, *output.plan.remarks, *output.plan.repeated.values(), *found_out(output, notes)]
+
+
+def found_out(output: ModelOutput | AdapterOutput, notes: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what is known only when all is merged: experts that moved nothing, what an adapter loses."""
+    moves = [note["moves"] for note in notes if note.get("moves")]
+    still = unmoved(output.plan.recipe.experts, moves) if moves else {}
+    return [line for index, line in still.items() if index not in output.plan.repeated] + losses(notes)
 
 
 def losses(notes: Sequence[dict[str, Any]]) -> list[str]:

@@ -111,7 +111,7 @@ def read_assignment(text: str, method: str) -> Assignment:
 
 def _value(text: str, kind: type) -> Any:
     """Return a value in YAML's notation; numbers of a float option as floats, where they are written as 1e-3 too."""
-    with contextlib.suppress(yaml.YAMLError):
+    with contextlib.suppress(yaml.YAMLError, RecursionError):  # RecursionError: nested thousands of times
         given = yaml.safe_load(text)
         return [_number(one, kind) for one in given] if isinstance(given, list) else _number(given, kind)
     return text

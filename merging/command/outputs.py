@@ -196,7 +196,7 @@ def linear_layers(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
     layouts, names = {}, {}
     for step in plan.merged:
         matrix = step.layout in ("matrix", "transposed") and step.name.endswith(".weight")
-        matrix = matrix and not plan.base.part_of(step.name)  # peft's names are those of the main part
+        matrix = matrix and plan.base.part_of(step.name) == plan.base.main  # peft's names are those of the main part
         if not matrix or (not known and not MODULES(step.name, torch.empty(step.base.shape, device="meta"))):
             continue
         name = naming(plan.base).canonical(step.name)

@@ -12,6 +12,7 @@ Proportion  heads may differ; if more than 1 % of the bytes of the rest have no 
 Rows        where tensors differ in their number of rows, `merging.command.vocabulary` says what is merged.
 8 bits      weights with scales are read as what they stand for (`merging.fp8`); other quantised ones are refused.
 Tied        an output head that the base ties and an expert trained apart is written (`merging.command.tied`).
+Repeats     an expert that is the base, or is given twice, is merged so, and told (`merging.command.repeats`).
 Integers    keep the base's value; where experts differ in more than a single counter, that is refused. They may be
             absent from some experts, and so may what a model computes by itself (inv_freq).
 Adapters    are planned by `merging.command.adapter_plan`; how tensors are stored is told by `merging.command.storage`.
@@ -26,11 +27,12 @@ from merging.command.changes import Full, Step
 from merging.command.names import align, base_parts
 from merging.command.proportion import Side, is_computed, some, told
 from merging.command.recipe import Recipe
+from merging.command.repeats import repeats
 from merging.command.storage import pieces, storage
-from merging.command.tied import copy_of, equal, trained_apart, twin_of, with_ties
-from merging.command.tokens import union, united_rows
+from merging.command.tied import adapted_as_one, copy_of, equal, stays_configured, trained_apart, twin_of, with_ties
+from merging.command.tokens import Union, union, united_rows
 from merging.command.vocabulary import matching_rows
-from merging.fp8 import dequantised
+from merging.fp8 import Scaled, dequantised
 from merging.layers import depths
 from merging.peft_files import Adapter
 
@@ -44,8 +46,10 @@ class Plan:
     experts: tuple[Checkpoint, ...] | tuple[Adapter, ...]
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what differs between the models, and is refused by --strict
-    remarks: list[str] = field(default_factory=list)  # tied tensors
-    untied: bool = False  # whether the output holds by itself what the base's configuration ties to another tensor
+    remarks: list[str] = field(default_factory=list)  # tied tensors, and what else is only told
+    repeated: dict[int, str] = field(default_factory=dict)  # experts that change nothing, or that are given again
+    joint: Union | None = None  # the vocabulary of the output, where it is not the base's
+    untied: bool = False  # whether the output's configuration has to untie what the base's ties
 
     @property
     def merged(self) -> list[Step]:
@@ -60,18 +64,24 @@ def make_plan(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint] | 
         ValueError: one line that names file and tensor; with `recipe.strict` for everything that would be a note.
     """
     base, experts = dequantised(base), [each if isinstance(each, Adapter) else dequantised(each) for each in experts]
-    plan = Plan(recipe, base, tuple(experts))
+    plan = Plan(recipe, base, tuple(experts), repeated=repeats(recipe.experts, base, experts))
     for model in (base, *experts):
-        if not isinstance(model, Adapter) and "quantization_config" in model.config:
+        if not isinstance(model, Adapter) and any(isinstance(entry, Scaled) for entry in model.entries.values()):
             plan.remarks.append(f"{model.given}: 8-bit weights, read as weight · scale; nothing is written in 8 bits")
     adapters = [isinstance(expert, Adapter) for expert in experts]
     if apart := trained_apart(base, experts):
         base = plan.base = replace(base, entries={**apart, **base.entries})
-        plan.untied = True
-        plan.remarks.append(f"{some(list(apart))}: tied in {base.given}, and trained apart; written untied")
+        plan.untied = not stays_configured(base, apart)
+        still = "" if plan.untied else ", though config.json ties it, as its class needs"
+        plan.remarks.append(f"{some(list(apart))}: tied in {base.given}, and trained apart; written untied{still}")
     if any(adapters) and not all(adapters):
         odd = recipe.experts[adapters.index(False)]
         raise ValueError(f"{odd}: is no adapter, and other experts are; fold those into the base first, one by one")
+    if any(adapters) and (one := adapted_as_one(base, experts, apart)):
+        plan.remarks.append(
+            f"{some(one)}: adapted, and tied to the head, which changes with it, as where peft folds it; while it was "
+            "trained the head did not"
+        )
     if any(adapters) and recipe.tokens == "union":
         raise ValueError(f"--tokens union: {recipe.experts[0]} is an adapter; fold adapters into full models first")
     plan.steps = adapter_steps(recipe, base, experts, plan.notes) if any(adapters) else _model_steps(plan)
@@ -91,8 +101,9 @@ def _model_steps(plan: Plan) -> list[Step]:
     layers = depths(base.entries)
     options = {name: recipe.of(name, len(experts), layers[name]) for name in base.entries}
     wanted = {name for name, own in options.items() if own["merge"]}
-    aligned = [_aligned(base, expert, plan, wanted) for expert in experts]
-    joint = union(base, experts) if recipe.tokens == "union" else None
+    said: set[str] = set()
+    aligned = [_aligned(base, expert, plan, wanted, said) for expert in experts]
+    joint = plan.joint = union(base, experts) if recipe.tokens == "union" else None
     plan.remarks += [str(joint)] if joint else []
     layouts, packed, steps, kept = storage(base.entries), base_parts(base), [], []
     for name, entry in base.entries.items():
@@ -105,7 +116,7 @@ def _model_steps(plan: Plan) -> list[Step]:
         layout = own["layout"] or ("transposed stack" if len(parts) == 1 else layouts[name])
         change, parts = (Full(found), pieces(entry, layout, rows, parts)) if found else (None, ())
         steps.append(Step(entry, change, parts, recipe.output_dtype(entry.dtype), layout, own))
-    if kept:
+    if kept := [name for name in kept if name not in said]:
         plan.notes.append(f"{base.given}: {some(kept)}: in no expert; the base's value is kept")
     return with_ties(steps, plan.remarks)
 
@@ -113,8 +124,12 @@ def _model_steps(plan: Plan) -> list[Step]:
 # Which tensors belong together ---------------------------------------------------------------------------------------
 
 
-def _aligned(base: Checkpoint, expert: Checkpoint, plan: Plan, wanted: Collection[str]) -> Mapping[str, Entry]:
+def _aligned(
+    base: Checkpoint, expert: Checkpoint, plan: Plan, wanted: Collection[str], said: set[str]
+) -> Mapping[str, Entry]:
     """Return base name → the expert's tensor, also of tied ones that it does not store; what is left out is noted.
+
+    What a note says is kept of the base is added to `said`.
 
     Raises:
         ValueError: too much of the two models has no partner.
@@ -130,7 +145,7 @@ def _aligned(base: Checkpoint, expert: Checkpoint, plan: Plan, wanted: Collectio
         Side(base.given, base.entries, alone, base.config),
         Side(expert.given, expert.entries, [e for e in found.left if e.name not in copies], expert.config),
     )
-    plan.notes += told(*sides, plan.recipe.partial)
+    plan.notes += told(*sides, plan.recipe.partial, said)
     return {**found.entries, **{name: found.entries[twin] for name, twin in twins.items()}}
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from merging.checkpoints import Entry
+from merging.command.kinds import is_embedding
 from merging.command.names import NUMBER
 
 SHARE = 0.01  # of a model's bytes that may be left out
 COMPUTED = re.compile(r"(^|\.)((original_)?inv_freq|masked_bias)$")
-EMBEDDING = re.compile(r"emb|(^|\.)(wte|wpe|shared)\.", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Side:
 
 def is_head(entry: Entry) -> bool:
     """Return whether a tensor is part of a head, by its name."""
-    return not (NUMBER.search(entry.name) or EMBEDDING.search(entry.name))
+    return not (NUMBER.search(entry.name) or is_embedding(entry.name))
 
 
 def is_computed(entry: Entry) -> bool:
@@ -47,13 +47,18 @@ def is_computed(entry: Entry) -> bool:
     return not entry.dtype.is_floating_point or mask or bool(COMPUTED.search(entry.name))
 
 
-def told(base: Side, expert: Side, partial: bool = False) -> list[str]:
+def told(base: Side, expert: Side, partial: bool, kept_too: set[str]) -> list[str]:
     """Return in one line what an expert has that its base lacks; with `partial` also what else has no partner.
+
+    Args:
+        base, expert: the two models.
+        partial: whether a good part may have no partner.
+        kept_too: the names of the base's tensors that the line says are kept are added to it.
 
     Raises:
         ValueError: one line, where more than heads have no partner, and that was not asked for (`partial`).
     """
-    embeddings = {e.shape for name, e in base.entries.items() if EMBEDDING.search(name) and len(e.shape) == 2}
+    embeddings = {e.shape for name, e in base.entries.items() if is_embedding(name) and len(e.shape) == 2}
     layers = any(NUMBER.search(name) for name in (*base.entries, *expert.entries))
     kept = [entry for entry in base.alone if not ((layers and is_head(entry)) or is_computed(entry))]
     theirs = [entry for entry in expert.alone if not is_computed(entry)]
@@ -66,6 +71,7 @@ def told(base: Side, expert: Side, partial: bool = False) -> list[str]:
     line = f"{'; '.join(filter(None, (extra, lacking)))} ({_reason(base, expert, bool(alike))})"
     if not partial:
         raise ValueError(f"{line}; --partial merges the rest")
+    kept_too |= {entry.name for entry in base.alone}
     return [line]
 
 

@@ -210,7 +210,7 @@ def _takes_weights(own: Any) -> bool:
 def shard_bytes(text: str) -> int:
     """Return the bytes of a size such as "500MB" or "5GB" (powers of ten)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.IGNORECASE)
-    if not found or not float(found[1]):
+    if not found or not 0 < float(found[1]) < math.inf:
         raise ValueError(f"--shard-size must be a size such as 500MB or 5GB, got {text!r}")
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
@@ -258,7 +258,7 @@ def identity(recipe: Recipe, checkpoints: "Iterable[Checkpoint | Adapter]") -> s
 
     facts: list[Any] = [{key: value for key, value in recipe.plain().items() if key not in ("base", "experts")}]
     for checkpoint in checkpoints:
-        texts = tokenizer_files(checkpoint.folder) if recipe.tokens == "union" else []
+        texts = tokenizer_files(checkpoint.home) if recipe.tokens == "union" else []
         stats = ((path, path.stat()) for path in (*checkpoint.files, *texts))
         facts.append([[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -28,6 +28,7 @@ from merging.lowrank import LowRank, diagnose_low_rank, joint_basis, merge_low_r
 from merging.mergers import Merger, merger, weight_average
 from merging.task_vectors import Finite, TaskVector
 from merging.unrelated import Unrelated
+from merging.views import read_twice
 
 CHANCE = 2**24  # entries of all unrelated updates together, up to which they are in memory at once: 64 MiB
 Rule = Callable[[Sequence[Tensor]], Tensor]
@@ -64,6 +65,7 @@ class Streamer:
         """
         position = 0
         if step.change:
+            step = replace(step, base=read_twice(step.base))  # to find what the experts changed, and to add that
             updates, scale = self._updates(step, rows), step.options["final_scale"]
             for merged in step.change.applied(step.base, updates, scale, self.device):
                 position += merged.numel()

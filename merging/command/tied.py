@@ -2,9 +2,12 @@
 
 Ties are found by comparing bytes. Where an expert trained apart what the base does not store, or stores as a copy,
 transformers is asked which names the base's class ties: the base's value is then that of the tensor to which they are
-tied, and the output is written untied, with `tie_word_embeddings: false`.
+tied, and the output is written untied, with `tie_word_embeddings: false`. Where the class takes that for more than ties
+(T5 and its kin scale the logits of tied heads by 1/√d), config.json is left as it is: transformers loads a head apart
+from its embedding wherever a file holds both with different values.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,8 +16,8 @@ import torch
 
 from merging.checkpoints import Checkpoint, Entry
 from merging.command.changes import Step
-from merging.command.naming import naming, naming_of
-from merging.command.proportion import EMBEDDING
+from merging.command.kinds import is_embedding
+from merging.command.naming import as_text, class_of, naming, naming_of
 from merging.peft_files import Adapter
 from merging.views import renamed
 
@@ -87,7 +90,7 @@ def _tied(first: Step, second: Step) -> bool:
 
 
 def trained_apart(base: Checkpoint, experts: Sequence[Checkpoint] | Sequence[Adapter]) -> dict[str, Entry]:
-    """Return the tensors that the base's class ties to others, and that an expert holds with values of their own.
+    """Return the tensors that the base's class ties to others, and that an expert holds or adapts by themselves.
 
     Args:
         base: the base.
@@ -98,42 +101,96 @@ def trained_apart(base: Checkpoint, experts: Sequence[Checkpoint] | Sequence[Ada
     """
     if not any(_may_untie(base, expert) for expert in experts):
         return {}
-    own = naming(base)
-    fixed = naming_of(untied(base.config)).ties  # what no configuration unties
+    own, head = naming(base), _head(base)
     stored = {part.name: name for name, parts in own.parts(base.entries).items() for part in parts}
     found = {}
     for name, source in own.ties.items():
-        if name in fixed or source not in stored:
+        if (name in _fixed(base) and name != head) or source not in stored:
             continue
         tied = base.entries[stored[source]]
-        if any(_is_apart(base, expert, name, tied) for expert in experts):
+        if any(
+            _acts_apart(expert, (name, source), tied) if isinstance(expert, Adapter) else _is_apart(base, expert, name)
+            for expert in experts
+        ):
             found[name] = base.entries[stored[name]] if name in stored else renamed(tied, name)
     return found
 
 
+def adapted_as_one(base: Checkpoint, adapters: Sequence[Adapter], apart: Iterable[str]) -> list[str]:
+    """Return the embeddings that adapters change and that stay tied to a head, so that the head changes with them.
+
+    Args:
+        base: the base.
+        adapters: the experts.
+        apart: as `trained_apart` finds them.
+    """
+    touched = {name for adapter in adapters for name in adapter.modules if is_embedding(name)}
+    if not touched:
+        return []
+    head = _head(base)
+    return [source for name, source in naming(base).ties.items() if name == head not in apart and source in touched]
+
+
+def stays_configured(base: Checkpoint, names: Iterable[str]) -> bool:
+    """Return whether config.json must go on tying some tensors that the output holds apart.
+
+    So it must where the class ties them whatever it says, or computes something else without ties.
+
+    Args:
+        base: the base.
+        names: as `trained_apart` finds them.
+    """
+    forward = inspect.unwrap(type(class_of(as_text(base.config))).forward)
+    return any(name in _fixed(base) for name in names) or "tie_word_embeddings" in forward.__code__.co_names
+
+
+def _fixed(base: Checkpoint) -> Mapping[str, str]:
+    """Return the ties that no configuration unties."""
+    return naming_of(untied(base.config)).ties
+
+
+def _head(base: Checkpoint) -> str | None:
+    """Return the weight that makes logits of tokens, by its name in the class of the base."""
+    model = class_of(as_text(base.config))
+    head = model.get_output_embeddings() if model is not None else None
+    found = (f"{name}.weight" for name, module in model.named_modules() if module is head) if head else ()
+    return next(iter(found), None)
+
+
 def _may_untie(base: Checkpoint, expert: Checkpoint | Adapter) -> bool:
-    """Return whether an expert holds a matrix that the base does not store, or stores as a copy of another."""
-    held = expert.values if isinstance(expert, Adapter) else expert.entries
-    matrices = [entry for entry in held.values() if len(entry.shape) == 2]
-    if any(entry.name not in base.entries for entry in matrices):
+    """Return whether an expert has a matrix that the base does not store, or stores as a copy; an adapter, whether it
+    acts on an embedding."""
+    if isinstance(expert, Adapter):
+        held = {**expert.values, **expert.modules, **expert.vectors}
+        return any(name not in base.entries or is_embedding(name) for name in held)
+    if any(name not in base.entries for name, entry in expert.entries.items() if len(entry.shape) == 2):
         return True
-    embeddings = [entry for name, entry in base.entries.items() if EMBEDDING.search(name)]
+    embeddings = [entry for name, entry in base.entries.items() if is_embedding(name)]
     return any(copy_of(each, [other for other in base.entries.values() if other is not each]) for each in embeddings)
 
 
-def _is_apart(base: Checkpoint, expert: Checkpoint | Adapter, name: str, tied: Entry) -> bool:
-    """Return whether an expert holds a tensor that is tied in the base, and no other with the same values.
+def _is_apart(base: Checkpoint, expert: Checkpoint, name: str) -> bool:
+    """Return whether an expert holds a tensor that is tied in the base, and no other with the same values."""
+    parts = naming(expert, base).parts(expert.entries).values()
+    return name in (held := {part.name: part for own in parts for part in own}) and not _is_copy(name, held)
 
-    What peft saved of the base beside an update of its embedding was not trained.
+
+def _acts_apart(adapter: Adapter, names: tuple[str, str], tied: Entry) -> bool:
+    """Return whether an adapter changes the first of two tied tensors by itself, or holds only one of them, trained.
+
+    While it is trained, LoRA of the head acts on the head alone, though peft changes both where it folds it. LoRA of
+    the embedding alone is folded as peft does: both stay one. What peft saved of the base beside such an update was not
+    trained.
     """
-    if isinstance(expert, Adapter):
-        held = expert.values
-        if name in held and same_values(held[name], tied):
-            return False
-    else:
-        parts = naming(expert, base).parts(expert.entries).values()
-        held = {part.name: part for own in parts for part in own}
-    return name in held and not copy_of(held[name], [entry for other, entry in held.items() if other != name])
+    if names[0] in adapter.modules or names[0] in adapter.vectors:
+        return True
+    held = {name: adapter.values[name] for name in names if name in adapter.values}
+    trained = [name for name, value in held.items() if not same_values(value, tied)]
+    return len(trained) == 1 or (len(trained) == 2 and not _is_copy(names[0], adapter.values))
+
+
+def _is_copy(name: str, held: Mapping[str, Entry]) -> bool:
+    return copy_of(held[name], [entry for other, entry in held.items() if other != name]) is not None
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:

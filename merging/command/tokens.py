@@ -12,19 +12,19 @@ Output      the base's tokenizer with the added tokens, and vocab_size in config
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from merging.checkpoints import Checkpoint, Entry
+from merging.command.kinds import is_of_tokens
 from merging.command.shards import write_text
-from merging.command.vocabulary import count, is_of_tokens, is_vocabulary, json_of, numbers, tokens_of
+from merging.command.vocabulary import count, is_vocabulary, numbers
+from merging.views import Rows
+from merging.weight_files import read_json
 
 
 @dataclass(frozen=True)
@@ -54,25 +54,6 @@ class Union:
         return max(rows, self.added[-1].row + 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows(Entry):
-    """A tensor made of rows of others: each run is a range of rows, the mean of those of one or several tensors."""
-
-    runs: tuple[tuple[int, tuple[tuple[Entry, int], ...]], ...]  # (number of rows, (tensor, its first row)…)
-
-    def _stored(self, start: int, stop: int) -> Tensor:
-        width, wide = math.prod(self.shape[1:]), torch.promote_types(self.dtype, torch.float32)
-        found, first = [torch.empty(0, dtype=wide)], 0
-        for height, sources in self.runs:
-            low, high = max(start, first), min(stop, first + height * width)
-            if low < high:
-                ranges = [(source, row * width - first) for source, row in sources]
-                parts = [source.read(low + shift, high + shift, wide) for source, shift in ranges]
-                found.append(sum(parts[1:], parts[0]).div_(len(parts)))
-            first += height * width
-        return torch.cat(found)
-
-
 # Which tokens are where ----------------------------------------------------------------------------------------------
 
 
@@ -82,7 +63,7 @@ def union(base: Checkpoint, experts: Sequence[Checkpoint]) -> Union | None:
     Raises:
         ValueError: one line: tokens cannot be matched, or an expert's tokenizer is no extension of the base's.
     """
-    ours, theirs = tokens_of(base), [tokens_of(expert) for expert in experts]
+    ours, theirs = base.tokens, [expert.tokens for expert in experts]
     if ours is None:
         if named := [expert.given for expert, tokens in zip(experts, theirs, strict=True) if tokens]:
             raise ValueError(f"--tokens union: {named[0]} has a tokenizer, and {base.given} none; add the base's")
@@ -133,16 +114,16 @@ def _by_position(base: Checkpoint, experts: Sequence[Checkpoint]) -> Union | Non
 
 def _rows(owner: Checkpoint) -> int | None:
     """Return the number of rows of a model's vocabulary."""
-    sizes = [e.shape[0] for e in owner.entries.values() if is_of_tokens(e) and is_vocabulary(e, owner)]
+    sizes = [e.shape[0] for e in owner.entries.values() if is_of_tokens(e.name) and is_vocabulary(e, owner)]
     return max(sizes, default=None)
 
 
 def _facts(owner: Checkpoint) -> dict[str, dict[str, Any]]:
     """Return what is known of each added token of a model, in the words of tokenizer.json, without its row."""
-    whole = json_of(owner.folder / "tokenizer.json")
+    whole = read_json(owner.home, "tokenizer.json")
     listed = whole.get("added_tokens", ()) if whole else ()
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
-    known = {token: {"content": token, **plain} for token in json_of(owner.folder / "added_tokens.json") or ()}
+    known = {token: {"content": token, **plain} for token in read_json(owner.home, "added_tokens.json") or ()}
     return known | {
         each["content"]: {key: value for key, value in {**plain, **each}.items() if key != "id"} for each in listed
     }
@@ -150,9 +131,9 @@ def _facts(owner: Checkpoint) -> dict[str, dict[str, Any]]:
 
 def _checked(base: Checkpoint, joint: Union) -> Union:
     """Check that the tokenizers library gives each added token its row."""
-    if not (base.folder / "tokenizer.json").is_file():
+    if not (base.home / "tokenizer.json").is_file():
         return joint
-    tokenizer = Tokenizer.from_str(json.dumps(_extended(json_of(base.folder / "tokenizer.json"), joint)))
+    tokenizer = Tokenizer.from_str(json.dumps(_extended(read_json(base.home, "tokenizer.json"), joint)))
     for each in joint.added:
         token = each.facts["content"]
         if tokenizer.token_to_id(token) != each.row:
@@ -180,7 +161,7 @@ def united_rows(
     Raises:
         ValueError: no expert has the tensor, or one has fewer rows than tokens.
     """
-    if not (is_of_tokens(entry) and is_vocabulary(entry, base)):
+    if not (is_of_tokens(entry.name) and is_vocabulary(entry, base)):
         return None
     if not found:
         raise ValueError(f"--tokens union: {entry.where}: rows are added to it, and it is not merged, or in no expert")
@@ -221,11 +202,8 @@ def _behind(entry: Entry, found: Sequence[Entry], joint: Union) -> list[tuple[in
 # What is written -----------------------------------------------------------------------------------------------------
 
 
-def write_tokenizer(folder: Path, base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
+def write_tokenizer(folder: Path, base: Checkpoint, joint: Union) -> None:
     """Add the tokens of the experts to the files of the base's tokenizer and configuration that are in a folder."""
-    joint = union(base, experts)
-    if joint is None:
-        return
     rows, configured = _rows(base) or joint.first, set(numbers(base.config, "vocab_size"))
     size = rows if rows in configured else max((each for each in configured if each < rows), default=rows)  # padded
     for name, change in (
@@ -233,10 +211,10 @@ def write_tokenizer(folder: Path, base: Checkpoint, experts: Sequence[Checkpoint
         ("tokenizer_config.json", lambda values: _with_decoder(values, joint)),
         ("config.json", lambda values: _resized(values, size, joint.size(rows))),
     ):
-        if values := json_of(folder / name):
+        if values := read_json(folder, name):
             write_text(folder / name, json.dumps(change(values), indent=2, ensure_ascii=False) + "\n")
     tokens = {each.facts["content"]: each.row for each in joint.added if each.facts}
-    legacy = json_of(folder / "added_tokens.json")
+    legacy = read_json(folder, "added_tokens.json")
     if tokens and (legacy is not None or not (folder / "tokenizer.json").is_file()):
         text = json.dumps({**(legacy or {}), **tokens}, indent=2, ensure_ascii=False)
         write_text(folder / "added_tokens.json", text + "\n")

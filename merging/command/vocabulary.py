@@ -10,18 +10,14 @@ The rest    is refused: position tables of another image resolution or context l
             a vocabulary only if a file says so.
 """
 
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from merging.checkpoints import Checkpoint, Entry
+from merging.command.kinds import is_of_classes, is_of_positions, is_of_tokens
 
 PADDING = 1024  # rows that may follow those of the tokens
-OF_TOKENS = re.compile(r"embed|wte|shared|lm_head|predictions|decoder\.(weight|bias)$")
-POSITIONS = re.compile(r"pos_?emb|position|wpe\b|pos_bias|embed_pos")
-HEADS = re.compile(r"(^|[._])(classifiers?|heads?|score|fc|logits?|logits_proj|qa_outputs|cls|label\w*)([._]|$)")
 
 
 def matching_rows(
@@ -60,9 +56,9 @@ def matching_rows(
 
 def _refusal(entry: Entry, other: Entry, base: Checkpoint, rows_differ: bool) -> str:
     """Return the line that says which shapes differ, why that cannot be merged, and what to do."""
-    if POSITIONS.search(entry.name):
+    if is_of_positions(entry.name):
         reason = ", a table of positions (another image resolution or context length): resize the expert's first, or "
-    elif rows_differ and OF_TOKENS.search(entry.name):
+    elif rows_differ and is_of_tokens(entry.name):
         reason = "; no vocab_size or tokenizer of both models says that these rows are a vocabulary; "
     else:
         reason = "; "
@@ -77,28 +73,21 @@ def _refusal(entry: Entry, other: Entry, base: Checkpoint, rows_differ: bool) ->
 
 def is_vocabulary(entry: Entry, owner: Checkpoint) -> bool:
     """Return whether the rows of a tensor are the tokens of the model that it belongs to."""
-    if not entry.shape or POSITIONS.search(entry.name):
+    if not entry.shape or is_of_positions(entry.name):
         return False
     if sizes := set(numbers(owner.config, "vocab_size")):
         padded = any(size < entry.shape[0] < size + PADDING for size in sizes) and entry.shape[0] % 8 == 0
-        return entry.shape[0] in sizes or (padded and is_of_tokens(entry))
-    tokens = tokens_of(owner)
-    return bool(tokens) and 0 <= entry.shape[0] - count(tokens) < PADDING and is_of_tokens(entry)
-
-
-def is_of_tokens(entry: Entry) -> bool:
-    """Return whether the name is that of an embedding of tokens or of an output head."""
-    return bool(OF_TOKENS.search(entry.name)) and not re.search(r"classif|token_type|patch", entry.name)
+        return entry.shape[0] in sizes or (padded and is_of_tokens(entry.name))
+    tokens = owner.tokens
+    return bool(tokens) and 0 <= entry.shape[0] - count(tokens) < PADDING and is_of_tokens(entry.name)
 
 
 def _is_head(entry: Entry, owner: Checkpoint) -> bool:
     """Return whether the rows of a tensor are the classes of its model."""
-    if POSITIONS.search(entry.name) or OF_TOKENS.search(entry.name):
-        return False
+    named = is_of_classes(entry.name)
     labels = {len(each) for each in (owner.config.get("id2label"), owner.config.get("label2id")) if each}
     labels |= set(numbers(owner.config, "num_labels")) | set(numbers(owner.config, "num_classes"))
-    in_a_layer = re.search(r"\.\d+\.", entry.name)
-    return entry.shape[0] in labels or bool(HEADS.search(entry.name) and not in_a_layer)
+    return entry.shape[0] in labels if named is None else named
 
 
 def numbers(config: Mapping[str, Any], key: str) -> Iterator[int]:
@@ -113,48 +102,10 @@ def numbers(config: Mapping[str, Any], key: str) -> Iterator[int]:
 # Tokens --------------------------------------------------------------------------------------------------------------
 
 
-def tokens_of(owner: Checkpoint) -> dict[str, int] | None:
-    """Return token → row of a model's tokenizer, added tokens included, or None where no file lists its tokens.
-
-    Raises:
-        ValueError: a file of the tokenizer is damaged.
-    """
-    folder = owner.folder
-    if folder is None:
-        return None
-    if whole := json_of(folder / "tokenizer.json"):
-        model = whole.get("model", {}).get("vocab", {})
-        tokens = dict(model) if isinstance(model, dict) else {piece[0]: row for row, piece in enumerate(model)}
-        return tokens | {each["content"]: each["id"] for each in whole.get("added_tokens", ())}
-    if words := json_of(folder / "vocab.json"):
-        return words | (json_of(folder / "added_tokens.json") or {})
-    if (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-        return {line: row for row, line in enumerate(lines)} | (json_of(folder / "added_tokens.json") or {})
-    return None
-
-
 def tokenizer_files(folder: Path | None) -> list[Path]:
     """Return the files of a folder that say what its tokens are."""
     names = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
     return [folder / name for name in names if (folder / name).is_file()] if folder else []
-
-
-def json_of(path: Path) -> dict[str, Any] | None:
-    """Return what a file of JSON holds, None if there is no such file.
-
-    Raises:
-        ValueError: it is no JSON object.
-    """
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error}); download it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: is no JSON object; download it again")
-    return found
 
 
 def count(tokens: Mapping[str, int]) -> int:
@@ -168,7 +119,7 @@ def check_tokens(base: Checkpoint, expert: Checkpoint, rows: int, name: str) -> 
     Raises:
         ValueError: a token of the base is another one in the expert.
     """
-    ours, theirs = tokens_of(base), tokens_of(expert)
+    ours, theirs = base.tokens, expert.tokens
     if not ours or not theirs:
         return
     there = {row: token for token, row in theirs.items()}

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from common.lab.benchmark import interleaved_seconds, peak_mib, run_command
+from common.lab.benchmark import interleaved_seconds, peak_mib, profile_module, run_command
 
 CPU = torch.device("cpu")
 MIB = 2**18  # float32 numbers
@@ -61,3 +61,12 @@ def test_a_failing_command_is_named_with_its_last_line():
     script = "import sys; print('reading'); print('no such model\\n', file=sys.stderr); sys.exit(3)"
     with pytest.raises(ChildProcessError, match=r"python.* ended with status 3: no such model$"):
         run_command([sys.executable, "-c", script], threads=1)
+
+
+def test_a_profile_tells_where_the_seconds_of_a_module_go(tmp_path, monkeypatch):
+    lines = ("import sys, time", "time.sleep(0.3)", "('word ' * 20_000_000).split()", "assert sys.argv[1] == 'given'")
+    (tmp_path / "work.py").write_text("\n".join(lines))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = profile_module("work", ["given"], {"waiting": r"time\.sleep", "splitting": r"'split' of 'str'"}, threads=1)
+    assert list(found) == ["waiting", "splitting", "rest"]
+    assert 0.29 < found["waiting"] < 0.6 and found["splitting"] > 0.1, found

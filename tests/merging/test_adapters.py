@@ -147,6 +147,8 @@ def test_an_old_bin_file_is_read_as_tensors_only(tmp_path):
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' may change the base"),
         ({"r": 3}, "layers.0.fc.*not of rank 3"),
+        ({"modules_to_save": 3}, "modules_to_save is 3, and must be a list of names"),
+        ({"modules_to_save": "head"}, "modules_to_save is 'head', and must be a list of names"),
     ],
     ids=str,
 )

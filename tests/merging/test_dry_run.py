@@ -4,16 +4,21 @@ import math
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from models_on_disk import experts_of, llama_shapes, models, sparse, state_of
+from models_on_disk import experts_of, llama_shapes, models, saved, sparse, state_of
 
 from merging.checkpoints import Entry, open_checkpoint
 from merging.command import dry_run
+from merging.command.findings import moves
 from merging.command.main import main
 from merging.command.plan import make_plan
 from merging.command.recipe import Recipe
+from merging.command.stream import Streamer
+from merging.lowrank import LowRank
+from merging.peft_files import Adapter, open_adapter, save_adapter
 
 SMALL = dict(hidden=1024, intermediate=4096, layers=58, keys=256, vocabulary=32000)  # 2 GB in bfloat16
 
@@ -78,3 +83,50 @@ def test_the_timed_part_is_what_the_merge_takes(tmp_path):
     start = time.perf_counter()
     assert main(flags) == 0
     assert 0.05 < expected / (time.perf_counter() - start) < 20
+
+
+def adapters(tmp_path):
+    """A base of one layer on disk, and two LoRA adapters of it."""
+    base = {"layers.0.mlp.weight": torch.randn(96, 64)}
+    where, folders = saved(tmp_path / "base", base), (tmp_path / "e0", tmp_path / "e1")
+    for folder in folders:
+        update = LowRank(torch.randn(96, 4), torch.randn(4, 64))
+        save_adapter(Adapter("lora", {"layers.0.mlp.weight": update}), folder)
+    return where, tuple(map(str, folders))
+
+
+@pytest.mark.parametrize("flags", [["--method", "ties"], ["--method", "iso_c", "--svc"], ["--method", "tsv_m"]])
+def test_the_time_of_a_report_is_counted(tmp_path, flags, monkeypatch):
+    """What is expected beside the merge itself is what the report takes, within a wide factor."""
+    base = state_of(**{f"layers.{layer}.mlp": (768, 512) for layer in range(4)})
+    where, others = models(tmp_path, base, experts_of(base, 3))
+    recipe = Recipe(where, others, flags[1], svc="--svc" in flags)
+    opened = open_checkpoint(where), [open_checkpoint(other) for other in others]
+    expected, taken = {}, {}
+    for report in (False, True):
+        plan = make_plan(replace(recipe, report=report), *opened)
+        expected[report] = dry_run.expected_seconds(plan, torch.device("cpu"), tmp_path)
+        streamer = Streamer(plan, torch.device("cpu"))
+        start = time.perf_counter()
+        for step in plan.merged:
+            rows = [] if report else None
+            list(streamer.tensor(step, rows))
+            found = moves(step, streamer.device) if report else None
+            assert bool(rows) == bool(found) == report
+        taken[report] = time.perf_counter() - start
+    assert taken[True] > 1.2 * taken[False]
+    assert 0.1 < (expected[True] - expected[False]) / (taken[True] - taken[False]) < 10
+
+
+def test_the_time_of_a_report_on_adapters_is_counted(tmp_path, monkeypatch):
+    recipe = Recipe(*adapters(tmp_path), "task_arithmetic")
+    opened = open_checkpoint(recipe.base), [open_adapter(Path(expert)) for expert in recipe.experts]
+    seen, original = [], Streamer.low_rank
+    monkeypatch.setattr(
+        Streamer, "low_rank", lambda own, step, rows=None: seen.append(rows) or original(own, step, rows)
+    )
+    plain, with_report = (
+        dry_run.expected_seconds(make_plan(replace(recipe, report=report), *opened), torch.device("cpu"))
+        for report in (False, True)
+    )
+    assert any(rows for rows in seen) and with_report > plain > 0  # diagnosed while it was timed

@@ -162,3 +162,129 @@ def test_what_belongs_to_the_base_is_checked_before_anything_is_merged(tmp_path,
     assert main(flags) == 1
     assert "base/tokenizer.json: is a link to" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def _as_file(out):
+    out.parent.write_text("a file")
+
+
+def _below_a_file(out):
+    out.parent.parent.write_text("a file")
+
+
+def _circle(out):
+    out.parent.mkdir()
+    out.symlink_to(out)
+
+
+def _taken(out):
+    out.parent.mkdir()
+    (out.parent / ".x.partial").write_text("a file")
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--report-only",)])
+@pytest.mark.parametrize("spoil, name, reason", [
+    (_as_file, "a/x", r"a is a file, in which no folder can be; choose another --out"),
+    (_below_a_file, "a/b/x", r"a is a file, in which no folder can be; choose another --out"),
+    (_circle, "a/x", r".*[Ss]ymlink.*; choose another folder"),
+    (_taken, "a/x", r"\.x\.partial is needed while it is written, and is a file; delete that"),
+    (None, "x" * 300, r"File name too long; choose another folder"),
+    (None, "x" * 250, r"File name too long; choose another folder"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_read(tmp_path, spoil, name, reason, more, capsys):
+    out = tmp_path / name
+    if spoil:
+        spoil(out)
+    missing = ["--base", "nowhere", "--experts", "nowhere", "--method", "ties"]
+    assert main([*missing, "--out", str(out), *more]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"python -m merging: --out \S*{name}: .*{reason}", line), line
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--report-only",)])
+def test_a_folder_that_may_not_be_written_is_told(tmp_path, more, capsys, monkeypatch):
+    flags = command(tmp_path, None, "--method", "weight_average", *more)
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and allowed(path, mode))  # root may all
+    assert main(flags) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"nothing may be written into {tmp_path}; choose another --out, or change its mode")
+
+
+def test_where_a_disk_is_mounted_only_a_report_can_be_written(tmp_path, capsys, monkeypatch):
+    """A finished merge takes its folder's place by a rename, which no mount allows: that must not show at the end."""
+    flags = command(tmp_path, None, "--method", "weight_average")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    assert main(flags) == 1
+    assert "is where a disk is mounted, and cannot be replaced; name a folder in it" in capsys.readouterr().err
+    assert main([*flags, "--report-only"]) == 0 and (tmp_path / "out" / "index.html").is_file()
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path):
+    flags = command(tmp_path, None, "--method", "weight_average")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert main(flags) == 0
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "merging.yaml").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "disk", "e0", "e1", "e2", "out"]
+
+
+def in_process(*flags, **options):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(options.pop("path", ROOT)), str(ROOT)))}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-m", "merging", *flags], **pipes | options)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_reader_that_has_gone_ends_it_quietly(tmp_path, dry):
+    flags = command(tmp_path, None, "--method", "weight_average", "--dry-run") if dry else ["--help"]
+    process = in_process(*flags)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+@pytest.mark.parametrize("module", ["yaml", "tyro", "torch"])
+def test_ctrl_c_while_modules_are_imported_ends_it_quietly(tmp_path, module):
+    (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    process = in_process(*command(tmp_path / "models", None, "--method", "ties"), path=tmp_path)
+    assert process.communicate() == (b"", b"") and process.returncode == 130
+
+
+def _fifo(path):
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make, name, reason", [
+    (None, " ", "' ': there is no such file or folder"),
+    (None, "x" * 5000, "there is no such file or folder"),
+    (_fifo, "fifo", "fifo: is neither a file nor a folder"),
+    (_fifo, "fifo.safetensors", "fifo.safetensors: is neither a file nor a folder"),
+])  # fmt: skip
+@pytest.mark.parametrize("of", ["base", "expert"])
+def test_what_no_model_can_be_is_refused_in_one_line(tmp_path, make, name, reason, of, capsys):
+    base, _ = models(tmp_path, state_of(), [])
+    odd = str(tmp_path / name) if make else name
+    if make:
+        make(Path(odd))
+    named = ["--base", odd, "--experts", base] if of == "base" else ["--base", base, "--experts", odd]
+    assert main([*named, "--method", "weight_average", "--out", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m merging: ") and line.endswith(reason)
+
+
+def test_an_empty_name_is_not_the_model_in_the_current_folder(tmp_path, capsys, monkeypatch):
+    base, _ = models(tmp_path, state_of(), [])
+    monkeypatch.chdir(base)
+    assert main(["--base", base, "--experts", "", base, "--method", "ties", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "python -m merging: '': there is no such file or folder\n"
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--shard-size", "9" * 400 + "GB"], "--shard-size must be a size such as 500MB"),
+    (["--set", "*:scale=" + "[" * 5000], "scale must be float"),
+])  # fmt: skip
+def test_options_beyond_all_bounds_are_refused_in_one_line(tmp_path, more, message, capsys):
+    assert main([*command(tmp_path, None, "--method", "task_arithmetic"), *more]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m merging: ") and message in line

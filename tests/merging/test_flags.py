@@ -41,6 +41,8 @@ def test_a_recipe_is_read_however_it_is_named(tmp_path, way):
     (["--recipe=a.yaml", "--recipe", "b.yaml"], "--recipe a.yaml --recipe b.yaml: a merge follows one recipe"),
     (["--recipe", "none.yaml"], "--recipe none.yaml: there is no such file"),
     (["--mergekit=none.yaml"], "--mergekit none.yaml: there is no such file"),
+    (["--recipe", "."], "--recipe .: is a folder; name the file in it"),
+    (["--mergekit=."], "--mergekit .: is a folder; name the file in it"),
 ])  # fmt: skip
 def test_two_recipes_or_a_missing_one_are_refused_in_one_line(flags, message, capsys):
     assert main([*flags, "--out", "out"]) == 1

@@ -118,9 +118,17 @@ def four_bits(state, config):
     config["config_groups"]["group_0"]["weights"]["num_bits"] = 4
 
 
+def garbled(key, value):
+    return lambda state, config: config.update({key: value})
+
+
 @pytest.mark.parametrize("spoil, message", [
     (without_scale, r"'w\.weight': 8-bit, and no w\.weight_scale or _scale_inv"),
     (of_another_shape, r"'w\.weight_scale_inv': scales \[2, 3\] of torch\.float32 for a weight \[10, 7\] are none per"),
+    (garbled("config_groups", 3), r"config\.json: quantization_config is none that fp8 or compressed-tensors writes"),
+    (garbled("config_groups", {"a": [1]}), r"config\.json: quantization_config is none that fp8"),
+    (garbled("weight_block_size", "x"), r"config\.json: quantization_config is none that fp8"),
+    (garbled("weight_block_size", [4]), r"config\.json: quantization_config is none that fp8"),
     (four_bits, r"its weights are quantised \(compressed-tensors, pack-quantized\), not in 8-bit floating point"),
 ])  # fmt: skip
 def test_what_is_quantised_otherwise_is_refused(tmp_path, spoil, message):

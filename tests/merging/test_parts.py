@@ -43,9 +43,15 @@ def sentence_encoder(folder, seed, root="", dense="model.safetensors", shard="1G
     ]
     (folder / "modules.json").write_text(json.dumps(listed))
     (folder / "config_sentence_transformers.json").write_text('{"__version__": {}}')
-    prefix = f"{root}/" if root else ""
-    own = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
-    return own | {f"2_Dense/{name}": tensor for name, tensor in state.items()}
+    return model.state_dict() | {f"2_Dense/{name}": tensor for name, tensor in state.items()}
+
+
+def plain(folder, seed):
+    """The transformer of `sentence_encoder` alone, as transformers saves it."""
+    torch.manual_seed(seed)
+    model = transformers.BertModel(CONFIG)
+    model.save_pretrained(folder)
+    return model.state_dict()
 
 
 def three(tmp_path, **options):
@@ -73,6 +79,35 @@ def test_the_parts_are_merged_by_the_same_recipe_and_keep_their_folders(tmp_path
     there = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
     assert {path for path in kept if not path.name.endswith("index.json")} <= there
     assert "library_name: sentence-transformers" in (tmp_path / "out" / "README.md").read_text()
+
+
+def old(folder, seed):
+    return sentence_encoder(folder, seed, root="0_Transformer")
+
+
+@pytest.mark.parametrize("of_base, of_experts", [
+    (old, plain), (old, sentence_encoder), (sentence_encoder, old), (sentence_encoder, plain), (plain, old),
+])  # fmt: skip
+def test_old_and_new_layouts_and_plain_transformers_match(tmp_path, of_base, of_experts, capsys):
+    base = of_base(tmp_path / "base", 0)
+    experts = [of_experts(tmp_path / f"e{seed}", seed) for seed in (1, 2)]
+    flags = ["--base", str(tmp_path / "base"), "--experts", str(tmp_path / "e1"), str(tmp_path / "e2")]
+    assert main([*flags, "--partial", "--method", "weight_average", "--out", str(tmp_path / "out")]) == 0
+    found = open_checkpoint(tmp_path / "out")
+    expected = {n: (experts[0][n] + experts[1][n]) / 2 if n in experts[0] else tensor for n, tensor in base.items()}
+    assert_close({name: entry.read().reshape(entry.shape) for name, entry in found.entries.items()}, expected)
+    assert (tmp_path / "out" / "0_Transformer" / "model.safetensors").is_file() == (of_base is old)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert all("2_Dense" in note and "embeddings" not in note for note in notes)
+    assert len(notes) == (0 if {of_base, of_experts} == {old, sentence_encoder} else 2 if of_base is plain else 1)
+
+
+def test_weights_beside_an_old_layout_are_left_aside(tmp_path, capsys):
+    _, recipe = three(tmp_path, root="0_Transformer")
+    save_file({"other": torch.ones(2)}, tmp_path / "base" / "model.safetensors")
+    merge(recipe, tmp_path / "out")
+    assert "base: the model is in 0_Transformer, as modules.json says; left aside: model.sa" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("options", [{}, {"root": "0_Transformer"}], ids=str)
@@ -132,8 +167,10 @@ def test_exports_in_other_folders_are_not_taken_along_and_that_is_said(tmp_path,
     assert (tmp_path / "out" / "logs" / "events.txt").is_file()
 
 
-def test_an_adapter_holds_no_other_parts(tmp_path):
-    _, recipe = three(tmp_path)
+@pytest.mark.parametrize("options", [{}, {"root": "0_Transformer"}], ids=str)
+def test_an_adapter_holds_no_other_parts(tmp_path, options):
+    _, recipe = three(tmp_path, **options)
     merge(Recipe(recipe.base, recipe.experts, "ties", output="adapter", rank=2), tmp_path / "out")
-    assert not any("2_Dense" in name for name in weights(tmp_path / "out"))
+    names = weights(tmp_path / "out").keys()
+    assert any("encoder.layer.0" in name for name in names) and not any("2_Dense" in name for name in names)
     assert "2_Dense/linear.weight" in (tmp_path / "out" / "energy_lost.csv").read_text()

@@ -69,7 +69,9 @@ def test_little_in_common_is_refused_in_one_line_and_merged_with_partial(tmp_pat
     assert re.search(rf"\d tensors, \d+\.\d\d% of its bytes.*{reason}[^()]*\); --partial merges the rest$", said)
     assert not (tmp_path / "out").exists()
     assert main([*flags, "--partial", "--out", str(tmp_path / "out")]) == 0
-    notes = [line for line in capsys.readouterr().err.splitlines() if reason.replace("\\", "") in line]
+    said = capsys.readouterr().err
+    assert "in no expert" not in said  # what is kept is told once
+    notes = [line for line in said.splitlines() if reason.replace("\\", "") in line]
     assert len(notes) == 2 and all(re.search(r"left out|the base's value is kept", note) for note in notes)
     card = (tmp_path / "out" / "README.md").read_text()
     assert reason.replace("\\", "") in card and "partial: true" in (tmp_path / "out" / "merging.yaml").read_text()

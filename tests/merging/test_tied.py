@@ -123,15 +123,68 @@ def test_of_two_adapters_one_leaves_the_head_alone(tmp_path):
         assert torch.allclose(loaded.get_submodule(name).weight, (own + other) / 2, atol=1e-6)
 
 
-def test_an_adapter_of_the_embedding_leaves_the_head_tied_as_in_peft(tmp_path):
+T5 = dict(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=0)
+WITH_TIES = {
+    "llama": (t.LlamaForCausalLM, t.LlamaConfig(**TEXT, tie_word_embeddings=True), "q_proj"),
+    "t5": (t.T5ForConditionalGeneration, t.T5Config(**T5), "q"),
+    "t5, unscaled": (t.T5ForConditionalGeneration, t.T5Config(**T5, tie_word_embeddings=False), "q"),
+    "mt5": (t.MT5ForConditionalGeneration, t.MT5Config(**T5), "q"),
+    "umt5": (t.UMT5ForConditionalGeneration, t.UMT5Config(**T5), "q"),
+    "switch": (t.SwitchTransformersForConditionalGeneration, t.SwitchTransformersConfig(**T5), "q"),
+}
+OF_HEADS = [
+    dict(modules_to_save=["lm_head"]),
+    dict(target_modules=["lm_head"]),
+    dict(target_modules=["lm_head"], ensure_weight_tying=True),
+    dict(target_modules=["embed_tokens", "lm_head"]),
+    dict(modules_to_save=["embed_tokens"]),
+    dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+]
+CASES = [("llama", config) for config in OF_HEADS] + [(name, config) for name in WITH_TIES for config in OF_HEADS[:2]]
+
+
+def logits(model):
+    words = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model.eval()(TOKENS, **words).logits
+
+
+@pytest.mark.parametrize("name, config", CASES, ids=lambda each: str(each))
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+def test_an_adapter_of_one_of_two_tied_tensors_is_what_was_trained(tmp_path, name, config):
+    """peft folds LoRA of either into both; what is expected is the model with its adapter beside it."""
+    kind, configuration, target = WITH_TIES[name]
+    torch.manual_seed(0)
+    kind(configuration).save_pretrained(tmp_path / "base")
+    facts = json.loads((tmp_path / "base" / "config.json").read_text())
+    facts.pop("scale_decoder_outputs", None) if name == "t5" else None  # as files of older versions
+    (tmp_path / "base" / "config.json").write_text(json.dumps(facts))
+    targets = LoraConfig(r=2, **{**config, "target_modules": [target, *config.get("target_modules", ())]})
+    model = get_peft_model(kind.from_pretrained(tmp_path / "base"), targets)
+    perturbed(model, 1, of=lambda name: "lora_" in name or "modules_to_save" in name).save_pretrained(tmp_path / "e0")
+    merge(Recipe(str(tmp_path / "base"), (str(tmp_path / "e0"),), "weight_average"), tmp_path / "out")
+    loaded, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    expected = logits(PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "e0"))
+    assert torch.allclose(logits(loaded), expected, atol=1e-5)
+    assert not torch.allclose(expected, logits(kind.from_pretrained(tmp_path / "base")), atol=1e-2)
+
+
+def test_lora_of_the_embedding_leaves_the_head_tied_as_where_peft_folds_it_and_says_so(tmp_path, capsys):
     tied_llama(tmp_path / "base")
     base = t.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
     perturbed(model, 1, of=lambda name: "lora_" in name).save_pretrained(tmp_path / "e0", save_embedding_layers=True)
     loaded, expected = merged(tmp_path, [tmp_path / "e0"]), by_peft(tmp_path, tmp_path / "e0")
-    assert loaded.config.tie_word_embeddings
-    with torch.no_grad():
-        assert torch.allclose(loaded(TOKENS).logits, expected(TOKENS).logits, atol=1e-5)
+    assert loaded.config.tie_word_embeddings and torch.allclose(logits(loaded), logits(expected), atol=1e-5)
+    assert "adapted, and tied to the head, which changes with it" in capsys.readouterr().err
+
+
+def test_an_embedding_and_head_that_were_trained_as_one_stay_tied(tmp_path):
+    tied_llama(tmp_path / "base")
+    folder = adapter(tmp_path / "e0", 1, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    loaded = merged(tmp_path, [folder])
+    assert loaded.config.tie_word_embeddings and "lm_head.weight" not in weights(tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind, lost", [(t.LlamaForSequenceClassification, False), (t.LlamaForCausalLM, True)])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import transformers
 from models_on_disk import content, saved, state_of, weights
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from merging.command import changes
+from merging import checkpoints
+from merging.command import changes, plan
+from merging.command import tokens as command_tokens
 from merging.command.main import main, merge
 from merging.command.recipe import Recipe
 
@@ -221,3 +224,30 @@ def test_adapters_and_kept_embeddings_are_refused(tmp_path):
     get_peft_model(llama(30), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"--tokens union: .*adapter is an adapter; fold adapters into full models"):
         merge(Recipe(base, (str(tmp_path / "adapter"),), "ties", tokens="union"), tmp_path / "out")
+
+
+def test_each_tokenizer_is_read_once_and_united_once(tmp_path, monkeypatch):
+    """However many tensors have rows of tokens, and though the output's tokenizer is written at the end."""
+    recipe = Recipe(*family(tmp_path, llama), "weight_average", tokens="union")
+    read, united = [], []
+    tokens, joint = checkpoints.read_tokens, plan.union
+    monkeypatch.setattr(checkpoints, "read_tokens", lambda folder: read.append(folder) or tokens(folder))
+    monkeypatch.setattr(plan, "union", lambda *models: united.append(models) or joint(*models))
+    monkeypatch.setattr(command_tokens, "union", lambda *models: united.append(models) or joint(*models))
+    merge(recipe, tmp_path / "out")
+    assert sorted(read) == sorted(map(Path, (recipe.base, *recipe.experts))) and len(united) == 1
+
+
+@pytest.mark.parametrize("text", [
+    '{"model": null}', '{"model": {"vocab": 3}}', '{"model": {"vocab": [[]]}}', '{"model": {"vocab": {"a": "b"}}}',
+    '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}', '{"added_tokens": null}', "[1]", "{",
+    '{"model": {"vocab": {"a": -1}}}',
+])  # fmt: skip
+def test_a_broken_tokenizer_is_refused_in_one_line_that_names_it(tmp_path, text, capsys):
+    base, experts = family(tmp_path, llama)
+    (Path(experts[1]) / "tokenizer.json").write_text(text)
+    flags = ["--base", base, "--experts", *experts, "--method", "weight_average", "--tokens", "union"]
+    capsys.readouterr()  # transformers' own progress
+    assert main([*flags, "--out", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m merging: {experts[1]}/tokenizer.json: ") and "download it again" in line
