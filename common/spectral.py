@@ -9,8 +9,9 @@ Shapes: m × n matrices, r = min(m, n), K matrices of one shape; `...` stands fo
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -115,7 +116,7 @@ def spectral_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def svd(
     matrix: Tensor,
-    count: int | None = None,
+    count: int | Callable[[Tensor], int] | None = None,
     dtype: torch.dtype | None = None,
     precision: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +127,7 @@ def svd(
 
     Args:
         matrix: (..., m, n), any floating dtype; computed in float64.
-        count: how many singular vectors are formed, the leading ones (default: all r).
+        count: how many singular vectors are formed, the leading ones (default: all r), or a function of all σ (r,).
         dtype: of the result (default: that of the matrix).
         precision: of what the matrix was computed from; torch.float64 asks for a true SVD, which keeps directions
             apart down to 1e-15 σ_1, at several times the price.
@@ -138,13 +139,62 @@ def svd(
     dtype = dtype or matrix.dtype
     if precision == torch.float64:
         left, singular, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        count = count(singular) if callable(count) else count
         return left[..., :count].to(dtype), singular.to(dtype), right[..., :count, :].to(dtype)
     if _is_tall(matrix):
         right, singular, left = svd(matrix.mT, count, dtype, precision)
         return left.mT, singular, right.mT
     eigenvalues, basis = torch.linalg.eigh(_gram(matrix))
     singular = eigenvalues.flip(-1).clamp_min(0).sqrt()  # (..., m), descending
-    basis = basis.flip(-1)[..., :count]  # (..., m, count)
+    count = count(singular) if callable(count) else count
+    basis, length, right = _triplets(basis.flip(-1)[..., :count], matrix, dtype)
+    singular = torch.cat([length, singular[..., length.shape[-1] :]], -1)
+    return basis.to(dtype), singular.to(dtype), right
+
+
+def leading_triplets(
+    matrix: Tensor, count: int, precision: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the `count` leading singular triplets in float64, cheaper than `svd` where that is a small share of all.
+
+    Args:
+        matrix: (m, n), any floating dtype.
+        count: how many, at most r.
+        precision: of what the matrix was computed from, as for `svd`.
+
+    Returns:
+        U (m, count), σ (count,) descending, Vh (count, n).
+    """
+    if precision == torch.float64 or 4 * count > min(matrix.shape) or not matrix.is_cpu:
+        left, singular, right = svd(matrix, count, torch.float64, precision)
+        return left, singular[:count], right
+    if _is_tall(matrix):
+        right, singular, left = leading_triplets(matrix.mT, count)
+        return left.mT, singular, right.mT
+    return _triplets(_leading_basis(_gram(matrix), count), matrix, torch.float64)
+
+
+def _leading_basis(gram: Tensor, count: int) -> Tensor:
+    """Return the eigenvectors (r, count) of the largest eigenvalues, descending, on a CPU.
+
+    LAPACK's syevr, which finds a part of them for less than the whole; torch offers the whole alone.
+    """
+    if not count:
+        return gram[:, :0]
+    wanted = dict(subset_by_index=(len(gram) - count, len(gram) - 1), driver="evr", lower=True, check_finite=False)
+    try:
+        _, basis = scipy.linalg.eigh(gram.detach().numpy(), **wanted)
+    except scipy.linalg.LinAlgError:  # rare: eigenvalues that it cannot tell apart
+        return torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :count]
+    return torch.from_numpy(basis).flip(-1)
+
+
+def _triplets(basis: Tensor, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return singular triplets of a wide matrix from its left singular vectors (..., m, count), sorted.
+
+    Returns:
+        the basis and σ in float64, and Vh in the given dtype; null directions of Vh complete the others.
+    """
     right, length = _projected(basis, matrix, dtype)  # rows σ_r v_rᵀ, and their σ_r
     length, order = length.sort(dim=-1, descending=True, stable=True)
     if not (order.diff(dim=-1) > 0).all():  # rounding changed the order of some
@@ -155,8 +205,7 @@ def svd(
     if not present.all():
         completed = torch.linalg.qr(working(right).mT).Q.mT  # the null rows come last, so their
         right = right.where(present.unsqueeze(-1), completed.to(dtype))  # columns of Q complete the others
-    singular = torch.cat([length, singular[..., length.shape[-1] :]], -1)
-    return basis.to(dtype), singular.to(dtype), right
+    return basis, length, right
 
 
 def _projected(basis: Tensor, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

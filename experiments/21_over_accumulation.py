@@ -50,7 +50,7 @@ class Settings:
     growth: tuple[int, ...] = (2, 4, 6, 11)  # further numbers of tasks, for the growth curves
     # glyph-WIDTH, also with " own domains", or ViT-B/32 (from the hub); details of the first only
     backbones: tuple[str, ...] = ("glyph-96",)
-    methods: tuple[str, ...] = tuple(MERGERS)
+    methods: tuple[str, ...] = mergers.OFFICIAL
     recipe: vision.GlyphRecipe = vision.GlyphRecipe()
 
     def __post_init__(self):

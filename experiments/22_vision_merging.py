@@ -25,6 +25,10 @@ Beside   conditions that are to be added to the scales with their next run, unti
          glyph-96 "glyph-96 own domains" "glyph-96 base 1" --recipe.wide-validation. "own domains": every task in a
          domain of its own, so that no sharing is built in; stated beside the verdict. "base 1", "base 2", …: another
          pretrained base. Wide validation: scales tuned on three faces of two families, not on two of one.
+Rivals   WUDI, also as the minimum that it approaches, Subspace Boosting and LiNeS (merging/rivals.py) stand beside,
+         with and without SVC, at their own, tuned and norm-matched scales, and have no part in the verdict: at paper
+         scale, and at the others from their next run on, until then by --methods wudi wudi_minimum subspace_boost
+         lines. The authors of the last two choose a scale on validation data, so that their row is the tuned one.
 Later    than the committed runs: the rule of testbeds, the pooled intervals, and what is said of norms and conditions.
 Cost     smoke 30 s; laptop 6 min, workstation 1 h (2 cores, before there were norm-matched rows); paper: nine passes
          over the 8 test sets, not timed.
@@ -48,7 +52,7 @@ class Settings:
     suites: tuple[int, ...] = (8, 14)  # numbers of tasks
     # glyph-WIDTH, also with " own domains" or " base 1", or ViT-B/32 (from the hub)
     backbones: tuple[str, ...] = ("glyph-96",)
-    methods: tuple[str, ...] = tuple(MERGERS)
+    methods: tuple[str, ...] = mergers.OFFICIAL
     recipe: vision.GlyphRecipe = vision.GlyphRecipe()
 
     def __post_init__(self):
@@ -60,10 +64,15 @@ OWN = "glyph-96 own domains"
 SMOKE = replace(vision.SMOKE, wide_validation=True)
 
 SCALES = {
-    "smoke": Settings(suites=(2,), backbones=("glyph-32", "glyph-32 own domains", "glyph-32 base 1"), recipe=SMOKE),
+    "smoke": Settings(
+        suites=(2,),
+        backbones=("glyph-32", "glyph-32 own domains", "glyph-32 base 1"),
+        methods=("task_arithmetic", "dare", "tsv_m", "iso_cts", *mergers.RIVALS),
+        recipe=SMOKE,
+    ),
     "laptop": Settings(suites=(8, 14, 20)),
     "workstation": Settings((0, 1, 2), (8, 14, 20), ("glyph-96", "glyph-128", "glyph-160")),
-    "paper": Settings(suites=(8,), backbones=("ViT-B/32",)),
+    "paper": Settings(suites=(8,), backbones=("ViT-B/32",), methods=tuple(MERGERS)),
 }
 
 

@@ -32,7 +32,7 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     suites: tuple[int, ...] = (8, 14)  # numbers of tasks
     backbones: tuple[str, ...] = ("glyph-96",)  # glyph-WIDTH, or ViT-B/32 (from the hub)
-    methods: tuple[str, ...] = tuple(MERGERS)
+    methods: tuple[str, ...] = mergers.OFFICIAL
     recipe: vision.GlyphRecipe = vision.GlyphRecipe()
 
     def __post_init__(self):

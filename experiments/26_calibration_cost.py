@@ -12,12 +12,20 @@ Verdict  on all layers of ViT-B/32 (else "not run at this scale"), for each numb
          ≤ 1.2 of the floor, and the largest relative error of a matrix against the float64 formula is ≤ 1e-5; else
          "outside the goals", with what is missed. All contenders run in turn on each layer, so that a change in the
          machine's load meets all.
-Cost     smoke 15 s; laptop 6 min (1 thread); workstation 3 h (1 and 2 threads); paper: a GPU, not timed.
+Mergers  (not in the paper) TSV-M, Iso-C, Iso-CTS, STAR and WUDI of this library beside their formula as it is written,
+         by full SVDs or, for WUDI, by autograd over all tasks stacked; one matrix of each shape of ViT-B/32, counted as
+         often as the tower has it (else "not run"). Written before the run: a merger is within the goal if, for every
+         number of tasks and threads, it takes ≤ 0.5 of the time of the float32 formula and its largest relative error
+         against the float64 formula is not above that of the float32 formula. Of WUDI's 300 steps a few are timed, and
+         none: its seconds are what it prepares plus 300 times a step. Growth with the number of tasks, the width of a
+         square matrix and the rank of LoRA updates: the slope of log seconds over log size, no verdict.
+Cost     smoke 15 s; laptop 10 min (1 thread); workstation 4 h (1 and 2 threads); paper: a GPU, not timed.
 Run      python experiments/26_calibration_cost.py --scale laptop
 """
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +39,8 @@ from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from merging import calibrate, plain_sum
 from merging.calibration import SVC_MATRICES
-from merging.suites import comparison
+from merging.suites import comparison, formulas
+from merging.suites import merging_speed as speed
 from merging.suites.reference import calibrate_by_svd, calibration_floor
 
 CONTENDERS = {
@@ -56,6 +65,13 @@ TOWERS = {  # what CLIPVisionConfig needs; its defaults are ViT-B/32
 }
 GOALS = {"svd_float32": 0.8, "svd_float64": 0.4, "floor": 1.2}  # times of `calibrate`, as shares
 ERROR_GOAL = 1e-5
+MERGER_GOAL = 0.5  # time of a merger, as a share of its float32 formula
+FORMULAS = {
+    "tsv_m": formulas.tsv_m_by_svd,
+    "iso_c": formulas.iso_c_by_svd,
+    "iso_cts": formulas.iso_cts_by_svd,
+    "star": formulas.star_by_svd,
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,14 @@ class Settings:
     layers: int = 1000  # at most so many of a tower
     repeats: int = 1
     threads: tuple[int, ...] = (1,)
+    # of the mergers: numbers of tasks, steps of WUDI, and the sizes that grow, one at a time
+    merged_tasks: tuple[int, ...] = (8,)
+    wudi_steps: int = 3
+    growing_tasks: tuple[int, ...] = (2, 4, 8, 16, 32)
+    growing_width: tuple[int, ...] = (96, 192, 384, 768)
+    growing_rank: tuple[int, ...] = (4, 8, 16, 32)
+    width: int = 192  # of the square matrix, while the tasks grow
+    lora_width: int = 768
 
     def __post_init__(self):
         if unknown := set(self.backbones) - TOWERS.keys():
@@ -74,10 +98,19 @@ class Settings:
 
 ALL = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
 SCALES = {
-    "smoke": Settings(backbones=("tiny",), tasks=2),
+    "smoke": Settings(
+        backbones=("tiny",),
+        tasks=2,
+        merged_tasks=(2,),
+        growing_tasks=(2, 4),
+        growing_width=(16, 32),
+        growing_rank=(2, 4),
+        width=16,
+        lora_width=64,
+    ),
     "laptop": Settings(),
-    "workstation": Settings(backbones=ALL, repeats=3, threads=(1, 2)),
-    "paper": Settings(backbones=ALL, repeats=3),
+    "workstation": Settings(backbones=ALL, repeats=3, threads=(1, 2), merged_tasks=(8, 14, 20)),
+    "paper": Settings(backbones=ALL, repeats=3, merged_tasks=(8, 14, 20)),
 }
 
 
@@ -98,6 +131,8 @@ def measure(settings, context):
                         inputs = partial(whole_tower, layers, settings.tasks, seed, context.device)
                         peak = benchmark.peak_mib(inputs, partial(called, contender), context.device, threads)
                         yield labels | dict(method=method, metric="peak MiB", value=peak)
+            for row in merger_rows(settings, context, threads, seed):
+                yield dict(seed=seed, threads=threads) | row
     torch.set_num_threads(context.threads)
 
 
@@ -137,6 +172,25 @@ def layer_rows(settings, device, shapes, seed, warm_up) -> Iterator[dict]:
         for method in ("calibrate", "svd_float32"):
             error = max(relative_error(results[method][name], results["svd_float64"][name]) for name in names)
             yield labels | dict(method=method, metric="relative error", value=error)
+
+
+def merger_rows(settings, context, threads, seed):
+    """Time the mergers on one matrix of each shape of the first tower, then on growing ones."""
+    steps, backbone = settings.wudi_steps, settings.backbones[0]
+    contenders = FORMULAS | {"wudi": partial(formulas.wudi_by_autograd, steps=steps)}, {"wudi": dict(steps=steps)}
+    shapes = Counter(shape for layer in tower_shapes(backbone) for shape in layer.values())
+    timing = dict(seed=seed, threads=threads, device=context.device)
+    with context.stage(f"mergers, {threads} threads: a tower"):
+        for tasks in settings.merged_tasks:
+            list(speed.growth_rows(*contenders, "width", 32, 32, tasks, repeats=1, **timing))  # warms up
+            for shape, count in context.progress(shapes.items(), f"mergers, {tasks} tasks, shapes"):
+                for row in speed.tower_rows(*contenders, shape, tasks, repeats=settings.repeats, **timing):
+                    yield dict(backbone=backbone, matrices=count) | row
+    with context.stage(f"mergers, {threads} threads: growth"):
+        for part in ("tasks", "width", "rank"):
+            width = settings.lora_width if part == "rank" else settings.width
+            for size in getattr(settings, f"growing_{part}"):
+                yield from speed.growth_rows(*contenders, part, size, width, settings.tasks, repeats=3, **timing)
 
 
 def keep(results, method, contender, merged, updates):
@@ -180,27 +234,23 @@ def draw(data):
     seconds["ratio"] = seconds.value / seconds.value_floor
     by = ["backbone", "threads", "shape", "method", "repeat"]
     means = seconds.groupby(by, sort=False).ratio.median().reset_index()
-    means = means.assign(item=means.backbone + ", " + means["shape"], panel=means.threads.map(threads_text))
+    means = means.assign(item=means.backbone + ", " + means["shape"], panel=means.threads.map(speed.threads_text))
     memory = data[data.metric == "peak MiB"]
-    memory = memory.assign(item=memory.backbone, panel=memory.threads.map(threads_text))
+    memory = memory.assign(item=memory.backbone, panel=memory.threads.map(speed.threads_text))
     options = dict(condition="method", start="floor", names=NAMES, panel="panel")
     return {
         "time_over_floor": figures.paired(
             means, item="item", value="ratio", xlabel="time / time of the floor (median of layers)", **options
         ),
         "peak_memory": figures.paired(memory, item="item", xlabel="peak memory beside inputs, MiB", **options),
-    }
-
-
-def threads_text(threads):
-    return f"{threads} thread{'s' * (threads != 1)}"
+    } | speed.draw(data)
 
 
 def compare(data, published):
     lines, unknown = [], "no: the paper's hardware and what it counts are unknown"
     for (backbone, threads), rows in towers(data).groupby(["backbone", "threads"], sort=False):
         whole = bool(rows.all_layers.all())
-        where = f"{backbone}, {threads_text(threads)}" + ("" if whole else f", {rows.layers.iloc[0]} layers only")
+        where = f"{backbone}, {speed.threads_text(threads)}" + ("" if whole else f", {rows.layers.iloc[0]} layers only")
         memory = data[(data.backbone == backbone) & (data.threads == threads) & (data.metric == "peak MiB")]
         memory = memory[memory.method == "calibrate"].value
         for unit, values in {"seconds": rows.calibrate, "MiB": memory}.items():
@@ -209,6 +259,8 @@ def compare(data, published):
         for other in GOALS:
             quantity = f"time of calibrate / {NAMES[other]}: {where}"
             lines.append(comparison_row(quantity, rows[f"over {other}"], "no"))
+    for quantity, ratio in speed.ratios(data).items():
+        lines.append(comparison_row(quantity, [ratio], "no: not timed there"))
     return pd.DataFrame(lines)
 
 
@@ -232,7 +284,7 @@ def tables(data):
     by_shape = data[data.metric == "seconds"].assign(one=lambda rows: rows.value / rows.matrices)
     by_shape = by_shape.groupby(["backbone", "threads", "shape", "method"], sort=False).one.median().unstack()
     shown["Seconds for one matrix (median)"] = by_shape[list(CONTENDERS)].rename(columns=NAMES).reset_index()
-    return shown
+    return shown | speed.tables(data)
 
 
 def verdict(data):
@@ -245,11 +297,12 @@ def verdict(data):
     for threads, rows in total.groupby("threads"):
         ratios = {other: rows.calibrate.sum() / rows[other].sum() for other in GOALS}
         too_slow = [other for other, goal in GOALS.items() if ratios[other] > goal]
-        missed += [f"{NAMES[other]} at {threads_text(threads)}" for other in too_slow]
+        missed += [f"{NAMES[other]} at {speed.threads_text(threads)}" for other in too_slow]
         shares = ", ".join(f"{ratio:.2f} of {NAMES[other]}" for other, ratio in ratios.items())
-        texts.append(f"{threads_text(threads)}: {shares}")
+        texts.append(f"{speed.threads_text(threads)}: {shares}")
     head = f"outside the goals (missed: {'; '.join(missed)})" if missed else "within the goals"
-    return f"{head}. ViT-B/32, time of calibrate, {'; '.join(texts)}; largest error {errors.value.max():.1e}"
+    head = f"{head}. ViT-B/32, time of calibrate, {'; '.join(texts)}; largest error {errors.value.max():.1e}"
+    return ". ".join(filter(None, [head, speed.sentence(data, "ViT-B/32", MERGER_GOAL)]))
 
 
 DEVIATIONS = (

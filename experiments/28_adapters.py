@@ -17,6 +17,9 @@ Testbed  the rule of merging/suites/testbed.py: Task Arithmetic, at its own or i
 Rates    the experts' learning rates are chosen on validation texts of 4 tasks, seed 0: of the rates at which every
          update stays below 20 % of the base's norm the smallest whose experts are within one standard error of the best
          (merging/suites/learning_rates.py). No merge has a part in it.
+Rivals   WUDI, Subspace Boosting and LiNeS (merging/rivals.py) stand beside at workstation and paper scale, with and
+         without SVC, and have no part in the verdict on Task Arithmetic. WUDI has no factored form, and is merged like
+         TIES, on the matrices.
 Cost     smoke 1 min; laptop 40 min, workstation 4 h (2 cores, estimated); paper: Flan-T5 with the hub's adapters,
          T0-3B with IA³ trained here, not timed.
 Run      python experiments/28_adapters.py --scale laptop
@@ -70,7 +73,9 @@ OWN = ("MiniLM LoRA", "MiniLM IA³", "T5 LoRA", "T5 IA³")
 HUB = ("Flan-T5-base LoRA", "Flan-T5-large LoRA", "T0-3B IA³")
 
 SCALES = {
-    "smoke": Settings((0,), (2,), OWN, methods=("task_arithmetic", "ties"), ia3_forms=FORMS, recipe=SMOKE),
+    "smoke": Settings(
+        (0,), (2,), OWN, methods=("task_arithmetic", "ties", "wudi_minimum", "lines"), ia3_forms=FORMS, recipe=SMOKE
+    ),
     "laptop": Settings(),
     "workstation": Settings((0, 1, 2, 3, 4), (8,), OWN, methods=tuple(MERGERS), ia3_forms=FORMS, recipe=WORKSTATION),
     "paper": Settings((0,), (8,), HUB, methods=tuple(MERGERS), ia3_forms=FORMS, recipe=PAPER),

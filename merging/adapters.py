@@ -14,7 +14,9 @@ from torch import Tensor
 
 from common.spectral import working
 from merging.calibration import SVC
+from merging.layers import depths
 from merging.lowrank import extract, fold, merge_and_calibrate, merge_low_rank, zero_like
+from merging.mergers import merger
 from merging.peft_files import OF_MODULES, Adapter, load_adapter, save_adapter
 from merging.task_vectors import Predicate, TaskVector, check_finite, matrices_without
 
@@ -61,10 +63,11 @@ def merge_adapters(
     check_finite("final_scale", final_scale)
     if len(kinds := {adapter.kind for adapter in adapters}) != 1:
         raise ValueError(f"expected adapters of one kind, got {', '.join(sorted(kinds)) or 'none'}")
-    modules = {}
+    modules, layers = {}, depths(_union(adapters, "modules"))
     for name, like in _union(adapters, "modules").items():
         updates = [adapter.modules.get(name, zero_like(like)) for adapter in adapters]
-        merged = merge_low_rank(updates, method, svc, name=name, **options)
+        own = merger(method).known(depth=layers[name]) | options
+        merged = merge_low_rank(updates, method, svc, name=name, **own)
         modules[name] = replace(merged, scale=final_scale * merged.scale)
 
     def merge(held: str, start: Mapping[str, Tensor], vectors: bool) -> dict[str, Tensor]:

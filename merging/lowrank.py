@@ -11,8 +11,13 @@ every merger that knows only sums, norms and singular triplets, do to the cores 
 O((m + n) R² + K R³) instead of O(K m n min(m, n)). Arithmetic is float64.
 
 The rank rule of `merging.mergers` makes this exact: TSV-M and Iso drop null directions, which alone could lie outside
-of the two bases; its tolerance is that of the factors' dtype. TIES and DARE look at single entries and have no factored
-form: merge `LowRank.dense()` instead.
+of the two bases; its tolerance is that of the factors' dtype. TIES, DARE and WUDI look at single entries and have no
+factored form: merge `LowRank.dense()` instead.
+
+This is Core Space (Panariello et al., 2025, arXiv 2509.17786), which is lossless for the same reason; its bases are the
+singular vectors of the same two stacks, ours their QR factors, and no merger that knows only sums, norms and singular
+triplets can tell the two apart. KnOTS (Stoica et al., 2025, arXiv 2410.19735) aligns the columns alone: for these
+mergers it is the same again. What the two papers do with TIES depends on their bases and is another merger, not here.
 """
 
 from collections.abc import Mapping, Sequence

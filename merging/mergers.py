@@ -11,20 +11,20 @@ remaining directions only. ε is the rounding noise of the input's dtype: 1e-6 f
 float64, which is decomposed by a true SVD (`common.spectral.rank_tolerance`). Updates whose singular values are all
 above it, those of full rank, are not affected.
 
-To add a merger, write one function and put its record into `MERGERS` at the end: a `Merger` holds all that the rest of
-the project has to know about it, and no other file knows a merger by its name.
+To add a merger, write one function and put its record into `MERGERS` at the end: a `Merger` (`merging.record`) holds
+all that the rest of the project has to know about it, and no other file knows a merger by its name. The functions of
+mergers from outside that repository stand in `merging.rivals`, their records in the same table.
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.spectral import numerical_rank, polar, product, rank_tolerance, singular_values, svd, working
+from common.spectral import leading_triplets, numerical_rank, polar, product, rank_tolerance, singular_values, svd
+from merging.record import ByRows, Merger, Updates, as_matrix, merge_each, sum_of
+from merging.rivals import lines, subspace_boost, wudi, wudi_copies, wudi_minimum, wudi_minimum_copies
 from merging.task_vectors import (
     OneTensor,
     Predicate,
@@ -37,119 +37,10 @@ from merging.task_vectors import (
 )
 from merging.ties_dare import dare, dare_by_rows, elect, elected_together, ties, ties_by_rows
 
-Updates = Sequence[Tensor]  # the same tensor of each task
-
 SUM_MATRICES = matrices_without("text_projection", "token_embedding")
 TSV_MATRICES = matrices_without("text_projection", "embedding")
 ISO_MATRICES = matrices_without("text_projection")
 STAR_MATRICES = matrices_without(conv=True)
-
-
-@dataclass(frozen=True)
-class ByRows:
-    """How ranges of rows are merged if an entry of the result depends on more than the K entries at its place."""
-
-    start: Callable[..., Callable[[Updates], Tensor]]
-    """(tensor's name, K, what was decided, **options) → what merges its ranges of rows, each once and in order."""
-    decide: Callable[..., Any] | None = None
-    """([reader of the ranges of a tensor, …], map, **options) → what must be decided first, as plain data."""
-    together: Callable[..., dict[str, Any] | None] = lambda **options: None
-    """**options → the options that must be the same for all tensors if it is decided over all of them, else None."""
-
-
-@dataclass(frozen=True)
-class Merger:
-    """All that is known of a merger. It is called as its function is: `MERGERS["ties"](task_vectors, keep=0.1)`."""
-
-    merge: Callable[..., dict[str, Tensor]]
-    """task vectors → merged task vector. Options are keywords with plain defaults. The predicate `matrices` selects the
-    tensors that are treated as matrices; the others are averaged. `side` and `precision`, if it has them, tell it the
-    size and dtype of the matrices to which the cores of low-rank updates belong (`merging.lowrank`)."""
-    title: str
-    """Its name in figures."""
-    colour: str | None = None
-    """Its colour in figures; None takes the next one of the palette."""
-    by_entry: bool = False
-    """Whether it treats each entry by itself, so that a large tensor can be merged by calling it on ranges of rows."""
-    by_rows: ByRows | None = None
-    """What merges ranges of rows instead, if the entries depend on whole tensors."""
-    per_task: tuple[str, ...] = ()
-    """The options of which each task may have its own value: sequences of K numbers instead of one."""
-    factored: bool = False
-    """Whether it uses only sums, norms and singular triplets, so that it can merge low-rank updates by their cores."""
-    basis: Callable[[Updates, int | None, torch.dtype | None], Tensor] | None = None
-    """(updates, side, precision) → the left basis of its result; for results whose singular values are all equal."""
-    alpha: float | None = None
-    """α of the paper's "+ SVC"; None is 1/K."""
-    published: bool = False
-    """Whether it is in the paper's main table."""
-    copies: int = 5
-    """Memory that merging a matrix takes, in copies of it in float32; measured."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
-        return self.merge(*arguments, **options)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that are numbers or words, with their defaults."""
-        defaults = {name: each.default for name, each in inspect.signature(self.merge).parameters.items()}
-        return {name: default for name, default in defaults.items() if isinstance(default, int | float | str)}
-
-    @property
-    def matrices(self) -> Predicate | None:
-        """Which tensors are treated as matrices, None where all tensors are treated alike."""
-        parameter = inspect.signature(self.merge).parameters.get("matrices")
-        return parameter and parameter.default
-
-    def takes(self, name: str, tensor: Tensor) -> bool:
-        """Return whether a tensor is treated by the method's own rule; otherwise it is averaged."""
-        return self.matrices is None or bool(tensor.numel() and self.matrices(name, tensor))
-
-    def known(self, **options: Any) -> dict[str, Any]:
-        """Return those of the options that the merger has, such as `seed`."""
-        parameters = inspect.signature(self.merge).parameters
-        return {name: value for name, value in options.items() if name in parameters}
-
-
-def _merge_each(
-    task_vectors: Sequence[TaskVector],
-    rule: Callable[[Updates], Tensor],
-    matrices: Predicate | None = None,
-) -> dict[str, Tensor]:
-    """Apply `rule` to each tensor (of all tasks) in turn; average it instead where `matrices` refuses it."""
-    merged = {}
-    for name in check(task_vectors):
-        first = task_vectors[0][name]
-        shape, dtype = first.shape, first.dtype
-        refused = matrices is not None and not (first.numel() and matrices(name, first))
-        del first  # tensors may be large: hold one task's at a time
-        view = working if matrices is None or refused else partial(_as_matrix, name)
-        result = (_mean if refused else rule)(OneTensor(task_vectors, name, view))
-        merged[name] = result.reshape(shape).to(dtype)
-    return merged
-
-
-def _as_matrix(name: str, tensor: Tensor) -> Tensor:
-    if tensor.ndim < 2:
-        raise ValueError(f"{name!r}: `matrices` selects a tensor of shape {tuple(tensor.shape)}, which is no matrix")
-    return working(tensor).flatten(1)  # (out, rest)
-
-
-def _sum(updates: Iterable[Tensor]) -> Tensor:
-    """Return the sum, a tensor of its own, with no more than two updates and the sum in memory."""
-    updates = iter(updates)
-    total, second = next(updates), next(updates, None)
-    total = total.clone() if second is None else total + second
-    del second
-    for update in updates:
-        total.add_(update)
-        del update
-    return total
-
-
-def _mean(updates: Updates) -> Tensor:
-    return _sum(updates).div_(len(updates))
-
 
 # Linear combinations -------------------------------------------------------------------------------------------------
 
@@ -165,7 +56,7 @@ def weight_average(task_vectors: Sequence[TaskVector], *, weights: Sequence[floa
     Raises:
         ValueError: the weights sum to zero, or there are not K.
     """
-    return _merge_each(task_vectors, lambda updates: _sum(updates).div_(sum_of_weights(weights, len(updates))))
+    return merge_each(task_vectors, lambda updates: sum_of(updates).div_(sum_of_weights(weights, len(updates))))
 
 
 def task_arithmetic(task_vectors: Sequence[TaskVector], scale: float = 0.3) -> dict[str, Tensor]:
@@ -175,7 +66,7 @@ def task_arithmetic(task_vectors: Sequence[TaskVector], scale: float = 0.3) -> d
         ValueError: scale is not finite.
     """
     check_finite("scale", scale)
-    return _merge_each(task_vectors, lambda updates: _sum(updates).mul_(scale))
+    return merge_each(task_vectors, lambda updates: sum_of(updates).mul_(scale))
 
 
 def plain_sum(task_vectors: Sequence[TaskVector], *, matrices: Predicate = SUM_MATRICES) -> dict[str, Tensor]:
@@ -185,7 +76,7 @@ def plain_sum(task_vectors: Sequence[TaskVector], *, matrices: Predicate = SUM_M
         task_vectors: the K task vectors.
         matrices: which tensors are summed.
     """
-    return _merge_each(task_vectors, _sum, matrices)
+    return merge_each(task_vectors, sum_of, matrices)
 
 
 # Spectral mergers ----------------------------------------------------------------------------------------------------
@@ -210,7 +101,7 @@ def tsv_m(
         side: r, where the task vectors hold the small cores of larger matrices (`merging.lowrank`).
         precision: for the rank rule, the dtype that the task vectors were computed from, if not their own.
     """
-    return _merge_each(task_vectors, partial(_tsv_matrix, side=side, precision=precision), matrices)
+    return merge_each(task_vectors, partial(_tsv_matrix, side=side, precision=precision), matrices)
 
 
 def _tsv_matrix(updates: Updates, side: int | None = None, precision: torch.dtype | None = None) -> Tensor:
@@ -226,8 +117,8 @@ def _tsv_matrix(updates: Updates, side: int | None = None, precision: torch.dtyp
 
 def _top(update: Tensor, count: int, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first `count` triplets, or as many as the numerical rank allows, in float64."""
-    left, singular, right = svd(update, count, torch.float64, precision)
-    count = min(count, int(numerical_rank(singular, rank_tolerance(precision))))
+    left, singular, right = leading_triplets(update, min(count, *update.shape), precision)
+    count = int(numerical_rank(singular, rank_tolerance(precision))) if len(singular) else 0
     return left[:, :count], singular[:count], right[:count]
 
 
@@ -253,19 +144,19 @@ def iso_c(
         matrices: which tensors are treated so; the others are averaged.
         precision: as for `tsv_m`.
     """
-    return _merge_each(task_vectors, partial(_iso_c_matrix, precision=precision), matrices)
+    return merge_each(task_vectors, partial(_iso_c_matrix, precision=precision), matrices)
 
 
 def _iso_c_matrix(updates: Updates, precision: torch.dtype | None = None) -> Tensor:
-    total = _sum(updates)
+    total = sum_of(updates)
     precision = precision or total.dtype
     left, singular, right = svd(total, precision=precision)
     rank = int(numerical_rank(singular, rank_tolerance(precision)))
     return (left[:, :rank] @ right[:rank]).mul_(singular[:rank].sum() / max(1, rank))
 
 
-def _iso_c_basis(updates: Updates, side: int | None = None, precision: torch.dtype | None = None) -> Tensor:
-    total = _sum(updates)
+def _basis_of_sum(updates: Updates, side: int | None = None, precision: torch.dtype | None = None) -> Tensor:
+    total = sum_of(updates)
     return svd(total, precision=precision or total.dtype)[0]
 
 
@@ -290,7 +181,7 @@ def iso_cts(
         matrices: which tensors are treated so; the others are averaged.
         side, precision: as for `tsv_m`.
     """
-    return _merge_each(task_vectors, partial(_iso_cts_matrix, side=side, precision=precision), matrices)
+    return merge_each(task_vectors, partial(_iso_cts_matrix, side=side, precision=precision), matrices)
 
 
 def _iso_cts_matrix(updates: Updates, side: int | None = None, precision: torch.dtype | None = None) -> Tensor:
@@ -309,12 +200,17 @@ def _iso_cts_triplets(updates: Updates, side: int | None, precision: torch.dtype
     for update in updates:
         _add(total, update)
         del update
-    triplets = [_top(total, common, precision)]
-    shared = triplets[0][0]  # (m, c)
+    left, singular, right = svd(total, dtype=torch.float64, precision=precision)
     del total
+    kept = min(common, int(numerical_rank(singular, rank_tolerance(precision))))
+    shared, others = left[:, :kept], left[:, kept:]  # (m, c), (m, r − c)
+    triplets = [(shared, singular[:kept], right[:kept])]
     for update in updates if own else []:
-        left, singular, right = svd(_outside(shared, update), own, precision=precision)
-        triplets.append((left, singular[:own], right))
+        if len(left) == left.shape[1]:  # the others span all that is not shared
+            inner, singular, right = leading_triplets(product(others.T, update, torch.float64), own, precision)
+            triplets.append((others @ inner, singular, right))
+        else:
+            triplets.append(leading_triplets(_outside(shared, update), own, precision))
         del update
     left, singular, right = _concatenate(triplets)
     kept = singular > rank_tolerance(precision) * (singular.amax() if len(singular) else 0)
@@ -372,19 +268,17 @@ def star(
         raise ValueError(f"share must be in (0, 1], got {share}")
 
     def rule(updates: Updates) -> Tensor:
-        return _sum(_star_matrix(update, share) for update in updates).div_(len(updates))
+        return sum_of(_star_matrix(update, share) for update in updates).div_(len(updates))
 
-    return _merge_each(task_vectors, rule, matrices)
+    return merge_each(task_vectors, rule, matrices)
 
 
 def _star_matrix(update: Tensor, share: float) -> Tensor:
-    left, singular, right = svd(update)
-    cumulative = singular.cumsum(0)
-    total = cumulative[-1]
+    left, singular, right = svd(update, lambda singular: int((singular.cumsum(0) < share * singular.sum()).sum()) + 1)
+    total, kept = singular[singular > 1e-7 * singular[0]].sum(), singular[: left.shape[1]]  # less noise; the first p
     if total <= 1e-12:
         return torch.zeros_like(update)
-    kept = int((cumulative < share * total).sum()) + 1  # p
-    return (left[:, :kept] * (singular[:kept] * total / cumulative[kept - 1])) @ right[:kept]
+    return (left * (kept * total / kept.sum())) @ right
 
 
 def iso_basis(
@@ -420,7 +314,7 @@ def iso_basis(
         taken = first.numel() and matrices(name, first)
         del first
         if taken:
-            updates = OneTensor(task_vectors, name, partial(_as_matrix, name))
+            updates = OneTensor(task_vectors, name, partial(as_matrix, name))
             bases[name] = MERGERS[method].basis(updates, side, precision)
     return bases
 
@@ -446,12 +340,22 @@ MERGERS: dict[str, Merger] = {
         dare, "DARE", "#CC79A7", by_entry=True, by_rows=ByRows(dare_by_rows), per_task=("drop",), published=True
     ),
     "tsv_m": Merger(tsv_m, "TSV-M", "#009E73", factored=True, alpha=1.0, published=True),
-    "iso_c": Merger(iso_c, "Iso-C", "#E69F00", factored=True, basis=_iso_c_basis, published=True),
+    "iso_c": Merger(iso_c, "Iso-C", "#E69F00", factored=True, basis=_basis_of_sum, published=True),
     "iso_cts": Merger(iso_cts, "Iso-CTS", "#8C6D31", factored=True, basis=_iso_cts_basis, published=True, copies=8),
     "star": Merger(star, "STAR", "#7A5195", factored=True),
+    "wudi": Merger(wudi, "WUDI", "#332288", rival=True, alpha=1.0, copies=wudi_copies),
+    "wudi_minimum": Merger(
+        wudi_minimum, "WUDI, minimum", "#6699CC", factored=True, rival=True, alpha=1.0, copies=wudi_minimum_copies
+    ),
+    "subspace_boost": Merger(
+        subspace_boost, "Subspace Boosting", "#882255", factored=True, basis=_basis_of_sum, rival=True
+    ),
+    "lines": Merger(lines, "LiNeS", "#44AA99", by_entry=True, factored=True, rival=True),
 }
 
-PUBLISHED = tuple(name for name in MERGERS if MERGERS[name].published)  # the mergers of the paper's main table
+OFFICIAL = tuple(name for name in MERGERS if not MERGERS[name].rival)  # the mergers of the official repository
+RIVALS = tuple(name for name in MERGERS if MERGERS[name].rival)  # the others
+PUBLISHED = tuple(name for name in MERGERS if MERGERS[name].published)  # those of the paper's main table
 
 
 def check_methods(names: Sequence[str]) -> None:

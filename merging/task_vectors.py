@@ -25,13 +25,13 @@ class OneTensor(Sequence[Tensor]):
     """The same tensor of all tasks, each read from its task vector when asked for: task vectors may be on disk."""
 
     def __init__(self, task_vectors: Sequence[TaskVector], name: str, view: Callable[[Tensor], Tensor] = working):
-        self._task_vectors, self._name, self._view = task_vectors, name, view
+        self._task_vectors, self.name, self._view = task_vectors, name, view
 
     def __len__(self) -> int:
         return len(self._task_vectors)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._view(self._task_vectors[index][self._name])
+        return self._view(self._task_vectors[index][self.name])
 
 
 @torch.no_grad()

@@ -19,11 +19,11 @@ from merging.checkpoints import Checkpoint, Entry
 from merging.command.changes import IA3, Full, LoRA, Step
 from merging.command.kinds import is_of_tokens
 from merging.command.naming import naming
-from merging.command.options import depths
 from merging.command.proportion import Side, told
 from merging.command.recipe import Recipe
 from merging.command.storage import Piece, pieces, storage
 from merging.command.tied import copy_of, same_values
+from merging.layers import depths
 from merging.mergers import merger
 from merging.peft_files import Adapter, Factors
 from merging.views import Transposed, renamed

@@ -191,6 +191,7 @@ class Step:
         """Return the options of a merger that the recipe sets for this tensor."""
         own = merger(method)
         options = {key: self.options[key] for key in own.options if key in self.options}
+        options |= own.known(depth=self.options["depth"])
         return options | (own.known(weights=self.weights) if self.options["normalize"] else {})
 
     @property

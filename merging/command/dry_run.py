@@ -45,7 +45,9 @@ def _peak(streamer: Streamer, step: Step, piece: Piece) -> int:
         factors = step.change.rank * sum(piece.shape)
         return 8 * 4 * factors + 4 * RANGE * 4  # factors and their bases in float64, a few of each
     if streamer.is_whole(step, piece) and piece.count > RANGE:
-        return 4 * streamer.merger.copies * piece.count + 32 * _side(piece) ** 2
+        height = piece.seen[0]  # kernels are (out, rest)
+        copies = streamer.merger.memory(height, piece.count // height, len(step.experts))
+        return round(4 * copies * piece.count) + 32 * _side(piece) ** 2
     return 4 * RANGE * (len(step.experts) + 4)
 
 

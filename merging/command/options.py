@@ -4,15 +4,14 @@
     PATTERN:OPTION[EXPERT]=VALUE    '*.mlp.*:weight[1]=0.5'        for the expert of this index alone, from 0
     PATTERN:OPTION=[A, B, …]        '*.layers.*:scale=[0.2, 0.6]'  from the first layer to the last, linear in between
 
-A tensor's layer is the first number between dots in its name: 3 in "model.layers.3.mlp.experts.7.w1". The layers of
-each stem ("model.layers.", "vision.blocks.") are counted by themselves, from 0. Tensors without a number (embeddings,
-the head) take the first value, and so does layer 0; a single layer takes the last.
+A tensor's layer is the first number in its name (`merging.layers`); tensors without one (embeddings, the head) take the
+first value, and so does layer 0; a single layer takes the last.
 """
 
 import contextlib
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -127,21 +126,3 @@ def _number(given: Any, kind: type) -> Any:
 
 def _is(given: Any, kind: type) -> bool:
     return isinstance(given, kind) and (kind is bool or not isinstance(given, bool))
-
-
-# Layers --------------------------------------------------------------------------------------------------------------
-
-
-def depths(names: Iterable[str]) -> dict[str, float]:
-    """Return the depth of each tensor, from 0 in the first layer to 1 in the last; 0 for those outside the layers."""
-    layers = {name: layer_of(name) for name in names}
-    last: dict[str, int] = {}
-    for stem, layer in filter(None, layers.values()):
-        last[stem] = max(layer, last.get(stem, 0))
-    return {name: (at[1] / last[at[0]] if last[at[0]] else 1.0) if at else 0.0 for name, at in layers.items()}
-
-
-def layer_of(name: str) -> tuple[str, int] | None:
-    """Return the stem and the number of the layer that a tensor belongs to, or None for one outside the layers."""
-    found = re.match(r"(.*?)(?<![^.])(\d+)\.", name)
-    return (found[1], int(found[2])) if found else None

@@ -25,7 +25,6 @@ from merging.checkpoints import Checkpoint, Entry
 from merging.command.adapter_plan import adapter_steps
 from merging.command.changes import Full, Step
 from merging.command.names import align, base_parts
-from merging.command.options import depths
 from merging.command.proportion import Side, is_computed, some, told
 from merging.command.recipe import Recipe
 from merging.command.repeats import repeats
@@ -34,6 +33,7 @@ from merging.command.tied import adapted_as_one, copy_of, equal, stays_configure
 from merging.command.tokens import Union, union, united_rows
 from merging.command.vocabulary import matching_rows
 from merging.fp8 import Scaled, dequantised
+from merging.layers import depths
 from merging.peft_files import Adapter
 
 

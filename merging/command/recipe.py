@@ -38,7 +38,8 @@ class Recipe:
     experts: tuple[str, ...] = ()
     """The models fine-tuned from it, likewise."""
     method: str = ""
-    """How: weight_average, task_arithmetic, plain_sum, ties, dare, tsv_m, iso_c, iso_cts or star."""
+    """How: weight_average, task_arithmetic, plain_sum, ties, dare, tsv_m, iso_c, iso_cts or star;
+    or a rival: wudi, wudi_minimum, subspace_boost or lines."""
     weights: tuple[float, ...] = ()
     """A factor of each expert's update, 1 by default; it acts before everything else: SVC too sees an expert of weight
     2 as one that went twice as far from the base, and of -1 as one that went back. Means are divided by the number of
@@ -133,7 +134,7 @@ class Recipe:
         Args:
             name: the tensor's.
             tasks: K.
-            depth: of its layer, as `merging.command.options.depths` tells it; needed where options change over layers.
+            depth: of its layer, as `merging.layers.depths` tells it; needed where options change over layers.
 
         Raises:
             ValueError: one line: an option of this tensor is out of range, or has no meaning for the method.
@@ -143,7 +144,7 @@ class Recipe:
         from merging.mergers import MERGERS, merger
 
         keys = (*SVC_FLAGS.values(), "svc", "final_scale", "normalize")
-        options = {key: getattr(self, key) for key in keys} | {"merge": True, "layout": None}
+        options = {key: getattr(self, key) for key in keys} | {"merge": True, "layout": None, "depth": depth}
         options["weights"] = tuple(self.weights) or (1.0,) * tasks
         if options["alpha"] is None:
             options["alpha"] = published_alpha(self.method, tasks)
@@ -170,7 +171,7 @@ class Recipe:
         Raises:
             ValueError: one is interpolated over layers, and matches only tensors outside of them.
         """
-        from merging.command.options import layer_of
+        from merging.layers import layer_of
 
         names, without = list(names), []
         for assignment in self.assignments:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.spectral import working
 from merging.calibration import SVC, SVC_MATRICES
+from merging.layers import depths
 from merging.lowrank import LowRank, merge_and_calibrate, merge_low_rank, oriented
 from merging.mergers import merger
 from merging.task_vectors import Predicate, TaskVector
@@ -97,6 +98,24 @@ def relative_distance(update: TaskVector, exact: TaskVector, matrices: Predicate
     return (away / sum(exact[name].double().square().sum() for name in names)).sqrt().item()
 
 
+def interference_loss(merged: Tensor, updates: Sequence[Tensor]) -> Tensor:
+    """Return WUDI's loss Σ_i ‖(τ − τ_i) τ_iᵀ‖² / ‖τ_i‖² of one matrix, as it is written; zero updates do not count."""
+    moved = [update for update in updates if update.any()]
+    return sum(((merged - own) @ own.T).square().sum() / own.square().sum() for own in moved)
+
+
+def interference_minimum(updates: Sequence[Tensor]) -> Tensor:
+    """Return the nearest matrix to Σ τ_i at which WUDI's loss is least, in float64: Σ τ_i − B G⁺ (`merging.rivals`).
+
+    It is the minimum that Adam would reach in the end. Directions of G below 1e-12 of the largest are taken as null.
+    """
+    updates = [update.double() for update in updates]
+    total = torch.stack(updates).sum(0)  # (m, n)
+    units = torch.cat([update / update.norm() for update in updates if update.any()] or [total])  # (K m, n)
+    start = sum((total - own) @ own.T @ own / own.square().sum() for own in updates if own.any())
+    return total - start @ torch.linalg.pinv(units.T @ units, rtol=1e-12, hermitian=True)
+
+
 def task_arithmetic_by_entry(base: Tensor, experts: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """Return θ_0 + scale · Σ_i (θ_i − θ_0) of one tensor in float64, and True for each of its entries."""
     start = base.double()
@@ -144,14 +163,16 @@ def factored_errors(
     Returns:
         name → ‖M − M_64‖ / ‖M_64‖ of the factored form and of the matrices in float32.
     """
-    errors = {}
+    errors, layers = {}, depths(updates[0])
     for name in updates[0]:
+        place = merger(method).known(depth=layers[name])
         own = [oriented(adapter[name]) for adapter in updates]
         exact = [replace(update, b=update.b.double(), a=update.a.double()) for update in own]
         rule = merger(method).known(precision=working(own[0].b).dtype)  # in float64, but computed from these
-        true = merge_and_calibrate([{name: update.dense()} for update in exact], method, svc, **rule)[name]
-        dense = merge_and_calibrate([{name: update.dense()} for update in own], method, svc)[name]
-        factored = oriented(merge_low_rank([adapter[name] for adapter in updates], method, svc, name=name)).dense()
+        true = merge_and_calibrate([{name: update.dense()} for update in exact], method, svc, **rule, **place)[name]
+        dense = merge_and_calibrate([{name: update.dense()} for update in own], method, svc, **place)[name]
+        factored = merge_low_rank([adapter[name] for adapter in updates], method, svc, name=name, **place)
+        factored = oriented(factored).dense()
         size = true.norm().clamp_min(torch.finfo(torch.float64).tiny)
         errors[name] = float((factored - true).norm() / size), float((dense - true).norm() / size)
     return errors

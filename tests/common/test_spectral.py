@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -233,3 +234,46 @@ def test_singular_values_of_any_scale(scale):
     matrix = orthonormal(6, 3, 0).float() * torch.tensor([3.0, 2, 1]) @ orthonormal(4, 3, 1).float().T
     expected = torch.tensor([3.0, 2, 1, 0]) * scale
     torch.testing.assert_close(spectral.singular_values(scale * matrix), expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+# A part of the triplets -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(80, 80), (60, 300), (300, 60)])
+@pytest.mark.parametrize("rank", [None, 5])  # 5: fewer directions than are asked for
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_leading_triplets_are_those_of_the_whole_decomposition(shape, rank, dtype):
+    generator = torch.Generator().manual_seed(0)
+    inner = rank or min(shape)
+    draw = dict(generator=generator, dtype=torch.float64)
+    matrix = (torch.randn(shape[0], inner, **draw) @ torch.randn(inner, shape[1], **draw)).to(dtype)
+    left, singular, right = spectral.leading_triplets(matrix, 10)
+    whole = spectral.svd(matrix, 10, torch.float64)
+    assert left.shape == (shape[0], 10) and right.shape == (10, shape[1])
+    assert {part.dtype for part in (left, singular, right)} == {torch.float64}
+    noise = 1e-6 * whole[1][0]
+    assert torch.allclose(singular, whole[1][:10], atol=noise)
+    product = (left * singular) @ right
+    assert torch.allclose(product, (whole[0] * whole[1][:10]) @ whole[2], atol=float(noise))
+    assert torch.allclose(left.T @ left, torch.eye(10, dtype=torch.float64), atol=1e-9)
+    assert spectral.leading_triplets(matrix, 0)[0].shape == (shape[0], 0)
+
+
+def test_leading_triplets_fall_back_where_lapack_finds_no_part(monkeypatch):
+    matrix = torch.randn(40, 50, generator=torch.Generator().manual_seed(1))
+    expected = spectral.leading_triplets(matrix, 4)[1]
+
+    def fails(*arguments, **options):
+        raise scipy.linalg.LinAlgError
+
+    monkeypatch.setattr(scipy.linalg, "eigh", fails)
+    assert torch.allclose(spectral.leading_triplets(matrix, 4)[1], expected)
+
+
+def test_svd_forms_as_many_vectors_as_its_spectrum_says():
+    matrix = torch.randn(20, 30, generator=torch.Generator().manual_seed(2))
+    whole = torch.linalg.svdvals(matrix)
+    for form in (matrix, matrix.T, matrix.double()):
+        left, singular, right = spectral.svd(form, lambda found: int((found > 0.5 * found[0]).sum()))
+        count = int((whole > 0.5 * whole[0]).sum())
+        assert left.shape[1] == len(right) == count and torch.allclose(singular.float(), whole, atol=1e-5)

@@ -13,9 +13,9 @@ from merging.checkpoints import open_checkpoint
 from merging.command import changes
 from merging.command.flags import parse
 from merging.command.main import main, merge
-from merging.command.options import depths
 from merging.command.plan import make_plan
 from merging.command.recipe import Recipe
+from merging.layers import depths
 from merging.lowrank import LowRank
 
 WEIGHTS = (1.0, 0.5, -2.0)
