@@ -18,9 +18,9 @@ Verdict  first, with at least 3 training seeds (else "training: not run at this 
          their mean is, else "does not follow". The same for density with the sharpness under relative noise ("density
          follows sharpness"); its correlation with the raw trace stands beside it and decides nothing. Second, on the
          8-task suite with at least 3 seeds, or of ViT-B/32 (else "merging: not run at this scale"), from the 95 %
-         interval of the relative change of the GGN trace, SVC against base, paired by seed and task: "flatter" if it lies below 0 for
-         all mergers at their own and at tuned scales, "flatter at own scale only" if at own scale for all, "sharper" if
-         above 0 for all at both, else "it depends on the merger".
+         interval of the relative change of the GGN trace, SVC against base, paired by seed and task: "flatter" if it
+         lies below 0 for all mergers at their own and at tuned scales, "flatter at own scale only" if at own scale for
+         all, "sharper" if above 0 for all at both, else "it depends on the merger".
 Cost     smoke 40 s; laptop about 9 min, workstation about 1 h (2 cores), estimated, with training unless 03 has run;
          paper: not timed.
 Run      python experiments/31_curvature.py --scale laptop
