@@ -165,11 +165,11 @@ def draw(data: pd.DataFrame, score: str = "accuracy, %", metric: str = "score") 
     }  # fmt: skip
 
 
-def _changes(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the changes against vanilla: a row per setting, variant and metric of PAPER, with interval and text."""
+def _changes(table: pd.DataFrame, metrics: Sequence[str] = tuple(PAPER)) -> pd.DataFrame:
+    """Return the changes against vanilla: a row per setting, variant and metric, with interval and text."""
     rows = []
     for (setting, variant), _ in table.groupby(RUN[:2], sort=False):
-        for metric in PAPER:
+        for metric in metrics:
             found = change(table, setting, metric, variant, "vanilla") if variant != "vanilla" else None
             if found:
                 low, high = found.ends
@@ -233,7 +233,7 @@ def tables(data: pd.DataFrame, score: str) -> dict[str, pd.DataFrame]:
         "density_from_flatness": ("AF_K / (T d_ff C_0)", 4),
         "pre_activation_std": ("sd of p", 3),
     }
-    seen = _changes(table)
+    seen = _changes(table, tuple(NAMES))
     changes = seen.pivot(index=RUN[:2], columns="metric", values="text").rename(columns=NAMES)
     order = list(dict.fromkeys(zip(seen.setting, seen.variant, strict=True)))
     return {
