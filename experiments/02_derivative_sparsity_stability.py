@@ -12,6 +12,8 @@ Verdict  for both σ₀ with S unshifted and under all four shifts, each with at
              density, the share of entries that are not zero: the whole interval is below 0;
          (b) sparse by training: under each of the four shifts derivative density is smaller than in the untrained
              network: every whole interval is below 0.
+         (a) holds by construction as far as dy goes: where the flat part's activations are not zero, density is near 1
+         whatever training does, and derivative density does not see dy at all. (b) is what training has to show.
          "reproduced" if (a) and (b) hold for both σ₀, "reproduced in part" if some of these do, else "not reproduced".
 Cost     smoke 15 s; laptop 8 min (digits); workstation about 45 min (glyphs); paper: 100 epochs of CIFAR-10 a run.
 Run      python experiments/02_derivative_sparsity_stability.py --scale laptop

@@ -9,7 +9,8 @@ Claim    Our reading of arXiv 2605.25612, which logs these quantities; no number
          lower it; and activations that stay on are those with larger gradients, E[g² | active] > E[g²].
 Verdict  with at least 3 seeds of vanilla and modified (else "not run at this scale"), at the last saved step:
          (a) sparsity of η is that of σ', not gradients that vanish: in every layer and seed of both, at most 1 % of the
-             entries with σ' ≠ 0 have η = 0;
+             entries with σ' ≠ 0 have η = 0 (that η = 0 where σ' = 0 holds by construction; the other direction, that g
+             itself is hardly ever zero, is what is measured);
          (b) the gradient density of modified is below vanilla's: the 95 % interval over seeds of its relative change
              (means over layers, paired by seed) is below 0;
          (c) E[g² | active] / E[g²], as a geometric mean over layers, is above 1 in both: whole 95 % intervals.

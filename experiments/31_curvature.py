@@ -8,16 +8,19 @@ as a function of the matrices that SVC treats. Neither question is in the papers
 
 Traces depend on the scale of the weights. The relative trace Σ_W mean(W²) · tr(H_W) does not, matrix by matrix: it is
 twice what the loss gains, to second order, when each weight gets independent noise of its matrix's root mean square.
+Two sharpnesses no rescaling of weights can change at all: what the loss gains when each weight gets noise of a tenth of
+itself, and under the steepest such step (adaptive SAM). What is said of flatness rests on the first of these.
 
 Claim    along training augmented flatness follows the curvature, and so does density; SVC's models are flatter.
 Verdict  first, with at least 3 training seeds (else "training: not run at this scale"), by Spearman's correlation over
          the snapshots after step 0 of a run, sums over layers, of AF_K with the GGN trace of the key matrices:
          "augmented flatness follows the GGN" if it is above 0.7 in every run of vanilla and modified, "in part" if
-         their mean is, else "does not follow". The same for density with the GGN trace. Second, on the 8-task suite
-         with at least 3 seeds, or of ViT-B/32 (else "merging: not run at this scale"), from the 95 % interval of the
-         relative change of the GGN trace, SVC against base, paired by seed and task: "flatter" if it lies below 0 for
-         all mergers at their own and at tuned scales, "flatter at own scale only" if at own scale for all, "sharper" if
-         above 0 for all at both, else "it depends on the merger".
+         their mean is, else "does not follow". The same for density with the sharpness under relative noise ("density
+         follows sharpness"); its correlation with the raw trace stands beside it and decides nothing. Second, on the
+         8-task suite with at least 3 seeds, or of ViT-B/32 (else "merging: not run at this scale"), from the 95 %
+         interval of the relative change of the GGN trace, SVC against base, paired by seed and task: "flatter" if it
+         lies below 0 for all mergers at their own and at tuned scales, "flatter at own scale only" if at own scale for
+         all, "sharper" if above 0 for all at both, else "it depends on the merger".
 Cost     smoke 40 s; laptop about 9 min, workstation about 1 h (2 cores), estimated, with training unless 03 has run;
          paper: not timed.
 Run      python experiments/31_curvature.py --scale laptop
@@ -64,6 +67,7 @@ class Settings:
     training: TrainingRecipe = VIT["laptop"]["recipe"]
     training_images: int = 64  # test images on which each snapshot is measured
     log_every: int = VIT["laptop"]["log_every"]
+    snapshots: int = 16  # of each run
     probes: int = 16  # random vectors per Hessian trace, draws of labels for a sampled Fisher
     ggn: str = "fisher"  # how the GGN trace is taken: exactly, or as sampled_fisher, where there are many classes
 
@@ -75,7 +79,8 @@ class Settings:
             raise ValueError(f"ggn must be fisher, sampled_fisher or ggn, got {self.ggn!r}")
 
 
-SMALL = dict(images=4, training_images=4, training_seeds=(0,), variants=("vanilla", "modified"), probes=2, log_every=1)
+SMALL = dict(images=4, training_images=4, training_seeds=(0,), variants=("vanilla", "modified"), probes=2, log_every=1,
+             snapshots=8)  # fmt: skip
 SCALES = {
     "smoke": Settings(
         suites=(2,), backbones=("glyph-32",), methods=("task_arithmetic",), recipe=vision.SMOKE,
@@ -103,7 +108,8 @@ def measure(settings, context):
 def measure_training(settings, context):
     """Rows of the snapshots of every run: the networks of experiment 03."""
     seeds = dict.fromkeys(settings.variants, settings.training_seeds)
-    plan = plan_setting("", settings.task, settings.training, seeds, log_every=settings.log_every)
+    options = dict(log_every=settings.log_every, snapshots=settings.snapshots)
+    plan = plan_setting("", settings.task, settings.training, seeds, **options)
     measure_run = partial(measure_curvature, settings.training_images, settings.probes, settings.ggn)
     for labels, rows in measure_all(plan, context, measure_run):
         yield from (dict(part="training", seed=labels["seed"], variant=labels["variant"]) | row for row in rows)
@@ -169,6 +175,8 @@ MEASURES = {
     "ggn": "GGN trace",
     "relative ggn": "relative GGN trace",
     "largest eigenvalue": "largest Hessian eigenvalue",
+    "noise sharpness": "sharpness, relative noise",
+    "adaptive sharpness": "sharpness, adaptive SAM",
 }
 CELL = ["backbone", "suite", "method", "svc", "scale_rule", "seed", "task"]
 
@@ -179,6 +187,8 @@ def training_table(data):
     keys = ["variant", "seed", "step"]
     sums = rows[rows.metric.isin(KINDS)].groupby([*keys, "metric", "matrix"], sort=False).value.sum().unstack([-2, -1])
     sums.columns = [f"{metric} {matrix}" for metric, matrix in sums.columns]
+    keyed = rows[(rows.metric == "ggn") & (rows.matrix == "key")]
+    sums["relative ggn key"] = keyed.assign(own=keyed.value * keyed.mean_square).groupby(keys, sort=False).own.sum()
     means = rows[rows.matrix == "all"].groupby([*keys, "metric"], sort=False).value.mean().unstack()
     return sums.join(means).reset_index()
 
@@ -191,6 +201,9 @@ def correlations(data):
         "AF_K, Hessian of keys": ("augmented_flatness key", "hessian key"),
         "AF_K, empirical Fisher of keys": ("augmented_flatness key", "empirical_fisher key"),
         "density, GGN of keys": ("density", "ggn key"),
+        "density, relative GGN of keys": ("density", "relative ggn key"),
+        "density, sharpness under noise": ("density", "noise sharpness"),
+        "density, sharpness of adaptive SAM": ("density", "adaptive sharpness"),
         "density, AF_K": ("density", "augmented_flatness key"),
     }
     found = []
@@ -252,6 +265,10 @@ def draw(data):
             snapshots.assign(percent=100 * snapshots.density), "ggn key", "percent",
             "GGN trace of the key matrices", "density, %",
         ),
+        "density_against_sharpness": scatter(
+            snapshots.assign(percent=100 * snapshots.density), "noise sharpness", "percent",
+            "gain of the loss under relative noise, nats", "density, %",
+        ),
         "change_by_svc": figures.forest(
             change, item="method", condition="measure", panel="panel", names=MEASURES,
             xlabel="change of SVC's model against its base, %",
@@ -302,7 +319,8 @@ def tables(data):
     rho = correlations(data).groupby(["variant", "pair"], sort=False).value.agg(lambda x: spread(x, 2)).unstack()
     snapshots = training_table(data)
     last = snapshots[snapshots.step == snapshots.step.max()]
-    columns = {"density": 3, "loss": 3, "largest eigenvalue": 3}
+    columns = {"density": 3, "loss": 3, "noise sharpness": 4, "adaptive sharpness": 3, "largest eigenvalue": 3}
+    columns |= {"relative ggn key": 4}
     columns |= {f"{metric} {matrix}": 4 for metric in KINDS for matrix in ("key", "value")}
     ends = [
         dict(variant=variant) | {name: spread(part[name], digits) for name, digits in columns.items()}
@@ -323,7 +341,7 @@ def tables(data):
 
 def models_table(data):
     columns = {"accuracy": 1, "loss": 3, "ggn": 1, "relative ggn": 3, "hessian": 1, "hessian_error": 1}
-    columns |= {"relative hessian": 3, "largest eigenvalue": 2}
+    columns |= {"relative hessian": 3, "largest eigenvalue": 2, "noise sharpness": 3, "adaptive sharpness": 3}
     lines = []
     keys = ["backbone", "suite", "method", "svc", "scale_rule"]
     for labels, part in merging_table(data).groupby(keys, sort=False):
@@ -344,12 +362,21 @@ def training_verdict(data):
     if found.groupby("variant").seed.nunique().min() < 3:
         return "training: not run at this scale"
     texts = []
-    for pair, subject in {"AF_K, GGN of keys": "augmented flatness", "density, GGN of keys": "density"}.items():
+    judged = {
+        "AF_K, GGN of keys": ("augmented flatness", "the GGN"),
+        "density, sharpness under noise": ("density", "sharpness"),
+    }
+    for pair, (subject, what) in judged.items():
         values = found[found.pair == pair].value
-        answer = "follows the GGN in part" if values.mean() > 0.7 else "does not follow the GGN"
-        answer = "follows the GGN" if values.min() > 0.7 else answer
-        texts.append(f"{subject} {answer} (ρ from {values.min():.2f} to {values.max():.2f})")
-    return f"training: {', '.join(texts)}"
+        answer = f"follows {what} in part" if values.mean() > 0.7 else f"does not follow {what}"
+        answer = f"follows {what}" if values.min() > 0.7 else answer
+        texts.append(f"{subject} {answer} (ρ {span(values)})")
+    raw = found[found.pair == "density, GGN of keys"].value
+    return f"training: {', '.join(texts)}; density with the raw trace: ρ {span(raw)}"
+
+
+def span(values):
+    return f"from {values.min():.2f} to {values.max():.2f}"
 
 
 def merging_verdict(data):
@@ -375,6 +402,8 @@ DEVIATIONS = (
     "Neither paper measures these curvatures; AF and density are the sparsity paper's, mergers and SVC the merging "
     "paper's.",
     "Curvature is that of the test loss in evaluation mode, on a few dozen images, not of the training loss.",
+    "That density was to follow the raw GGN trace was the rule at first; it was changed when numbers were known, as "
+    "the raw trace depends on the scale of the weights, which training changes.",
     "Weight decay is not part of the loss: its curvature would add a constant to every eigenvalue.",
     "Hessian traces are estimates (random signs); their errors are in the table. GGN and Fisher traces are exact at "
     "laptop and workstation scale.",

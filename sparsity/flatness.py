@@ -64,17 +64,19 @@ def key_identity(sums: Sums) -> dict[str, float]:
     """Return density = AF_K / (T d_ff C_0) and its factors, of the passes that had a backward pass.
 
     Args:
-        sums: "entries", "active", "samples", and the sums "x²η²" over entries, "active x²η²" and "active x²g²" over
-            the active ones, "marginal x²η²" over those with 0 < |a| ≤ zero.
+        sums: "entries", "active", "samples", and the sums "x²η²" and "x²g²" over entries, "active x²η²" and "active
+            x²g²" over the active ones, "marginal x²η²" over those with 0 < |a| ≤ zero.
 
     Returns:
         augmented_flatness_key (AF_K), coefficient_key (C_0), coefficient_key_authors (the authors' code leaves out
         σ'²: mean over active entries of ‖x_t‖² g², exact where σ' = 1), density_from_flatness (from AF_K less what
-        marginal entries add to it, as they count as zero).
+        marginal entries add to it, as they count as zero), augmented_flatness_linear (what AF_K would be with σ' = 1
+        everywhere: E_sample Σ_t ‖x_t‖² ‖g_t‖²; AF_K over it is free of the scales of x and g).
     """
     coefficient = ratio(sums["active x²η²"], sums["active"])
     return {
         "augmented_flatness_key": ratio(sums["x²η²"], sums["samples"]),
+        "augmented_flatness_linear": ratio(sums["x²g²"], sums["samples"]),
         "coefficient_key": coefficient,
         "coefficient_key_authors": ratio(sums["active x²g²"], sums["active"]),
         "density_from_flatness": ratio(sums["x²η²"] - sums["marginal x²η²"], sums["entries"] * coefficient),

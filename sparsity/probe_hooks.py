@@ -196,8 +196,9 @@ class LayerProbe:
     def add_activation_gradient(self, call: _Call, gradient: Tensor) -> None:
         """g = ∂L/∂a, (B, …, d_ff), has come."""
         g, scale = call.rows(gradient), self.scale(call)
-        active_g2 = squares(g * call.active) * scale**2
-        sums = {"g²": squares(g).sum() * scale**2, "active g²": active_g2.sum(), "active x²g²": call.x2 @ active_g2}
+        g2, active_g2 = squares(g) * scale**2, squares(g * call.active) * scale**2
+        sums = {"g²": g2.sum(), "x²g²": call.x2 @ g2}
+        sums |= {"active g²": active_g2.sum(), "active x²g²": call.x2 @ active_g2}
         call.sums.key.add(sums)
         if self.probe.histograms:
             call.sums.key.add_vector("all", histogram(g * scale))

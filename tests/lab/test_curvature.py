@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import hessian
+from common import hessian, sharpness
 from common.lab.curvature import curvature_rows, evenly_spaced
 
 
@@ -24,15 +24,17 @@ def test_samples_are_evenly_spaced_over_the_first_ones():
     assert labels.tolist() == [0, 1, 2]  # there are no more
 
 
-def test_rows_are_traces_by_matrix_then_eigenvalue_and_loss():
+def test_rows_are_traces_by_matrix_then_what_is_of_the_whole():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     batches = [(torch.randn(8, 3), torch.randint(2, (8,)))]
     risk = hessian.empirical_risk(model, batches, ["0.weight", "2.weight"])
-    *traces, top, loss = curvature_rows(risk, {"GGN": "fisher"}, probes=2)
+    *traces, top, noisy, adaptive, loss = curvature_rows(risk, {"GGN": "fisher"}, probes=2)
     exact = hessian.per_block(risk, "fisher", 2, 0)
     assert [(row["matrix"], row["metric"]) for row in traces] == [("0.weight", "GGN"), ("2.weight", "GGN")]
     assert [row["value"] for row in traces] == pytest.approx(exact.trace.tolist())
     assert traces[0]["mean_square"] == pytest.approx(model[0].weight.square().mean().item())
     assert top["matrix"] == "all" and top["value"] >= 0.9 * hessian.top_eigenvalues(risk).item()
+    assert noisy["value"] == sharpness.noise_sharpness(risk, draws=2).mean
+    assert adaptive["value"] == sharpness.adaptive_sharpness(risk)
     assert loss["value"] == pytest.approx(nn.functional.cross_entropy(model(batches[0][0]), batches[0][1]).item())

@@ -5,6 +5,7 @@ import math
 import pandas as pd
 import pytest
 
+from common.lab.statistics import Interval
 from sparsity.studies import density_tables
 
 
@@ -50,9 +51,9 @@ def densities(modified, control):
     "inference, training, head, tail",
     [
         (densities(0.05, 0.1), None, "reproduced", "beyond the control"),
-        (densities(0.15, 0.1), None, "direction reproduced", "not certainly beyond the control"),
-        (densities(0.05, 0.04), densities(0.15, 0.1), "direction reproduced", "not certainly beyond the control"),
-        (densities(0.25, 0.1), None, "not reproduced", "not certainly beyond the control"),
+        (densities(0.15, 0.1), None, "direction reproduced", "denser than the control"),
+        (densities(0.05, 0.04), densities(0.15, 0.1), "direction reproduced", "denser than the control"),
+        (densities(0.25, 0.1), None, "not reproduced", "denser than the control"),
     ],
 )
 def test_the_verdict_follows_the_rule(inference, training, head, tail):
@@ -70,3 +71,35 @@ def test_comparison_and_remarks_state_the_change():
     assert math.isnan(against.paper) and against.ours == pytest.approx(-20)
     share = 100 * math.log(0.625) / math.log(0.5)
     assert f"that is {share:.0f} % of the effect" in density_tables.remarks(data)
+
+
+@pytest.mark.parametrize(
+    "low, high, answer",
+    [
+        (-30, -11, "beyond the control"),
+        (-9, -1, "beyond the control, by less than 10 %"),
+        (-9, 9, "equal to the control within 10 %"),
+        (-11, 3, "undecided against the control"),
+        (-3, 11, "undecided against the control"),
+        (1, 4, "equal to the control within 10 %"),
+        (1, 14, "denser than the control"),
+    ],
+)
+def test_no_difference_that_is_seen_is_not_called_equality(low, high, answer):
+    assert density_tables.beside_control(Interval((low + high) / 2, low, high)) == answer
+
+
+def test_training_density_stands_beside_that_of_the_last_tenth():
+    data = table({"vanilla": 0.2})
+    data.loc[(data.split == "train") & (data.step == 200), "value"] *= 0.5
+    final = density_tables.finals(data).set_index("seed")
+    assert final.late_training_density[0] == pytest.approx(0.1) and final.training_density[0] == pytest.approx(0.15)
+
+
+def test_the_controls_share_is_told_seed_by_seed_and_the_change_pooled_over_settings():
+    data = table({"vanilla": 0.2, "modified": 0.1, CONTROL: 0.1})
+    both = density_tables.remarks(pd.concat([data, data.assign(setting="t")]))
+    assert "seed by seed: 100 to 100 % (n = 3)" in both and "(n = 6 pairs, 2 settings): equal" in both
+    nothing = table({"vanilla": 0.2, "modified": 0.2, CONTROL: 0.1})
+    nothing.loc[(nothing.variant == "modified") & (nothing.seed == 0), "value"] *= 1.1
+    assert "the control's share of it means nothing" in density_tables.remarks(nothing)

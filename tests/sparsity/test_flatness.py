@@ -34,7 +34,7 @@ def layer(activation="relu", samples=3, tokens=4, width=5, units=7):
 def sums_of(seen):
     """The sums that the equations take, in loops."""
     sums = {"entries": 0, "tokens": 0, "samples": len(seen["x"]), "active": 0}
-    names = ("x²η²", "active x²η²", "active x²g²", "marginal x²η²", "a²", "z'²", "a²z'²")
+    names = ("x²η²", "x²g²", "active x²η²", "active x²g²", "marginal x²η²", "a²", "z'²", "a²z'²")
     sums |= dict.fromkeys(names, 0.0)
     for sample in range(len(seen["x"])):
         for t in range(seen["x"].shape[1]):
@@ -46,6 +46,7 @@ def sums_of(seen):
             for i in range(len(a)):
                 sums["entries"] += 1
                 sums["x²η²"] += float(x @ x * eta[i] ** 2)
+                sums["x²g²"] += float(x @ x * g[i] ** 2)
                 if a[i] != 0:
                     sums["active"] += 1
                     sums["active x²η²"] += float(x @ x * eta[i] ** 2)
@@ -60,6 +61,8 @@ def test_the_key_identity_gives_the_density(activation):
     assert found["density_from_flatness"] == pytest.approx((seen["a"] != 0).double().mean().item(), rel=1e-12)
     per_token = torch.einsum("bti,btj->btij", seen["η"], seen["x"]).square().sum((2, 3))  # ‖∂L/∂K‖²
     assert found["augmented_flatness_key"] == pytest.approx(per_token.sum(1).mean().item())
+    passed = torch.einsum("bti,btj->btij", seen["g"], seen["x"]).square().sum((2, 3))
+    assert found["augmented_flatness_linear"] == pytest.approx(passed.sum(1).mean().item())
     exact = found["coefficient_key_authors"] == pytest.approx(found["coefficient_key"])
     assert exact == (activation == "relu")
 
@@ -77,7 +80,7 @@ def test_the_value_identity_needs_the_weighted_mean():
 
 def test_marginal_entries_are_taken_from_the_numerator_alone():
     sums = {"entries": 100, "active": 20, "samples": 5, "x²η²": 50.0, "active x²η²": 40.0, "active x²g²": 10.0}
-    found = key_identity(sums | {"marginal x²η²": 10.0})
+    found = key_identity(sums | {"marginal x²η²": 10.0, "x²g²": 60.0})
     assert found["augmented_flatness_key"] == 10 and found["coefficient_key"] == 2
     assert found["density_from_flatness"] == pytest.approx(40 / (100 * 2))
     assert found["coefficient_key_authors"] == 0.5

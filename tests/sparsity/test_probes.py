@@ -88,6 +88,7 @@ class Storage:
                     c0_authors.append(xx[t] * g[t, i] ** 2)
         return found | {
             "augmented_flatness_key": flatness_key,
+            "augmented_flatness_linear": (xx * (g**2).sum(1)).sum() / samples,
             "coefficient_key": np.mean(c0),
             "coefficient_key_authors": np.mean(c0_authors),
             "density_from_flatness": flatness_key / (len(every) / samples * units * np.mean(c0)),
