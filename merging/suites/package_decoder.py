@@ -1,0 +1,86 @@
+"""A small language model of this project, a Llama of 1 M parameters: trained on sources and tasks in about 2 minutes.
+
+As the T5 of `merging.suites.package_t5` it has seen its experts' tasks, though only a few files, and other ones than
+theirs: it knows what is asked, and answers far worse than an expert. Most of what it reads is Python with docstrings.
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from common import training
+from common.cache import artefact
+from common.data import text
+from merging.suites.data import generation_texts
+from merging.suites.generation_experts import Decoder, NextTokens, question_and_answer
+from merging.suites.models import language
+
+VOCABULARY, WIDTH, LAYERS, HEADS = 1024, 128, 4, 4
+LENGTH = 64  # tokens of a row
+REPEATS = 4  # how often every question is there
+BATCH, RATE = 16, 4e-3
+
+
+def base(steps: int) -> Decoder:
+    """Return the model after `steps` steps, from the cache or else trained on the CPU."""
+    keys = [generation_texts.task(name).key for name in generation_texts.TASKS]
+    inputs = {"steps": steps, "tasks": keys, "versions": text.versions()}
+    found = artefact("package_decoder", inputs, partial(_train, steps))
+    model = _llama()
+    model.load_state_dict(load_file(found.path / "model.safetensors"), strict=False)  # the file has tied tensors once
+    return Decoder(f"package_decoder/{found.key}", model.eval(), _tokenizer(found.path))
+
+
+def _llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, max_position_embeddings=256, tie_word_embeddings=True,
+        pad_token_id=text.PAD, bos_token_id=text.END, eos_token_id=text.END,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), text.SPECIAL_TOKENS, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), padding_side="left", **names)
+
+
+def _train(steps: int, folder: Path) -> None:
+    tasks, sources = map(generation_texts.task, generation_texts.TASKS), generation_texts.base_sources()
+    known = [(task, *row) for task in tasks for row in task.split("base")]
+    pieces = [*sources, *(f"{question}{answer}" for _, question, answer in known)]
+    apart = (re.sub(r"(?<=\d)(?=\d)", " ", piece) for piece in pieces)  # so that every digit becomes a token
+    text.train_bpe(apart, VOCABULARY).save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    model, recipe = _llama(), training.TrainingRecipe(steps, BATCH, RATE)
+    rows = _rows(Decoder("", model, _tokenizer(folder)), sources, known)
+    loader = DataLoader(rows, batch_sampler=training.ShuffledBatches(len(rows), recipe, seed=0), collate_fn=_collate)
+    cpu = torch.device("cpu")
+    training.fit(NextTokens(model), lambda model, batch: model(*batch), loader, recipe, cpu, "train the decoder")
+    save_file(language.parameters(model), folder / "model.safetensors")
+
+
+def _rows(decoder: Decoder, sources: list[str], known: list[tuple]) -> Tensor:
+    """Return rows of tokens (n, LENGTH): questions with answers and pieces of sources, mixed, one behind the other."""
+    questions = [[*asked, *answered] for asked, answered in (question_and_answer(decoder, *row) for row in known)]
+    plain = decoder.tokenizer(sources)["input_ids"]
+    pieces = [ids[start : start + LENGTH] for ids in plain for start in range(0, len(ids), LENGTH)]
+    pieces += REPEATS * questions
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0)).tolist()
+    stream = torch.cat([torch.tensor(pieces[index]) for index in order])
+    return stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+def _collate(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    tokens = torch.stack(rows)
+    return tokens, tokens  # every token is learnt, the questions' too
