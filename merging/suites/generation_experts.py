@@ -24,6 +24,7 @@ from merging.suites.models import adapted
 
 EVALUATION_BATCH = 128
 DOCSTRING_TOKENS = 64  # a longer one is cut
+DOCSTRING_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def document_batches(decoder: Decoder, documents: Sequence[str]) -> list[tuple[T
     """Return batches of tokens and targets (B, T) of documents, short ones first."""
     ids = [decoder.tokenizer(words)["input_ids"][:DOCSTRING_TOKENS] for words in documents]
     ids.sort(key=len)
-    return [padded([(row[:1], row[1:]) for row in ids[start : start + 32]]) for start in range(0, len(ids), 32)]
+    starts = range(0, len(ids), DOCSTRING_BATCH)
+    return [padded([(row[:1], row[1:]) for row in ids[start : start + DOCSTRING_BATCH]]) for start in starts]
 
 
 @torch.inference_mode()

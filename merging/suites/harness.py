@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from common import cache
 from common.cache import artefact
 from common.data import hub
@@ -107,10 +109,12 @@ def family_rows(name: str, methods: Sequence[str], seed: int, scoring: Scoring, 
 
     Raises:
         MissingResource: lm-evaluation-harness is not installed, or a repository is not available.
-        ValueError: models that cannot be merged; the message is one line.
+        ValueError: models that cannot be merged, or several processes; the message is one line.
     """
     check_families([name])
     check_installed()
+    if (processes := PartialState().num_processes) > 1:
+        raise ValueError(f"full-size models are merged and scored by one process, not {processes}: start it by python")
     family = FAMILIES[name]
     yield from _rows({"method": "pretrained"}, _right(family.base, scoring, device), scoring)
     experts = {repository: _right(repository, scoring, device) for repository in family.experts}

@@ -18,12 +18,12 @@ from common import training
 from common.cache import artefact
 from common.data import text
 from merging.suites.data import generation_texts
-from merging.suites.generation_experts import Decoder, NextTokens, question_and_answer
+from merging.suites.generation_experts import Decoder, NextTokens, padded, question_and_answer
 from merging.suites.models import language
 
 VOCABULARY, WIDTH, LAYERS, HEADS = 1024, 128, 4, 4
 LENGTH = 64  # tokens of a row
-REPEATS = 4  # how often every question is there
+REPEATS = 16  # how often every question is there
 BATCH, RATE = 16, 4e-3
 
 
@@ -70,17 +70,20 @@ def _train(steps: int, folder: Path) -> None:
     save_file(language.parameters(model), folder / "model.safetensors")
 
 
-def _rows(decoder: Decoder, sources: list[str], known: list[tuple]) -> Tensor:
-    """Return rows of tokens (n, LENGTH): questions with answers and pieces of sources, mixed, one behind the other."""
-    questions = [[*asked, *answered] for asked, answered in (question_and_answer(decoder, *row) for row in known)]
+def _rows(decoder: Decoder, sources: list[str], known: list[tuple]) -> list[tuple[Tensor, Tensor]]:
+    """Return rows of tokens and targets (LENGTH,): questions with answers, and sources, mixed, one behind the other.
+
+    Of a question only the answer is learnt, of a source every token.
+    """
     plain = decoder.tokenizer(sources)["input_ids"]
-    pieces = [ids[start : start + LENGTH] for ids in plain for start in range(0, len(ids), LENGTH)]
-    pieces += REPEATS * questions
+    pieces = [([], ids[start : start + LENGTH]) for ids in plain for start in range(0, len(ids), LENGTH)]
+    pieces += REPEATS * [question_and_answer(decoder, *row) for row in known]
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0)).tolist()
-    stream = torch.cat([torch.tensor(pieces[index]) for index in order])
-    return stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
+    parts = [padded([pieces[index]]) for index in order]
+    tokens, targets = (torch.cat([part[which][0] for part in parts]).split(LENGTH) for which in (0, 1))
+    return list(zip(tokens, targets, strict=True))[:-1]  # the last row is incomplete
 
 
-def _collate(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    tokens = torch.stack(rows)
-    return tokens, tokens  # every token is learnt, the questions' too
+def _collate(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    tokens, targets = zip(*rows, strict=True)
+    return torch.stack(tokens), torch.stack(targets)
