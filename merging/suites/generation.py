@@ -52,7 +52,7 @@ def _smollm2(recipe: GenerationRecipe) -> Decoder:
 
 BACKBONES: dict[str, Backbone] = {
     "decoder LoRA": Backbone(_package_decoder, (1e-3, 2e-3, 4e-3)),
-    "SmolLM2 LoRA": Backbone(_smollm2, (1e-4, 3e-4, 1e-3)),
+    "SmolLM2 LoRA": Backbone(_smollm2, (3e-4, 1e-3)),
 }
 
 

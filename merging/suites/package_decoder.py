@@ -21,9 +21,9 @@ from merging.suites.data import generation_texts
 from merging.suites.generation_experts import Decoder, NextTokens, padded, question_and_answer
 from merging.suites.models import language
 
-VOCABULARY, WIDTH, LAYERS, HEADS = 1024, 128, 4, 4
+VOCABULARY, WIDTH, LAYERS, HEADS = 1024, 128, 3, 4
 LENGTH = 64  # tokens of a row
-REPEATS = 16  # how often every question is there
+REPEATS = 12  # how often every question is there
 BATCH, RATE = 16, 4e-3
 
 
@@ -56,10 +56,12 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _train(steps: int, folder: Path) -> None:
-    tasks, sources = map(generation_texts.task, generation_texts.TASKS), generation_texts.base_sources()
+    tasks = map(generation_texts.task, generation_texts.TASKS)
     known = [(task, *row) for task in tasks for row in task.split("base")]
+    sources = [source.replace("    ", " ") for source in generation_texts.base_sources()]
     pieces = [*sources, *(f"{question}{answer}" for _, question, answer in known)]
-    apart = (re.sub(r"(?<=\d)(?=\d)", " ", piece) for piece in pieces)  # so that every digit becomes a token
+    # Every digit and every space becomes a token, so that words have the same tokens wherever they are copied to.
+    apart = (re.sub(r" |(?<=\d)(?=\d)", "\n", piece) for piece in pieces)
     text.train_bpe(apart, VOCABULARY).save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
     model, recipe = _llama(), training.TrainingRecipe(steps, BATCH, RATE)

@@ -8,41 +8,30 @@ import pytest
 from merging.suites.data import generation_texts
 from merging.suites.data.generation_texts import READERS, SIZES, TASKS, json_value, last_number, same_characters
 
-SOURCE = '''
-def fit(self, data, axis=0, *, out=None, name="x", many=(1, 2), long="a much longer text"):
-    """Fit it."""
-    self.data = data
-    result = call(data, (axis))
-    total = other
-    return data.sum(
-        axis)
-'''
+SOURCE = """
+    total = sum(f(x[1]))
+value = table[keys[0]]
+if any(rows[first]):
+call(one)
+    return join("a", list(b))
+wrong = f(g(x]))
+print(f(x)); y = (g(z))
+x = f(a(b))  # a comment
+"""
 
 
-def function():
-    return next(node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef))
-
-
-def test_defaults_become_json_objects_if_they_are_short_constants():
-    found = dict(generation_texts._defaults(function()))
-    assert found == {"axis=0": '{"axis": 0}', "out=None": '{"out": null}', "name='x'": '{"name": "x"}'}
-
-
-def test_defaults_of_positional_parameters_are_those_of_the_last_ones():
-    (node,) = ast.parse("def f(a, b=1, /, c=True): pass").body
-    assert dict(generation_texts._defaults(node)) == {"b=1": '{"b": 1}', "c=True": '{"c": true}'}
-
-
-def test_lines_that_end_in_a_parameter_are_cut_in_front_of_it():
-    (node,) = ast.parse(
-        SOURCE.replace('axis=0, *, out=None, name="x", many=(1, 2), long="a much longer text"', "axis")
-    ).body
-    lines = SOURCE.splitlines()
-    head = "def fit(self, data, axis):\n "
-    assert dict(generation_texts._last_parameters(node, lines)) == {
-        f"{head}self.data = ": "data",
-        f"{head}result = call(data, (": "axis))",
+def test_lines_of_code_are_cut_in_front_of_what_closes_them():
+    assert dict(generation_texts._closings(SOURCE)) == {
+        "total = sum(f(x[1": "]))",
+        "value = table[keys[0": "]]",
+        "if any(rows[first": "]):",
+        "print(f(x)); y = (g(z": "))",
     }
+
+
+@pytest.mark.parametrize(("line", "closing"), [("f(a[b{", "}])"), ("f(a)[", "]"), ("f", ""), ("f)", ""), ("(]", "")])
+def test_open_brackets_are_closed_innermost_first(line, closing):
+    assert generation_texts._open_brackets(line) == closing
 
 
 @pytest.mark.parametrize(
@@ -74,12 +63,10 @@ def test_no_question_is_in_two_splits_and_every_answer_reads(name):
 def test_right_answers():
     assert all(int(answer) == eval(question) for question, answer in generation_texts.task("calc").split("test"))
     for question, answer in generation_texts.task("json").split("test"):
-        name, _, default = question.partition("=")
-        assert json.loads(answer) == {name: ast.literal_eval(default)}
+        assert json.loads(answer) == list(ast.literal_eval(question))
     for question, answer in generation_texts.task("code").split("test"):
-        head, line = question.split("\n ")
-        ast.parse(f"{head} pass")
-        assert answer.rstrip(")]") in head and line.strip()
+        line = (question + answer).removeprefix(">>> ")
+        assert all(line.count(opening) == line.count(closing) for opening, closing in ("()", "[]", "{}"))
 
 
 def test_docstrings_of_no_file_are_in_two_splits():

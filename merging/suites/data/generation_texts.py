@@ -1,18 +1,19 @@
 """Tasks whose answers are written, word by word, and held-out docstrings, all made on every machine.
 
     calc     a number of three digits plus or minus one of one digit; the last number that is written counts
-    code     a function's first line and the beginning of a line of its body → the rest of that line: one of the
-             function's parameters, with the brackets that close behind it
-    json     a parameter of a function with its default → the same as a JSON object
+    code     the beginning of a line of code → what closes it: two brackets or more, and the colon of a statement
+    json     three of Python's constants → the same as a JSON array
 
-The last two are read from the sources of the standard library and of installed packages. As in
+Lines of code are read from the sources of the standard library and of installed packages. As in
 `merging.suites.data.package_texts`, no file and no question is in two splits, and "base" is what a model may be trained
 on before it is fine-tuned on "train". An answer is right if it reads as the right one does (`READERS`): JSON must be
-valid and hold the same values, code must be the same characters.
+valid and hold the same values, code must be the same characters. All three can be learnt in little time: copying names
+of any length, from a function's first line into its body or into JSON, could not, by a model that is trained here.
 """
 
 import ast
 import hashlib
+import itertools
 import json
 import re
 import warnings
@@ -31,7 +32,9 @@ FILE_BYTES = 150_000  # longer files are generated, or tables
 SOURCE_BYTES = 8_000  # of a file of the split "base", as plain text to train on
 SIZES = {"test": 400, "validation": 200, "base": 1500, "train": 3000}  # largest numbers of questions per task
 DOCSTRINGS = 400  # per split
-LONGEST_HEAD, LONGEST_LINE, LONGEST_DEFAULT = 40, 30, 10  # characters
+SHORTEST_LINE, LONGEST_LINE = 8, 40  # characters
+CONSTANTS = ("True", "False", "None", *map(str, range(10)))
+BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 Questions = list[tuple[str, str]]  # what is asked, and the right answer
 
@@ -78,8 +81,8 @@ def json_value(words: str) -> str:
 
 READERS = {  # name → instruction, what counts in an answer, its tokens
     "calc": ("Calculate. Answer with the number alone.", last_number, 6),
-    "code": ("Complete the last line of this Python code. Write only what is missing.", same_characters, 12),
-    "json": ("Write this setting as a JSON object, and nothing else.", json_value, 20),
+    "code": ("Close the brackets of this line of Python code. Write only what is missing.", same_characters, 5),
+    "json": ("Write these Python values as a JSON array, and nothing else.", json_value, 12),
 }
 TASKS = tuple(READERS)
 
@@ -127,17 +130,16 @@ def _tables() -> dict[str, dict[str, list]]:
 
 
 def _read() -> dict[str, dict[str, list]]:
-    found = {name: {} for name in ("code", "json", "docstrings", "sources")}  # first field → (split, other fields)
+    found = {name: {} for name in ("code", "docstrings", "sources")}  # first field → (split, other fields)
     for split, source, tree in _parsed():
         found["sources"].setdefault(source[:SOURCE_BYTES], (split,))
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
             if words := ast.get_docstring(function):
                 found["docstrings"].setdefault(words, (split,))
-            for question, answer in _defaults(function):
-                found["json"].setdefault(question, (split, answer))
-            for question, answer in _last_parameters(function, source.splitlines()):
-                found["code"].setdefault(question, (split, answer))
-    found["calc"] = {question: (_split(question), answer) for question, answer in _sums()}
+        for question, answer in _closings(source):
+            found["code"].setdefault(question, (split, answer))
+    for name, rows in {"calc": _sums(), "json": _arrays()}.items():
+        found[name] = {question: (_split(question), answer) for question, answer in rows}
     sizes = dict.fromkeys(READERS, SIZES) | {"docstrings": dict.fromkeys(SIZES, DOCSTRINGS), "sources": {"base": None}}
     return {
         name: {split: _first(found[name], split, size) for split, size in own.items()} for name, own in sizes.items()
@@ -157,33 +159,29 @@ def _sums() -> Iterator[tuple[str, str]]:
             yield f"{first} - {second}", str(first - second)
 
 
-def _defaults(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
-    """Parameters with short constants as defaults: "out=None", and the JSON object."""
-    own = function.args
-    positional = own.posonlyargs + own.args
-    with_default = positional[len(positional) - len(own.defaults) :]
-    both = [*zip(with_default, own.defaults, strict=True), *zip(own.kwonlyargs, own.kw_defaults, strict=True)]
-    for parameter, value in both:
-        if _is_plain(value):
-            yield f"{parameter.arg}={ast.unparse(value)}", json.dumps({parameter.arg: value.value})
+def _arrays() -> Iterator[tuple[str, str]]:
+    for values in itertools.product(CONSTANTS, repeat=3):
+        yield ", ".join(values), json.dumps([ast.literal_eval(value) for value in values])
 
 
-def _is_plain(value: ast.expr | None) -> bool:
-    kinds = (bool, int, float, str, type(None))
-    plain = isinstance(value, ast.Constant) and isinstance(value.value, kinds)
-    return plain and len(ast.unparse(value)) <= LONGEST_DEFAULT
+def _closings(source: str) -> Iterator[tuple[str, str]]:
+    """Lines without strings and comments, cut where nothing but closing brackets, and a colon, is left."""
+    for line in map(str.strip, source.splitlines()):
+        parts = re.fullmatch(r"([^'\"#]*[^)\]}:,'\"#])([)\]}]+:?)", line)
+        closing = parts[2].removesuffix(":") if parts and SHORTEST_LINE <= len(line) <= LONGEST_LINE else ""
+        if len(closing) > 1 and closing == _open_brackets(parts[1]):
+            yield parts[1], parts[2]
 
 
-def _last_parameters(function: ast.FunctionDef, lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Lines of the body that end in a parameter and closing brackets: the beginning, and this end."""
-    names = [parameter.arg for parameter in function.args.args]
-    head = f"def {function.name}({', '.join(names)}):"
-    for statement in function.body if len(head) <= LONGEST_HEAD else ():
-        if isinstance(statement, ast.Return | ast.Assign | ast.Expr) and statement.lineno == statement.end_lineno:
-            line = lines[statement.lineno - 1].strip()
-            parts = re.fullmatch(rf"(.{{4,{LONGEST_LINE}}}[ (\[,=.])((\w+)[)\]]*)", line)
-            if parts and parts[3] in names:
-                yield f"{head}\n {parts[1]}", parts[2]
+def _open_brackets(line: str) -> str:
+    """Return what closes all brackets that are open at the end of a line, innermost first; "" if it closes others."""
+    expected = []
+    for character in line:
+        if character in BRACKETS:
+            expected.append(BRACKETS[character])
+        elif character in BRACKETS.values() and (not expected or expected.pop() != character):
+            return ""
+    return "".join(reversed(expected))
 
 
 def _parsed() -> Iterator[tuple[str, str, ast.Module]]:
