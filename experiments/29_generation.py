@@ -19,7 +19,7 @@ Rates    the experts' learning rates are chosen on validation questions, seed 0:
          (merging/suites/learning_rates.py). No merge has a part in it.
 Scores   an answer is decoded greedily and right or wrong: the last number, the same characters, the same JSON value
          (merging/suites/data/generation_texts.py).
-Cost     smoke COST_SMOKE; laptop COST_LAPTOP; workstation COST_WORKSTATION (2 cores); paper: a GPU, not timed.
+Cost     smoke 20 s; laptop 5 min, workstation 2.5 h (2 cores, estimated from timed steps); paper: a GPU, not timed.
 Run      python experiments/29_generation.py --scale laptop
 """
 
@@ -191,14 +191,14 @@ def language_change(data):
 
 DEVIATIONS = (
     "No language pipeline of the paper is public: this is an independent reconstruction.",
-    "Laptop: a Llama of 1 M parameters that was trained here, on the sources of installed packages and on a few of the "
+    "Laptop: a Llama of 0.8 M parameters that was trained here, on the sources of installed packages and on a few of the "
     "tasks' questions; workstation: SmolLM2-135M-Instruct as an installed package has it, whose weights have 4 bits "
     "each (Q4_1), which costs some of its quality. Experts are LoRA on all matrices of the layers.",
     "AlpacaEval needs another model as judge; what merging costs of the language model itself is the perplexity on "
     "held-out docstrings here, which is no substitute for it.",
-    "Three small tasks of our own in place of the paper's benchmarks. They, the length of training and the grid of rates "
-    "were fixed after looks at validation questions: what asks for copying names of any length was tried first, and not "
-    "learnt by a model of this size in the time of a laptop run.",
+    "Three small tasks of our own in place of the paper's benchmarks. They, the length of training and the grid of "
+    "rates were fixed after looks at validation questions: what asks for copying names of any length was tried first, "
+    "and not learnt by a model of this size in the time of a laptop run.",
     "The questions of `code` come from the packages that are installed: other versions give other questions.",
     "TIES and DARE look at single entries and have no factored form: on LoRA they merge the matrices.",
     "Low rank: TSV-M, Iso-C and Iso-CTS follow the rank rule of this library.",

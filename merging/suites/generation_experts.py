@@ -31,14 +31,14 @@ DOCSTRING_BATCH = 16
 class GenerationRecipe:
     """How experts are trained, and on how many questions and docstrings they are scored."""
 
-    steps: int = 150
+    steps: int = 100
     batch_size: int = 32
     rank: int = 8  # of LoRA
-    base_steps: int = 600  # of the decoder that is trained here
+    base_steps: int = 200  # of the decoder that is trained here
     rate_tasks: int = 3  # number of tasks whose validation questions choose the learning rate; 0: it is not chosen
-    validation_questions: int = 64
-    test_questions: int = 120
-    docstrings: int = 64
+    validation_questions: int = 48
+    test_questions: int = 100
+    docstrings: int = 48
 
     def training(self, learning_rate: float) -> training.TrainingRecipe:
         """Return the recipe of an expert; LoRA has no weight decay, as everywhere in this project."""
