@@ -19,7 +19,7 @@ Rates    the experts' learning rates are chosen on validation questions, seed 0:
          (merging/suites/learning_rates.py). No merge has a part in it.
 Scores   an answer is decoded greedily and right or wrong: the last number, the same characters, the same JSON value
          (merging/suites/data/generation_texts.py).
-Cost     smoke 20 s; laptop 5 min, workstation 2.5 h (2 cores, estimated from timed steps); paper: a GPU, not timed.
+Cost     smoke 20 s; laptop 6 min, workstation 2.5 h (2 cores, estimated from timed steps); paper: not timed.
 Run      python experiments/29_generation.py --scale laptop
 """
 
@@ -191,7 +191,7 @@ def language_change(data):
 
 DEVIATIONS = (
     "No language pipeline of the paper is public: this is an independent reconstruction.",
-    "Laptop: a Llama of 0.8 M parameters that was trained here, on the sources of installed packages and on a few of the "
+    "Laptop: a Llama of 0.8 M parameters that was trained here, on sources of installed packages and on a few of the "
     "tasks' questions; workstation: SmolLM2-135M-Instruct as an installed package has it, whose weights have 4 bits "
     "each (Q4_1), which costs some of its quality. Experts are LoRA on all matrices of the layers.",
     "AlpacaEval needs another model as judge; what merging costs of the language model itself is the perplexity on "

@@ -1,7 +1,7 @@
 """A small language model of this project, a Llama of 0.8 M parameters: trained on sources and tasks in half a minute.
 
 As the T5 of `merging.suites.package_t5` it has seen its experts' tasks, though only a few files, and other ones than
-theirs: it knows what is asked, and answers worse than an expert. The rest of what it reads is Python with its docstrings.
+theirs: it knows what is asked, and answers worse than an expert. The rest of what it reads is Python source.
 """
 
 import re

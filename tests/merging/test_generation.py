@@ -13,7 +13,7 @@ from common import evaluation
 from common.data.hub import MissingResource
 from common.models import smollm2
 from merging.adapters import fold_adapter, load_adapter
-from merging.suites import generation, generation_experts
+from merging.suites import generation, generation_experts, package_decoder
 from merging.suites.data.generation_texts import GenerationTask, same_characters
 from merging.suites.generation import GenerationSuite
 from merging.suites.generation_experts import Decoder, GenerationRecipe, Writer, number_of, padded
@@ -155,6 +155,17 @@ def test_a_suite_has_rows_of_answers_and_of_perplexity(expert):
     ]  # fmt: skip
     assert found[1]["gained"] == round(len(QUESTIONS) * (1 - rows[0]["value"] / 100)) and found[1]["lost"] == 0
     assert [row["value"] for row in found[2:]] == [row["value"] for row in rows[2:]]
+
+
+def test_every_digit_and_space_is_a_token_of_the_small_decoder():
+    own = package_decoder.base(2)
+    assert own.tokenizer.tokenize("404 + 17 [") == ["4", "0", "4", "Ġ", "+", "Ġ", "1", "7", "Ġ", "["]
+    ids = own.tokenizer(["axis", " axis"])["input_ids"]
+    assert ids[1][1:] == ids[0]  # the same word, whatever is in front of it
+    tokens, targets = zip(*package_decoder._rows(own, ["x = 1\n" * 50], [(task(), "red", "red")]), strict=True)
+    assert {len(row) for row in (*tokens, *targets)} == {package_decoder.LENGTH}
+    learnt = torch.cat(targets) != -100
+    assert torch.cat(targets)[learnt].equal(torch.cat(tokens)[learnt]) and 0 < learnt.float().mean() < 1
 
 
 def test_an_unknown_backbone_is_named():
