@@ -106,6 +106,38 @@ def load_tokenizer(kind: str, folder: Path, model_id: str, **options: Any) -> An
     return found.from_pretrained(folder, **options)
 
 
+def load_gguf(kind: str, file: Path, model_id: str) -> tuple[nn.Module, Any]:
+    """Load a model, in float32 and evaluation mode, and its tokenizer from a file of llama.cpp's format (GGUF).
+
+    Quantised weights become the numbers that their bits stand for. The package gguf has to be installed.
+
+    Args:
+        kind: a class of transformers, such as "LlamaForCausalLM".
+        file: holds configuration, tokenizer and weights.
+        model_id: what errors call the model.
+
+    Raises:
+        ValueError: it is no such file, or of another kind of model, or lacks tensors of it.
+    """
+    import transformers
+
+    found = getattr(transformers, kind)
+    with _quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        except Exception as error:  # transformers and gguf raise all sorts
+            raise ValueError(f"model {model_id}: {file} is no GGUF file that transformers can read") from error
+        if not isinstance(config, found.config_class):
+            expected = found.config_class.model_type
+            raise ValueError(f"model {model_id} is of type {config.model_type!r}, expected {expected!r}")
+        options = dict(gguf_file=file.name, dtype=torch.float32, output_loading_info=True)
+        model, report = found.from_pretrained(file.parent, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"model {model_id} lacks {len(missing)} tensors of {kind}, the first is {missing[0]}")
+    return model.eval(), tokenizer
+
+
 def check_fits(model_id: str, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
     """Check that an expert has the tensors of its base: the same names and shapes.
 

@@ -1,4 +1,4 @@
-"""LoRA and IA³ adapters on transformers' encoders, T5 and GPT-2: made, and written in peft's format, by peft itself."""
+"""LoRA and IA³ on transformers' encoders, T5, GPT-2 and Llama: made, and written in peft's format, by peft itself."""
 
 import copy
 import re
@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 # Ends of module names in BERT and similar encoders, in T5 and in GPT-2, whose c_attn is query, key and value in one.
 QUERY_VALUE = "query|value|q|v|c_attn"
-KEY_VALUE = "key|value|k|v|c_attn"
-MLP_OUTPUT = r"layer\.\d+\.output\.dense|wo|mlp\.c_proj"  # a BERT's attention has an output.dense too
+LLAMA = "(q|k|v|o|gate|up|down)_proj"  # all matrices of its layers, as is usual for language models
+KEY_VALUE = "key|value|k|v|c_attn|k_proj|v_proj"
+MLP_OUTPUT = r"layer\.\d+\.output\.dense|wo|mlp\.c_proj|down_proj"  # a BERT's attention has an output.dense too
 LORA_SCALE = 2  # α / rank
 
 
 def adapt(model: nn.Module, kind: Literal["lora", "ia3"], rank: int = 8) -> nn.Module:
     """Put an untrained adapter on a model: it computes what it did before, and only the adapter is trainable.
 
-        LoRA   W + 2 B A on queries and values; A (rank, in) is drawn from torch's global generator, B (out, rank) is 0
+        LoRA   W + 2 B A on queries and values, in a Llama on all matrices of its layers; A (rank, in) is drawn from
+               torch's global generator, B (out, rank) is 0
         IA³    keys, values, and the input of each MLP's second matrix, each times a vector; all vectors are 1
 
     Source: Hu et al., arXiv 2106.09685, section 4; Liu et al., arXiv 2205.05638, section 3.3.
@@ -40,7 +42,7 @@ def adapt(model: nn.Module, kind: Literal["lora", "ia3"], rank: int = 8) -> nn.M
     if kind == "lora":
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
-        targets = _matching(QUERY_VALUE, model)
+        targets = _matching(f"{QUERY_VALUE}|{LLAMA}", model)
         config = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets, fan_in_fan_out=transposed)
     elif kind == "ia3":
         targets, inputs = _matching(f"{KEY_VALUE}|{MLP_OUTPUT}", model), _matching(MLP_OUTPUT, model)
@@ -78,5 +80,5 @@ def _matching(ends: str, model: nn.Module) -> str:
     """Return the pattern of the full names with one of these ends, and check that the model has one."""
     pattern = rf"(.*\.)?({ends})"
     if not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
-        raise ValueError(f"{type(model).__name__} has no module named {ends}: adapters know BERT, T5 and GPT-2")
+        raise ValueError(f"{type(model).__name__} has no module named {ends}: adapters know BERT, T5, GPT-2 and Llama")
     return pattern
