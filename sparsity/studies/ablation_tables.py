@@ -27,8 +27,8 @@ DENSITIES = {"density": "test", "training_density": "training, whole run", "late
 _MAIN = (("modified", "vanilla"), ("modified", CONTROL), (CONTROL, "vanilla"))
 _DECISIVE = (
     *_MAIN,
-    *((name, "vanilla") for name in ALONE.values()),
-    *(("modified", name) for name in LEFT_OUT.values()),
+    *((ALONE[name], "vanilla") for name in ALONE),
+    *(("modified", LEFT_OUT[name]) for name in LEFT_OUT),
 )
 PAIRS: dict[str, tuple[tuple[str, str], ...]] = {  # by part: which condition is compared with which
     "plug-ins": (
@@ -42,7 +42,7 @@ PAIRS: dict[str, tuple[tuple[str, str], ...]] = {  # by part: which condition is
         ("MLP norms fixed at 1", "restricted norm alone"),
         ("MLP norms bounded, with bias", "restricted norm alone"),
     ),
-    "2 × 2": tuple((name, "vanilla") for name in list(FACTORS)[1:]),
+    "2 × 2": tuple((name, "vanilla") for name in FACTORS if name != "vanilla"),
     "rates": _MAIN,
     "T5": _MAIN,
     "noise": (

@@ -24,7 +24,8 @@ CONTROL = "vanilla, MLP norms undecayed"
 ALONE = {"restricted norm": "restricted norm alone", "JSReLU": "JSReLU alone", "zeroth bias": "zeroth bias alone"}
 LEFT_OUT = {name: f"all but {name}" for name in ALONE}
 PLUGINS: dict[str, Variant] = {
-    **{name: VARIANTS[name] for name in ("vanilla", "modified", CONTROL, *ALONE.values())},
+    **{name: VARIANTS[name] for name in ("vanilla", "modified", CONTROL)},
+    **{ALONE[name]: VARIANTS[ALONE[name]] for name in ALONE},
     LEFT_OUT["restricted norm"]: replace(MODIFIED, restricted_norm=False),
     LEFT_OUT["JSReLU"]: replace(MODIFIED, activation="relu"),
     LEFT_OUT["zeroth bias"]: replace(MODIFIED, zeroth_bias=False),
