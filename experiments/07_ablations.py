@@ -6,7 +6,8 @@ earlier option of the authors). Rates: every learning rate × batch size of a gr
 images, as in III-B, so that E = Σ rate × decay differs from cell to cell. 2 × 2: JSReLU × zeroth bias without decay, as
 the authors ran it on CIFAR-10. Noise: vanilla networks fine-tuned with noise on their weights, then attacked (FGSM);
 "covering" is the least change of weights that does what the attack does. T5: the authors' schedule at the authors' E of
-0.48, which 05 has not. Norms lifted, in the part on noise, is fine-tuning with nothing else: the control there.
+0.48, which 05 has not. The control, vanilla whose MLP norms do not decay, is in the parts plug-ins, rates and T5; in
+fine-tuning it is the arm whose norms are lifted and nothing else.
 
 Claim    the three plug-ins together reduce density by at least 36 % in inference and 50 % in training, on ImageNet-1K
          and C4; what each contributes is not published, and no figure of these ablations is known to us.

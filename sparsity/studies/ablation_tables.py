@@ -13,8 +13,9 @@ from common.lab import figures
 from common.lab.report import comparison_row
 from common.lab.statistics import Interval, change_from_one, relative_change, spread, with_bounds
 from sparsity.studies import density_tables
-from sparsity.studies.ablations import ALONE, CONTROL, FACTORS, LEFT_OUT, LIFTED, NOISY, TUNED
-from sparsity.studies.density_tables import PAPER, change
+from sparsity.studies.ablations import ALONE, FACTORS, LEFT_OUT, NOISY, TUNED
+from sparsity.studies.density_tables import CONTROL, PAPER, change
+from sparsity.studies.finetuning import LIFTED
 from sparsity.studies.finetuning_tables import relation
 from sparsity.studies.robustness import ATTACK, COVERING, NOISE
 from sparsity.studies.runs import RUN

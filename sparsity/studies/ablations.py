@@ -14,13 +14,14 @@ import torch
 from common.cache import Artefact
 from common.lab.figures import Style
 from common.lab.run import Context
-from sparsity.studies.density_tables import run_rows
+from sparsity.studies import finetuning
+from sparsity.studies.density_tables import CONTROL, run_rows
+from sparsity.studies.finetuning import LIFTED
 from sparsity.studies.measurement import Rows, curve, measure_all, measure_snapshot
 from sparsity.studies.robustness import measure_robustness
 from sparsity.studies.runs import CONTROLS, MODIFIED, VARIANTS, Plan, Run, Variant, plan_setting
 from sparsity.studies.runs import STYLES as RUN_STYLES
 
-CONTROL = "vanilla, MLP norms undecayed"
 ALONE = {"restricted norm": "restricted norm alone", "JSReLU": "JSReLU alone", "zeroth bias": "zeroth bias alone"}
 LEFT_OUT = {name: f"all but {name}" for name in ALONE}
 PLUGINS: dict[str, Variant] = {
@@ -42,14 +43,13 @@ FACTORS: dict[str, Variant] = {  # the authors' 2 × 2 clips no zeroth bias and 
     "zeroth bias": Variant(zeroth_bias=True, clip=None),
     "JSReLU and zeroth bias": Variant("jsrelu", zeroth_bias=True, clip=None),
 }
-LIFTED = "norms lifted"
 NOISY = ", noise"
-TUNED: dict[str, Variant] = {"vanilla": Variant(), LIFTED: Variant(restricted_norm=True), "modified": MODIFIED}
-STYLES = RUN_STYLES | {
+TUNED: dict[str, Variant] = {name: finetuning.ARMS[name] for name in ("vanilla", LIFTED, "modified")}
+STYLES = finetuning.STYLES | RUN_STYLES
+STYLES |= {
     f"{name}{NOISY}": Style(f"{name}, weight noise", colour)
     for name, colour in (("vanilla", "#4D4D4D"), (LIFTED, "#004D40"), ("modified", "#56B4E9"))
 }
-STYLES |= {LIFTED: Style(LIFTED, "#009E73")}
 
 
 def plan_plugins(setting: str, run: Run, names: Iterable[str], seeds: Sequence[int]) -> Plan:

@@ -180,7 +180,7 @@ def runs(part, setting, densities, seeds=3, rate=3e-3, batch=16, decay=2.0):
 
 
 PLUGINS = {
-    "vanilla": 0.2, "modified": 0.1, ablations.CONTROL: 0.11, "restricted norm alone": 0.12, "JSReLU alone": 0.199,
+    "vanilla": 0.2, "modified": 0.1, density_tables.CONTROL: 0.11, "restricted norm alone": 0.12, "JSReLU alone": 0.199,
     "zeroth bias alone": 0.22, "all but restricted norm": 0.2, "all but JSReLU": 0.13, "all but zeroth bias": 0.1,
 }  # fmt: skip
 
@@ -198,7 +198,7 @@ def test_the_head_names_what_helps_alone_and_on_top():
 
 @pytest.mark.parametrize("modified, word", [(0.1, "beyond 36 %"), (0.15, "sparser"), (0.2, "equal"), (0.3, "denser")])
 def test_the_t5_is_judged_by_the_papers_figure(modified, word):
-    text = {"vanilla": 0.2, "modified": modified, ablations.CONTROL: 0.2}
+    text = {"vanilla": 0.2, "modified": modified, density_tables.CONTROL: 0.2}
     rows = runs("plug-ins", "s", PLUGINS) + runs("T5", "t", text)
     assert f"; T5 at low E: {word}. " in ablation_tables.verdict(pd.DataFrame(rows))
 
