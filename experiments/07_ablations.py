@@ -19,7 +19,7 @@ Verdict  with at least 3 seeds of every condition of the plug-ins part (else "no
          T5 "beyond 36 %" if the whole interval of modified against vanilla is below −36 %, else its word. Then the
          comparisons of each part by their words; of rates in how many cells each word holds, and how densities differ
          between cells of the same E. Placement, clip and norms stand in the table of changes.
-Cost     smoke 20 s; laptop 12 min (digits and a small T5); workstation 4 h (glyphs); paper: 16 trainings on ImageNet,
+Cost     smoke 20 s; laptop 12 min (digits and a small T5); workstation 4 h (glyphs); paper: 15 trainings on ImageNet,
          6 fine-tunings, 31 trainings on CIFAR-10 and 3 on C4.
 Run      python experiments/07_ablations.py --scale laptop
 """

@@ -126,7 +126,8 @@ def draw(data: pd.DataFrame) -> dict[str, Figure]:
             names={name: textwrap.fill(name, 16) for name in rows.variant.unique()},
         )  # fmt: skip
         drawn["density_against_decay"] = figures.lines(
-            rows.sort_values("decay", kind="stable"), x="decay", y="percent", by="variant", xscale="log",
+            rows, x="decay", y="percent", by="variant", panel="column", xscale="log",
+            names={size: f"batch size {size}" for size in rows.column.unique()},
             xlabel="E = Σ rate × weight decay", ylabel="density, test data, %",
         )  # fmt: skip
     return drawn | dict(_draw_robustness(data))
@@ -199,7 +200,9 @@ def tables(data: pd.DataFrame) -> dict[str, pd.DataFrame]:
     for split, heading in {ATTACK: "Accuracy under FGSM, %", NOISE: "Accuracy under noise on the weights, %"}.items():
         rows = data[(data.split == split) & (data.metric == "score")]
         if rows.size:
-            found[heading] = _by_size(rows, 255 if split == ATTACK else 1, "ε · 255 = " if split == ATTACK else "")
+            options = (255, "ε · 255 = ") if split == ATTACK else (1, "")
+            found[heading] = _by_size(rows, *options)
+            found[f"{heading}: noise in fine-tuning less none (paired, mean ± sd)"] = _by_size(_gain(rows), *options)
     rows = data[data.split == COVERING]
     if rows.size:
         means = rows.groupby([*RUN, "size", "metric"], sort=False).value.mean().reset_index()
@@ -209,6 +212,13 @@ def tables(data: pd.DataFrame) -> dict[str, pd.DataFrame]:
             wide.rename(columns={"size": "ε · 255"})
         )
     return found
+
+
+def _gain(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return by how much a score is higher where there was noise in fine-tuning, a row per arm, seed and size."""
+    wide = rows.pivot(index=["seed", "size"], columns="variant", values="value")
+    gains = {name: wide[f"{name}{NOISY}"] - wide[name] for name in TUNED}
+    return pd.DataFrame(gains).melt(var_name="variant", ignore_index=False).reset_index()
 
 
 def _by_size(rows: pd.DataFrame, factor: float, prefix: str) -> pd.DataFrame:

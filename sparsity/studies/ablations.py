@@ -45,10 +45,13 @@ FACTORS: dict[str, Variant] = {  # the authors' 2 × 2 clips no zeroth bias and 
 }
 NOISY = ", noise"
 TUNED: dict[str, Variant] = {name: finetuning.ARMS[name] for name in ("vanilla", LIFTED, "modified")}
-STYLES = finetuning.STYLES | RUN_STYLES
-STYLES |= {
-    f"{name}{NOISY}": Style(f"{name}, weight noise", colour)
-    for name, colour in (("vanilla", "#4D4D4D"), (LIFTED, "#004D40"), ("modified", "#56B4E9"))
+STYLES = RUN_STYLES | {
+    LIFTED: Style("norms lifted", "#009E73"),
+    f"vanilla{NOISY}": Style("vanilla, weight noise", "#4D4D4D"),
+    f"{LIFTED}{NOISY}": Style("norms lifted, weight noise", "#004D40"),
+    f"modified{NOISY}": Style("modified, weight noise", "#56B4E9"),
+    "references": Style("vanilla and control", "#D55E00"),
+    "changed": Style("with plug-ins, or norms changed", "#0072B2"),
 }
 
 
