@@ -44,6 +44,7 @@ BRIEFLY = replace(VIT["laptop"]["recipe"], steps=1200, weight_decay=1.25)
 @dataclass(frozen=True)
 class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
+    parts: tuple[str, ...] = ablations.PARTS
     task: ImageTask = VIT["laptop"]["task"]
     recipe: TrainingRecipe = BRIEFLY
     log_every: int = 40
@@ -70,6 +71,8 @@ class Settings:
     def __post_init__(self):
         if unknown := [name for name in self.conditions if name not in ablations.PLUGINS]:
             raise ValueError(f"unknown condition {unknown[0]!r}; there are {', '.join(ablations.PLUGINS)}")
+        if unknown := [part for part in self.parts if part not in ablations.PARTS]:
+            raise ValueError(f"unknown part {unknown[0]!r}; there are {', '.join(ablations.PARTS)}")
         if "vanilla" not in self.conditions:
             raise ValueError("conditions need vanilla, with which the others are compared")
 
@@ -148,16 +151,19 @@ def plan(settings):
     tuning = FineTuning(base, settings.rank, settings.alpha)
     tuned = Run(settings.task, settings.tuning, log_every=settings.log_every, snapshots=2, tuning=tuning)
     text = Run(settings.text, settings.text_recipe, exempt=PROTOCOLS["t5"], log_every=settings.text_log_every)
-    return chain(
-        ablations.plan_plugins(f"{data}, decay {base.recipe.weight_decay:g}", base, settings.conditions, seeds),
-        ablations.plan_factors(f"{factors.task.data}, decay {factors.recipe.weight_decay:g}", factors, seeds),
-        ablations.plan_noise(f"{data}, fine-tuned, noise {settings.noise:g}", tuned, settings.noise, seeds),
-        ablations.plan_text(f"T5, inverse_sqrt, decay {text.recipe.weight_decay:g}", text, seeds),
-        ablations.plan_rates(
+    plans = {
+        "plug-ins": ablations.plan_plugins(
+            f"{data}, decay {settings.recipe.weight_decay:g}", base, settings.conditions, seeds
+        ),
+        "2x2": ablations.plan_factors(f"{factors.task.data}, decay {factors.recipe.weight_decay:g}", factors, seeds),
+        "noise": ablations.plan_noise(f"{data}, fine-tuned, noise {settings.noise:g}", tuned, settings.noise, seeds),
+        "T5": ablations.plan_text(f"T5, inverse_sqrt, decay {text.recipe.weight_decay:g}", text, seeds),
+        "rates": ablations.plan_rates(
             grid_task.data, Run(grid_task, grid, log_every=settings.log_every), settings.rates, settings.batch_sizes,
             settings.rates_variants, seeds,
         ),
-    )  # fmt: skip
+    }  # fmt: skip
+    return chain.from_iterable(plans[part] for part in settings.parts)
 
 
 def same_setting(part):

@@ -43,7 +43,7 @@ PAIRS: dict[str, tuple[tuple[str, str], ...]] = {  # by part: which condition is
         ("MLP norms fixed at 1", "restricted norm alone"),
         ("MLP norms bounded, with bias", "restricted norm alone"),
     ),
-    "2 × 2": tuple((name, "vanilla") for name in FACTORS if name != "vanilla"),
+    "2x2": tuple((name, "vanilla") for name in FACTORS if name != "vanilla"),
     "rates": _MAIN,
     "T5": _MAIN,
     "noise": (
@@ -109,7 +109,7 @@ def draw(data: pd.DataFrame) -> dict[str, Figure]:
     """Return the figures of the parts that the table has."""
     table = results(data)
     drawn = {}
-    for part, stem in {"plug-ins": "density_by_condition", "2 × 2": "density_two_by_two", "T5": "density_t5"}.items():
+    for part, stem in {"plug-ins": "density_by_condition", "2x2": "density_two_by_two", "T5": "density_t5"}.items():
         if (rows := table[table.part == part]).size:
             drawn[stem] = _by_condition(rows)
     if (rows := table[table.part == "plug-ins"]).size:
@@ -153,15 +153,15 @@ def _draw_robustness(data: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     labels = {ATTACK: "ε of the attack, 1/255 of the range", NOISE: "relative noise on the weights"}
     for split, stem in {ATTACK: "attack", NOISE: "noise"}.items():
         rows = data[data.split == split]
+        if rows.empty:
+            continue
         rows = rows.assign(amount=rows["size"] * (255 if split == ATTACK else 1))
         rows = rows.assign(amount=rows.amount.round(6), percent=100 * rows.value)
         options = dict(x="amount", by="variant", xlabel=labels[split])
-        if rows.size:
-            scores, densities = rows[rows.metric == "score"], rows[rows.metric == "density"]
-            yield f"accuracy_under_{stem}", figures.lines(scores, y="value", ylabel="accuracy, %", **options)
-            keys = [*RUN, "amount"]
-            means = densities.groupby(keys, sort=False).percent.mean().reset_index()
-            yield f"density_under_{stem}", figures.lines(means, y="percent", ylabel="density, %", **options)
+        scores, densities = rows[rows.metric == "score"], rows[rows.metric == "density"]
+        yield f"accuracy_under_{stem}", figures.lines(scores, y="value", ylabel="accuracy, %", **options)
+        means = densities.groupby([*RUN, "amount"], sort=False).percent.mean().reset_index()
+        yield f"density_under_{stem}", figures.lines(means, y="percent", ylabel="density, %", **options)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

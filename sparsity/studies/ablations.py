@@ -22,6 +22,7 @@ from sparsity.studies.robustness import measure_robustness
 from sparsity.studies.runs import CONTROLS, MODIFIED, VARIANTS, Plan, Run, Variant, plan_setting
 from sparsity.studies.runs import STYLES as RUN_STYLES
 
+PARTS = ("plug-ins", "2x2", "noise", "T5", "rates")
 ALONE = {"restricted norm": "restricted norm alone", "JSReLU": "JSReLU alone", "zeroth bias": "zeroth bias alone"}
 LEFT_OUT = {name: f"all but {name}" for name in ALONE}
 PLUGINS: dict[str, Variant] = {
@@ -61,8 +62,8 @@ def plan_plugins(setting: str, run: Run, names: Iterable[str], seeds: Sequence[i
 
 
 def plan_factors(setting: str, run: Run, seeds: Sequence[int]) -> Plan:
-    """Yield the runs of the 2 × 2 of JSReLU and zeroth bias; part "2 × 2"."""
-    yield from _part("2 × 2", setting, run, FACTORS, seeds)
+    """Yield the runs of the 2 × 2 of JSReLU and zeroth bias; part "2x2"."""
+    yield from _part("2x2", setting, run, FACTORS, seeds)
 
 
 def plan_text(setting: str, run: Run, seeds: Sequence[int]) -> Plan:

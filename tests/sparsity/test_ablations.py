@@ -252,3 +252,12 @@ def test_noisy_arms_start_from_the_vanilla_network_of_their_seed():
     for labels, run in plan:
         assert run.tuning.start == Run(DIGITS, RECIPE, seed=labels["seed"])
         assert run.variant.noise == (0.05 if labels["variant"].endswith(", noise") else 0)
+
+
+def test_a_table_of_one_part_has_its_figures_and_tables():
+    data = pd.DataFrame(runs("plug-ins", "s", PLUGINS))
+    assert set(ablation_tables.draw(data)) == {"density_by_condition", "density_and_accuracy"}
+    assert all(name.startswith("plug-ins: ") for name in ablation_tables.tables(data))
+    lines = ablation_tables.compare(data, None, lambda part: "no").set_index("quantity")
+    line = lines.loc["change of density (test), %: modified against vanilla; s"]
+    assert line.paper == -36 and line.ours == pytest.approx(-50, abs=0.5) and line.n == 3
