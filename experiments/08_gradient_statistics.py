@@ -274,6 +274,8 @@ DEVIATIONS = (
     "Histograms are over all layers together; exact zeros of g are in no bin, so that a histogram sums to less than "
     "100 % where there are some.",
     "Traces of second moments of gradients are those per token: Σ η² (of η), ‖∂L/∂z‖² (of ∂L/∂z), d_ff · E g² (of g).",
+    "The authors' scripts take gradient density, and the augmented flatness of III-B, of the T5 too: missing here, "
+    "where both are of ViTs alone.",
 )
 
 EXPERIMENT = Experiment(

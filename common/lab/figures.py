@@ -218,8 +218,10 @@ def forest(
     tones = {name: colour(name, position) for position, name in enumerate(conditions)}
     for ax, (title, part) in zip(axes[0], panels, strict=True):
         ax.axvline(level, color=MUTED, linewidth=1, zorder=1)
+        own = {name: [key for key in conditions if key in set(rows)] for name, rows in part.groupby(item)[condition]}
         for row in part.to_dict("records"):
-            below = (conditions.index(row[condition]) + 0.5) / len(conditions) - 0.5
+            beside = own[row[item]]  # the conditions that this item has
+            below = (beside.index(row[condition]) + 0.5) / len(beside) - 0.5
             height = -items.index(row[item]) - 0.6 * below
             tone, decided = tones[row[condition]], row["low"] > level or row["high"] < level
             ax.plot([row["low"], row["high"]], [height, height], color=tone, linewidth=1.6, zorder=2)

@@ -120,6 +120,20 @@ def image_task(settings: ImageTask, device: torch.device) -> Task:
     return _embedded_task(settings, device) if settings.data in EMBEDDED else _hub_task(settings, device)
 
 
+def pixel_range(settings: ImageTask) -> tuple[Tensor, Tensor]:
+    """Return the values of black and of white as the network gets them, each (channels, 1, 1)."""
+    if settings.data in EMBEDDED:
+        ends = torch.tensor([[-1.0], [1.0]])
+    else:
+        ends = torch.tensor([[0.0], [1.0]])
+        if settings.normalised:
+            known = pictures.PICTURES[settings.data]
+            ends = (ends - torch.tensor(known.mean)) / torch.tensor(known.std)
+        ends = ends.expand(2, settings.shape[0])
+    black, white = ends[..., None, None]
+    return black, white
+
+
 def _loss(label_smoothing: float, model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch["images"]), batch["labels"], label_smoothing=label_smoothing)
 

@@ -27,6 +27,8 @@ class Variant:
         exempt: what weight decay leaves alone beside the protocol's own exemptions, as in `parameter_groups`.
         l1: weight, in the training loss, of the mean absolute activation, averaged over MLPs.
         folded: whether fine-tuning starts with the scales of MLP norms moved into the keys: see `fold_norms`.
+        norms: what else is done to MLP norms: see `sparsity.studies.norms_and_noise.change_norms`.
+        noise: on the weights of all linears in training: see `sparsity.studies.norms_and_noise.weight_noise`.
     """
 
     activation: str | None = "relu"
@@ -37,6 +39,8 @@ class Variant:
     exempt: tuple[str, ...] = ()
     l1: float = 0.0
     folded: bool = False
+    norms: str = "free"
+    noise: float = 0.0
 
 
 MODIFIED = Variant("jsrelu", zeroth_bias=True, restricted_norm=True)

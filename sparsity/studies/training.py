@@ -26,6 +26,7 @@ from sparsity.probes import probe
 from sparsity.studies.distillation import Distillation, distillation_task
 from sparsity.studies.images import ImageTask, image_task
 from sparsity.studies.lora import adapt
+from sparsity.studies.norms_and_noise import change_norms, weight_noise
 from sparsity.studies.runs import Run, Variant
 from sparsity.studies.span_corruption import SpanCorruption, span_corruption_task
 from sparsity.studies.task import Batch, Task
@@ -58,7 +59,8 @@ def build(task: Task, run: Run, start: Mapping[str, Tensor] | None = None) -> nn
         fold_norms(model, lambda model: task.score(model, _on_cpu(example))[0])
     tuning, steps = run.tuning, run.recipe.steps
     if tuning is None:
-        return _plug_in(model, run.variant)
+        uplift = 1 if run.variant.norms == "bounded, with bias" else 0  # so that the biases stay
+        return change_norms(_plug_in(model, run.variant, uplift=uplift), run.variant.norms)
     return adapt(_plug_in(model, run.variant, tuning.mixing * steps, tuning.uplift * steps), tuning.rank, tuning.alpha)
 
 
@@ -123,11 +125,12 @@ def _train(
 
     def loss(prepared: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         recorder.see(task.masks(batch) if task.masks else None)
-        if not run.variant.l1:
-            return task.loss(prepared, batch)
-        with _absolute_activations(model) as means:
-            value = task.loss(prepared, batch)
-        return value + run.variant.l1 * torch.stack(means).mean()
+        with weight_noise(model, run.variant.noise):
+            if not run.variant.l1:
+                return task.loss(prepared, batch)
+            with _absolute_activations(model) as means:
+                value = task.loss(prepared, batch)
+            return value + run.variant.l1 * torch.stack(means).mean()
 
     groups = partial(parameter_groups, weight_decay=run.recipe.weight_decay, exempt=run.exempt + run.variant.exempt)
     training.fit(

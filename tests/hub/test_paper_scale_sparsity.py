@@ -1,4 +1,4 @@
-"""experiments/03 to 06 at `--scale paper`, offline, on repositories of the true format: from download to table.
+"""experiments/03 to 07 at `--scale paper`, offline, on repositories of the true format: from download to table.
 
 Data, recipe, variants and every line of code are the paper scale's; steps, batches and widths are not.
 """
@@ -123,6 +123,42 @@ def test_finetuning_of_t5_on_c4(hub, monkeypatch):
     )
     check_finetuning(data, arms)
     assert {name.split(".")[0] for name in data.layer.unique()} == {"encoder", "decoder", "all"}
+
+
+def test_ablations_on_imagenet_cifar10_and_c4(hub, monkeypatch):
+    monkeypatch.setattr(c4, "SHARD_DOCUMENTS", SHARD)
+    write_pictures(hub, "imagenet")
+    write_pictures(hub, "cifar10")
+    write_model(hub)
+    train = [c4.shard_name("train", shard) for shard in c4.Documents("train", COUNT).shards]
+    write_shards(hub, [*train, c4.shard_name("validation", 0), c4.shard_name("validation", 1)], SHARD)
+    paper = load_experiment(EXPERIMENTS / "07_ablations.py").scales["paper"]
+    small, brief = dict(width=16, depth=2, heads=2, pixels=32), dict(steps=2, batch_size=12, precision="no", stairs=0)
+    assert paper.noise == 0.05 and paper.epsilons == (0, 1 / 255) and paper.text.model == MODEL
+    experiment = shrunk(
+        "07_ablations.py",
+        task=replace(paper.task, **small),
+        recipe=replace(paper.recipe, **brief),
+        log_every=1,
+        conditions=("vanilla", "modified", "MLP norms fixed at 1", "MLP norms bounded, with bias"),
+        rates=paper.rates[:2],
+        batch_sizes=(6, 12),
+        rates_task=replace(paper.rates_task, **small),
+        rates_recipe=replace(paper.rates_recipe, **brief),
+        rates_variants=("vanilla",),
+        factors_task=replace(paper.factors_task, **small),
+        factors=replace(paper.factors, **brief),
+        tuning=replace(paper.tuning, **brief),
+        rank=2,
+        text=replace(paper.text, length=32, documents=COUNT, evaluation_rows=10),
+        text_recipe=replace(paper.text_recipe, steps=2, batch_size=6),
+        text_log_every=1,
+    )
+    data = table(experiment, hub)
+    assert set(data.part) == {"plug-ins", "2x2", "noise", "T5", "rates"}
+    assert data[data.part == "rates"].setting.nunique() == 4 and data[data.part == "noise"].variant.nunique() == 6
+    assert data[data.split == "test, FGSM"].groupby("size").variant.nunique().to_dict() == {0: 6, 0.00392157: 6}
+    assert data[data.metric.isin(["density", "covered, keys"])].value.between(0, 1.001).all()
 
 
 REPOSITORY = "timm/deit_base_patch16_224.fb_in1k"
