@@ -51,7 +51,7 @@ def _smollm2(recipe: GenerationRecipe) -> Decoder:
 
 
 BACKBONES: dict[str, Backbone] = {
-    "decoder LoRA": Backbone(_package_decoder, (1e-3, 3e-3, 6e-3)),
+    "decoder LoRA": Backbone(_package_decoder, (1e-3, 2e-3)),
     "SmolLM2 LoRA": Backbone(_smollm2, (3e-4, 1e-3)),
 }
 

@@ -1,14 +1,13 @@
 """Tasks whose answers are written, word by word, and held-out docstrings, all made on every machine.
 
-    calc     a number of three digits plus or minus one of one digit; the last number that is written counts
+    calc     a number of three digits plus or minus 1, 2 or 3; the last number that is written counts
     code     the beginning of a line of code → what closes it: two brackets or more, and the colon of a statement
     json     three of Python's constants → the same as a JSON array
 
 Lines of code are read from the sources of the standard library and of installed packages. As in
 `merging.suites.data.package_texts`, no file and no question is in two splits, and "base" is what a model may be trained
 on before it is fine-tuned on "train". An answer is right if it reads as the right one does (`READERS`): JSON must be
-valid and hold the same values, code must be the same characters. All three can be learnt in little time: copying names
-of any length, from a function's first line into its body or into JSON, could not, by a model that is trained here.
+valid and hold the same values, code must be the same characters. All three can be learnt in little time.
 """
 
 import ast
@@ -154,7 +153,7 @@ def _first(found: Mapping[str, tuple], split: str, limit: int | None) -> list[li
 
 def _sums() -> Iterator[tuple[str, str]]:
     for first in range(100, 1000):
-        for second in range(1, 10):
+        for second in range(1, 4):
             yield f"{first} + {second}", str(first + second)
             yield f"{first} - {second}", str(first - second)
 
