@@ -19,7 +19,7 @@ Verdict  with at least 3 seeds of every condition of the plug-ins part (else "no
          T5 "beyond 36 %" if the whole interval of modified against vanilla is below −36 %, else its word. Then the
          comparisons of each part by their words; of rates in how many cells each word holds, and how densities differ
          between cells of the same E. Placement, clip and norms stand in the table of changes.
-Cost     smoke 20 s; laptop 9 min (digits, a small T5, no rates); workstation 4 h (glyphs, all parts); paper: 15
+Cost     smoke 20 s; laptop 7 min (digits, without rates and T5); workstation 4 h (glyphs, all parts); paper: 15
          trainings on ImageNet, 6 fine-tunings there, 31 trainings on CIFAR-10 and 3 on C4.
 Run      python experiments/07_ablations.py --scale laptop
 """
@@ -44,7 +44,7 @@ BRIEFLY = replace(VIT["laptop"]["recipe"], steps=1200, weight_decay=1.25)
 @dataclass(frozen=True)
 class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
-    parts: tuple[str, ...] = ("plug-ins", "2x2", "noise", "T5")  # of ablations.PARTS
+    parts: tuple[str, ...] = ("plug-ins", "2x2", "noise")  # of ablations.PARTS
     task: ImageTask = VIT["laptop"]["task"]
     recipe: TrainingRecipe = BRIEFLY
     log_every: int = 40
