@@ -23,7 +23,8 @@ Starts   beside it, what three scales of Task Arithmetic that need no data cost 
          average's 1/K, norm matching's), in points of mean accuracy, tasks left out for the intervals. Such a scale is
          A GOOD START if its interval lies above −1.5 points, as in experiment 22, in every group.
 Seeds    those of the experts; ρ is the mean over them. One seed speaks of these experts only.
-Cost     smoke 15 s, laptop 10 min (2 cores, 5 of them training), workstation 5 h (2 cores, estimated), paper not timed.
+Cost     smoke 20 s; laptop 9 min, 5 of them training (2 cores, estimated from processor time on a busy machine);
+         workstation 15 h (2 cores, estimated); paper: not timed.
 Run      python experiments/32_predicting_interference.py --scale laptop
 """
 
@@ -72,7 +73,7 @@ GLYPHS = ("glyph-96", "glyph-128", "glyph-96 own domains")
 WORKSTATION = TextRecipe(steps=120, rate_tasks=4, probe_texts=3000, validation_texts=100, test_texts=400)  # 27's
 
 SCALES = {
-    "smoke": Settings(backbones=("glyph-32",), suites=(5,), sizes=(2, 3), most=5, parts=1, recipe=vision.SMOKE),
+    "smoke": Settings(backbones=("glyph-32",), suites=(5,), sizes=(2,), parts=1, recipe=vision.SMOKE),
     "laptop": Settings(),
     "workstation": Settings((0, 1, 2), GLYPHS, (20,), SIZES, 70, language=("MiniLM",), texts=WORKSTATION),
     "paper": Settings(backbones=("ViT-B/32",), suites=(8,), sizes=(2, 4, 8), most=70),
