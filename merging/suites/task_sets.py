@@ -37,7 +37,7 @@ TARGETS = {  # in words; merger: Task Arithmetic, whose own scale is 0.3 Σ τ_i
     DROP_AVERAGE: "mean accuracy lost by the average, % of the experts'",
     GAIN_OWN: "Task Arithmetic + SVC − Task Arithmetic, own scales, points",
     GAIN_TUNED: "Task Arithmetic + SVC − Task Arithmetic, both tuned, points",
-    TUNED: "tuned factor of Σ τ_i",
+    TUNED: "tuned factor of the sum of updates",
 }
 STARTS = {  # scales that need no data, by the row of a comparison: accuracy there − at the tuned scale, points
     "norm-matched": BASE_WHOLE,

@@ -210,7 +210,7 @@ def test_the_verdict_follows_the_rule(planted, tasks, expected):
     text = EXPERIMENT.verdict(data)
     assert text.startswith(expected)
     if planted and tasks == 12:
-        assert f"B, pairs of 12, 2 seeds: drop, own scale by nothing; drop, tuned scale by {planted} 0." in text
+        assert f"B, pairs of 12, 2 seeds: drop, tuned scale by {planted} 0." in text
     if tasks == 12:
         assert text.endswith("Good starts without data: none.")  # costs of several points either way, in the table
 
