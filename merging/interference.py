@@ -85,7 +85,7 @@ def features(
         INTERFERENCE: own[INTERFERENCE],
         LARGEST_COUNT: own[LARGEST_COUNT],
         CONFLICT: sign_conflict(task_vectors),
-        MATCHED: float(norms.mean() / products.sum().sqrt()),
+        MATCHED: matched_scale(products),
     }
 
 
@@ -113,6 +113,22 @@ def inner_products(task_vectors: Sequence[TaskVector]) -> Tensor:
         flat = torch.stack([task[name].flatten().double() for task in task_vectors])  # (K, n), one tensor at a time
         found += (flat @ flat.T).cpu()
     return found
+
+
+def matched_scale(products: Tensor) -> float:
+    """Return the factor of Σ τ_i at which it has the mean norm of the τ_i, (1/K) Σ_i ‖τ_i‖ / ‖Σ_i τ_i‖.
+
+    It is norm matching by one number (merging.norm_matching), known before anything is merged.
+
+    Args:
+        products: <τ_i, τ_j>, (K, K).
+
+    Returns:
+        the factor, NaN where the updates cancel or nothing moves.
+    """
+    squares, total = products.diagonal(), float(products.sum())
+    cancels = total <= 1e-12 * float(squares.sum())  # the rest is rounding
+    return math.nan if cancels else float(squares.sqrt().mean()) / math.sqrt(total)
 
 
 @torch.no_grad()
