@@ -7,6 +7,7 @@ every matrix once, whatever its size; interference and energy are sums over all 
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,15 @@ def calibrated_matrices(diagnoses: Mapping[str, Diagnosis]) -> dict[str, Diagnos
         if seen.treatment == "calibrated":
             layers.append((int(block[1]) if block else math.inf, f"block {block[1]} {tail}" if block else tail, seen))
     return {layer: seen for _, layer, seen in sorted(layers, key=lambda entry: entry[0])}
+
+
+def without_null_directions(seen: Diagnosis) -> Diagnosis:
+    """Return the diagnosis of a matrix without the directions beyond its rank (most of them, if it comes from LoRA)."""
+    kept = {
+        name: getattr(seen, name)[..., : seen.rank]
+        for name in ("singular_values", "coefficients", "max_coefficient", "gamma", "energy", "interference")
+    }
+    return replace(seen, inflation=seen.inflation[: seen.rank], **kept)
 
 
 def tenths(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from common.lab import figures
-from merging.command import page
+from merging.command import findings, page
 from merging.command.plan import Plan
 from merging.command.recipe import public_name
 from merging.command.shards import write_text
@@ -192,7 +192,8 @@ class Report:
             + ", ".join(f"{name} {_number(100 * relative[i])} % overall" for i, name in enumerate(names)),
             "Size of the updates by layer, in % of the base's norm",
         )  # fmt: skip
-        return page.section("How far the experts moved", page.beside(page.paragraph(words), drawn), shown)
+        said = page.paragraph(words) + (page.paragraph(advised) if (advised := findings.advice(self.moves)) else "")
+        return page.section("How far the experts moved", page.beside(said, drawn), shown)
 
     def _left_out(self) -> str:
         remarks = list(self.remarks)

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from common import evaluation
 from common.cache import Artefact, artefact
+from merging.interference import update_norms
 from merging.suites import text_experts
 from merging.suites.data.text_tasks import TextTask
 from merging.suites.models import adapted, language
-from merging.suites.testbed import LARGEST, update_norms
+from merging.suites.testbed import LARGEST
 from merging.suites.text_experts import Base, FineTuning, TextRecipe, Tuned
 from merging.task_vectors import task_vector
 

@@ -16,28 +16,26 @@ of unrelated updates with the same spectra: without over-accumulation there is n
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pandas as pd
-import torch
 
 from common.cache import cached_rows
 from common.lab.statistics import spread
-from merging.calibration import Diagnosis, diagnose
-from merging.diagnosis import calibrated_matrices, totals
+from merging.calibration import diagnose
+from merging.diagnosis import calibrated_matrices, totals, without_null_directions
+from merging.interference import NORM as UPDATE_NORM
+from merging.interference import update_norms
 from merging.mergers import plain_sum, task_arithmetic
 from merging.suites import comparison
 from merging.suites.comparison import BASE, BASE_TUNED
-from merging.suites.suite import Rows, State, Suite
+from merging.suites.suite import Rows, Suite
 from merging.unrelated import unrelated
 
 LINEAR, SUM, CHANCE = task_arithmetic.__name__, plain_sum.__name__, "unrelated"  # as they are called in tables
 GAIN = 2.0  # points that Task Arithmetic must gain over the pretrained model
 LARGEST = 20.0  # % of the base's norm that every expert's update must stay below
-UPDATE_NORM = "update norm, % of the base's"
 DIAGNOSIS = {"s, top tenth": "s, top tenth", "inflation, largest σ": "inflation", "interference": "interference"}
 PLACE = ["backbone", "suite"]
 
@@ -63,28 +61,6 @@ def _rows(suite: Suite, seed: int) -> Rows:
         known = totals(map(without_null_directions, found.values()))
         for metric in DIAGNOSIS:
             yield dict(method=method, svc="none", metric=metric, value=known[metric])
-
-
-def update_norms(pretrained: State, updates: Iterable[State]) -> list[float]:
-    """Return ‖τ_i‖ / ‖θ_pre‖ in % for each expert, over the tensors that some expert changed."""
-    updates = list(updates)
-    changed = [name for name in updates[0] if any(update[name].any() for update in updates)]
-    base = _norm(pretrained, changed)
-    return [100 * _norm(update, changed) / base for update in updates]
-
-
-def _norm(state: State, names: Iterable[str]) -> float:
-    norms = [torch.linalg.vector_norm(state[name], dtype=torch.float64) for name in names]
-    return float(torch.stack(norms).norm()) if norms else 0.0
-
-
-def without_null_directions(seen: Diagnosis) -> Diagnosis:
-    """Return the diagnosis of a matrix without the directions beyond its rank (most of them, if it comes from LoRA)."""
-    kept = {
-        name: getattr(seen, name)[..., : seen.rank]
-        for name in ("singular_values", "coefficients", "max_coefficient", "gamma", "energy", "interference")
-    }
-    return replace(seen, inflation=seen.inflation[: seen.rank], **kept)
 
 
 # Reading the table ---------------------------------------------------------------------------------------------------

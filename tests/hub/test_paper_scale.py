@@ -1,4 +1,4 @@
-"""experiments/22 at `--scale paper`, offline, on repositories of the true format: from download to table."""
+"""experiments/22 and 32 at `--scale paper`, offline, on repositories of the true format: from download to table."""
 
 import json
 import os
@@ -17,17 +17,20 @@ from common.lab.results import load
 from merging.suites.data.vision_tasks import VISION_TASKS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "22_vision_merging.py"
+PREDICTION = SCRIPT.with_name("32_predicting_interference.py")
 
 
 # what `accelerate launch --multi_gpu` does, on CPUs; `accelerate launch --cpu` starts one process
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def run(hub: Path, scratch: Path, *more: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess:
+def run(
+    hub: Path, scratch: Path, *more: str, launcher: Sequence[str] = (), script: Path = SCRIPT
+) -> subprocess.CompletedProcess:
     flags = ["--scale", "paper", "--device", "cpu", "--jobs", "1", "--results-dir", str(scratch / "results"), *more]
     variables = environment(hub) | {"EXPERIMENTS_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1"}
     variables["HF_DATASETS_CACHE"] = str(scratch / "datasets")
-    command = [sys.executable, *launcher, str(SCRIPT), *flags]
+    command = [sys.executable, *launcher, str(script), *flags]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, timeout=900)
 
 
@@ -44,6 +47,17 @@ def test_the_eight_task_table(true_hub, tmp_path):
     # the experts of the fake hub share a direction, so they move the predictions of the base
     own = scored[scored.method.isin(["pretrained", "expert"])].pivot(index="task", columns="method", values="value")
     assert (own.expert != own.pretrained).any()
+
+
+def test_pairs_of_hub_experts_have_features_and_outcomes(true_hub, tmp_path):
+    done = run(true_hub, tmp_path, "--suites", "4", "--sizes", "2", "--parts", "1", script=PREDICTION)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "results" / PREDICTION.stem).iterdir()
+    data = load(folder)
+    assert set(data.backbone) == {"ViT-B/32"} and data.set.nunique() == 6 and (data.tasks == 2).all()
+    features = data[data.kind == "feature"].pivot(index="set", columns="metric", values="value")
+    assert features.notna().all(axis=None) and (features.cosine > 0.01).all()  # the fake experts share a direction
+    assert "not run at this scale" in (folder / "README.md").read_text()  # four tasks are too few for the rule
 
 
 def test_two_processes_score_every_image_once(true_hub, tmp_path):

@@ -11,11 +11,14 @@ from models_on_disk import content, experts_of, in_fork, killed, models, saved, 
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
+from common.lab.results import RESULTS, load
 from merging import MERGERS, diagnose, diagnosis, task_vector
 from merging.calibration import published_alpha
+from merging.command import findings
 from merging.command.main import main, merge
 from merging.command.recipe import Recipe
 from merging.command.report import places
+from merging.suites import prediction
 from merging.unrelated import Unrelated
 
 PAPER = "https://arxiv.org/abs/2602.05536"
@@ -156,6 +159,33 @@ def adapters(tmp_path, config):
                 parameter.data += 0.3 * torch.randn(parameter.shape)
         model.save_pretrained(tmp_path / f"a{index}")
     return where, (str(tmp_path / "a0"), str(tmp_path / "a1"))
+
+
+def test_it_advises_the_scale_at_which_the_sum_has_the_norm_of_the_experts(tmp_path):
+    base, own, where, others = layered(tmp_path)
+    merge(Recipe(where, others, "task_arithmetic", report=True), tmp_path / "out")
+    text, _ = report_of(tmp_path / "out" / "report")
+    updates = [torch.cat([(expert[name] - base[name]).double().flatten() for name in base]) for expert in own]
+    scale = float(sum(update.norm() for update in updates) / len(updates) / sum(updates).norm())
+    assert f"multiplied by {scale:.2g}, the sum" in text
+
+    merge(Recipe(where, others[:1], "task_arithmetic", report=True), tmp_path / "one")
+    assert "Where to start" not in report_of(tmp_path / "one" / "report")[0]
+
+
+def test_updates_that_cancel_have_no_scale_to_start_at():
+    assert findings.advice([{"products": [[1.0, -1.0], [-1.0, 1.0]]}]) == findings.advice([]) == ""
+    assert "multiplied by 0.5, the sum" in findings.advice([{"products": [[1.0, 1.0], [1.0, 1.0]]}])
+
+
+def test_what_is_advised_is_what_the_committed_run_measured():
+    data = load(RESULTS / "32_predicting_interference" / "laptop")
+    costs = prediction.starts(data).set_index(["group", "scale"]).loc[("glyph-96, 2 to 8 tasks", "norm-matched")]
+    mean, low, high = (f"{costs[name]:.1f}" for name in ("mean", "low", "high"))
+    eight = data[(data.metric == "norm-matched") & (data.tasks == 8)].value.mean()
+    text = findings.advice([{"products": [[1.0, 0.0], [0.0, 1.0]]}])
+    assert f"it scored {mean} points [{low}, {high}] above" in text and f"and {-eight:.1f} below it in the mean" in text
+    assert set(data.tasks) == {2, 4, 8} and data.seed.nunique() == 1
 
 
 @pytest.mark.parametrize("config, count", [
