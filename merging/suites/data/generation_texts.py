@@ -32,7 +32,7 @@ SOURCE_BYTES = 8_000  # of a file of the split "base", as plain text to train on
 SIZES = {"test": 400, "validation": 200, "base": 1500, "train": 3000}  # largest numbers of questions per task
 DOCSTRINGS = 400  # per split
 SHORTEST_LINE, LONGEST_LINE = 8, 40  # characters
-CONSTANTS = ("True", "False", "None", *map(str, range(10)))
+CONSTANTS = ("True", "False", "None", *"0123456789")
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 Questions = list[tuple[str, str]]  # what is asked, and the right answer
