@@ -40,7 +40,7 @@ from common.lab import figures
 from common.lab.curvature import curvature_rows, evenly_spaced
 from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
-from common.lab.statistics import Interval, relative_change, spread
+from common.lab.statistics import relative_change, spread
 from common.training import TrainingRecipe
 from merging import MERGERS, apply, calibrate, mergers, tuning
 from merging.calibration import SVC_MATRICES, published_alpha
@@ -227,7 +227,10 @@ def merging_table(data):
 
 
 def changes(data):
-    """By how many % SVC changes each measure, by backbone, suite, merger and rule; paired by seed and task."""
+    """By how many % SVC changes each measure, by backbone, suite, merger and rule; paired by seed and task.
+
+    Noise can lower a loss: pairs in which a sharpness is not above 0 have no relative change, and are left out.
+    """
     table, found = merging_table(data), []
     merged = table[table.method.isin(MERGERS)]
     for (backbone, suite, method, rule), part in merged.groupby(
@@ -235,9 +238,13 @@ def changes(data):
     ):
         for measure in MEASURES:
             cells = part.pivot(index=["seed", "task"], columns="svc", values=measure)
-            change = relative_change(cells["none"], cells["output"])
+            positive = cells[(cells > 0).all(axis=1)]
+            if positive.empty:
+                continue
+            change = relative_change(positive["none"], positive["output"])
+            text = f"{change}" if len(positive) == len(cells) else f"{change} ({len(positive)} of {len(cells)} pairs)"
             labels = dict(backbone=backbone, suite=suite, method=method, scale_rule=rule, measure=measure)
-            found.append(labels | dict(mean=change.mean, low=change.low, high=change.high))
+            found.append(labels | dict(mean=change.mean, low=change.low, high=change.high, text=text))
     return pd.DataFrame(found)
 
 
@@ -327,9 +334,12 @@ def tables(data):
         for variant, part in last.groupby("variant", sort=False)
     ]
     change = changes(data)
-    change = change.assign(text=[str(Interval(*row)) for row in change[["mean", "low", "high"]].to_numpy()])
     keys = ["backbone", "suite", "method", "scale_rule"]
-    wide = change.pivot(index=keys, columns="measure", values="text").loc[:, list(MEASURES)].rename(columns=MEASURES)
+    wide = (
+        change.pivot(index=keys, columns="measure", values="text")
+        .reindex(columns=list(MEASURES))
+        .rename(columns=MEASURES)
+    )
     order = list(dict.fromkeys(zip(*(change[key] for key in keys), strict=True)))
     return {
         "Spearman's correlation over the snapshots of a run (mean ± sd over seeds)": rho.reset_index(),
@@ -404,6 +414,8 @@ DEVIATIONS = (
     "Curvature is that of the test loss in evaluation mode, on a few dozen images, not of the training loss.",
     "That density was to follow the raw GGN trace was the rule at first; it was changed when numbers were known, as "
     "the raw trace depends on the scale of the weights, which training changes.",
+    "Noise on the weights lowers the loss of some models on a few dozen images: pairs in which a sharpness is not "
+    "above 0 are left out of its relative change, which then says how many are left.",
     "Weight decay is not part of the loss: its curvature would add a constant to every eigenvalue.",
     "Hessian traces are estimates (random signs); their errors are in the table. GGN and Fisher traces are exact at "
     "laptop and workstation scale.",
