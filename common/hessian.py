@@ -28,9 +28,9 @@ import torch
 from curvlinops.papyan2020traces.spectrum import lanczos_approximate_spectrum
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import grad, jvp, vjp, vmap
 
-from common.risk import Batch, Risk, empirical_risk, mean_loss, measuring, model_logits
+from common.risk import Batch, Risk, empirical_risk, mean_loss, measuring, model_logits, predict_with
 
 __all__ = ["EXACT", "KINDS", "Estimate", "Risk", "empirical_risk", "mean_loss", "model_logits", "per_block",
            "spectral_density", "top_eigenvalues", "trace", "xtrace"]  # fmt: skip
@@ -219,7 +219,7 @@ def _squared_gradients(risk: Risk, kind: str, draws: int, generator: torch.Gener
     total = torch.zeros(draws if kind == "sampled_fisher" else 1, len(risk.parameters), dtype=torch.float64)
     for batch in risk.data:
         for sample in _split(risk, batch):
-            logits, pull = vjp(partial(_functional, risk, sample), risk.parameters)  # (n, C)
+            logits, pull = vjp(partial(predict_with, risk, sample), risk.parameters)  # (n, C)
             if kind == "sampled_fisher":
                 total += _squares(pull, _drawn(logits, draws, generator), at_once)
                 continue
@@ -248,11 +248,6 @@ def _split(risk: Risk, batch: Batch) -> Iterator[Batch]:
         else:
             kept = labels.flatten() if ignored is None else labels[labels != ignored]
         yield replace(batch, inputs=part(batch.inputs, index), labels=labels, kept=kept, count=len(kept))
-
-
-def _functional(risk: Risk, batch: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
-    named = {f"model.{name}": parameter for name, parameter in parameters.items()}
-    return functional_call(risk.network, named, (batch,))
 
 
 def _squares(pull: Callable, vectors: Tensor, at_once: int) -> Tensor:
@@ -398,7 +393,7 @@ class _Curvature:
     def _product(self, batch: Batch, generator: torch.Generator) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         """Return the map from a vector to the product of one batch's matrix with it."""
         risk, parameters = self.risk, {name: one.detach() for name, one in self.risk.parameters.items()}
-        predict = partial(_functional, risk, batch)
+        predict = partial(predict_with, risk, batch)
         if self.kind == "hessian":
             # Two backward passes: the matrix is symmetric. Forward derivatives through a Jacobian are wrong in torch's
             # fused norms; those of a gradient are right, but run the model again for each vector.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Inputs = Tensor | Mapping[str, Any]
@@ -187,8 +188,15 @@ def measuring(risk: Risk) -> Iterator[None]:
             module.training = mode
 
 
+def predict_with(risk: Risk, batch: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return what the network predicts of a batch with some of its parameters replaced, by their names."""
+    named = {f"model.{name}": parameter for name, parameter in parameters.items()}
+    return functional_call(risk.network, named, (batch,))
+
+
 @torch.no_grad()
-def mean_loss(risk: Risk) -> float:
-    """Return the mean loss itself, in nats for cross-entropy."""
+def mean_loss(risk: Risk, parameters: Mapping[str, Tensor] | None = None) -> float:
+    """Return the mean loss itself, in nats for cross-entropy; with some parameters replaced, where given."""
     with measuring(risk):
-        return sum(risk.loss(risk.network(batch), batch.kept).item() * risk.share(batch) for batch in risk.data)
+        losses = ((risk.loss(predict_with(risk, batch, parameters or {}), batch.kept), batch) for batch in risk.data)
+        return sum(loss.item() * risk.share(batch) for loss, batch in losses)

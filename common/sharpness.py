@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from common.hessian import Estimate
-from common.risk import Risk, mean_loss, measuring
+from common.risk import Risk, mean_loss, measuring, predict_with
 
 
+@torch.no_grad()
 def noise_sharpness(risk: Risk, noise: float = 0.1, draws: int = 16, seed: int = 0) -> Estimate:
     """Return E L(w ⊙ (1 + noise · ε)) − L(w), ε ~ N(0, 1) independently for each weight, in nats for cross-entropy.
 
@@ -36,7 +36,7 @@ def noise_sharpness(risk: Risk, noise: float = 0.1, draws: int = 16, seed: int =
             name: noise * weight * torch.randn(weight.shape, generator=generator).to(weight)
             for name, weight in risk.parameters.items()
         }
-        gains.append(_loss(risk, steps) - start)
+        gains.append(_gained(risk, steps, start))
     found = torch.tensor(gains, dtype=torch.float64)
     return Estimate(found.mean().item(), (found.std() / draws**0.5).item(), draws)
 
@@ -62,27 +62,19 @@ def adaptive_sharpness(risk: Risk, radius: float = 0.5) -> float:
     if norm == 0:
         return 0.0
     steps = {name: (radius / norm) * weight.detach() * scaled[name] for name, weight in risk.parameters.items()}
-    return _loss(risk, {name: step.to(risk.dtype) for name, step in steps.items()}) - mean_loss(risk)
+    return _gained(risk, {name: step.to(risk.dtype) for name, step in steps.items()}, mean_loss(risk))
 
 
-@torch.no_grad()
-def _loss(risk: Risk, steps: Mapping[str, Tensor]) -> float:
-    """Return the mean loss after a step of the weights, which stay as they are."""
-    moved = {f"model.{name}": weight + steps[name] for name, weight in risk.parameters.items()}
-    with measuring(risk):
-        losses = [
-            risk.loss(functional_call(risk.network, moved, (batch,)), batch.kept).item() * risk.share(batch)
-            for batch in risk.data
-        ]
-    return sum(losses)
+def _gained(risk: Risk, steps: Mapping[str, Tensor], start: float) -> float:
+    """Return what the mean loss gains over `start` by a step of the weights, which stay as they are."""
+    return mean_loss(risk, {name: weight + steps[name] for name, weight in risk.parameters.items()}) - start
 
 
 def _gradients(risk: Risk) -> dict[str, Tensor]:
-    weights = {f"model.{name}": weight.detach().requires_grad_() for name, weight in risk.parameters.items()}
+    weights = {name: weight.detach().requires_grad_() for name, weight in risk.parameters.items()}
     with measuring(risk), torch.enable_grad():
         total = sum(
-            risk.loss(functional_call(risk.network, weights, (batch,)), batch.kept) * risk.share(batch)
-            for batch in risk.data
+            risk.loss(predict_with(risk, batch, weights), batch.kept) * risk.share(batch) for batch in risk.data
         )
         found = torch.autograd.grad(total, list(weights.values()))
     return dict(zip(risk.parameters, found, strict=True))

@@ -15,8 +15,6 @@ import hashlib
 import itertools
 import json
 import re
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,10 +22,9 @@ from pathlib import Path
 
 from common.cache import artefact
 from common.data import text
-from merging.suites.data.package_texts import SHARES
+from merging.suites.data.parsed_sources import number, parsed_sources, split_of, split_of_file
 
 FILES = 150  # of one package at most
-FILE_BYTES = 150_000  # longer files are generated, or tables
 SOURCE_BYTES = 8_000  # of a file of the split "base", as plain text to train on
 SIZES = {"test": 400, "validation": 200, "base": 1500, "train": 3000}  # largest numbers of questions per task
 DOCSTRINGS = 400  # per split
@@ -130,7 +127,8 @@ def _tables() -> dict[str, dict[str, list]]:
 
 def _read() -> dict[str, dict[str, list]]:
     found = {name: {} for name in ("code", "docstrings", "sources")}  # first field → (split, other fields)
-    for split, source, tree in _parsed():
+    for name, content, tree in parsed_sources(FILES):
+        split, source = split_of_file(name), re.sub(r"\r\n?", "\n", content)
         found["sources"].setdefault(source[:SOURCE_BYTES], (split,))
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
             if words := ast.get_docstring(function):
@@ -138,7 +136,7 @@ def _read() -> dict[str, dict[str, list]]:
         for question, answer in _closings(source):
             found["code"].setdefault(question, (split, answer))
     for name, rows in {"calc": _sums(), "json": _arrays()}.items():
-        found[name] = {question: (_split(question), answer) for question, answer in rows}
+        found[name] = {question: (split_of(question), answer) for question, answer in rows}
     sizes = dict.fromkeys(READERS, SIZES) | {"docstrings": dict.fromkeys(SIZES, DOCSTRINGS), "sources": {"base": None}}
     return {
         name: {split: _first(found[name], split, size) for split, size in own.items()} for name, own in sizes.items()
@@ -147,7 +145,7 @@ def _read() -> dict[str, dict[str, list]]:
 
 def _first(found: Mapping[str, tuple], split: str, limit: int | None) -> list[list[str]]:
     """Return the rows of a split, the first by their hash."""
-    own = sorted((words for words, (its, *_) in found.items() if its == split), key=_number)
+    own = sorted((words for words, (its, *_) in found.items() if its == split), key=number)
     return [[words, *found[words][1:]] for words in own[:limit]]
 
 
@@ -181,30 +179,3 @@ def _open_brackets(line: str) -> str:
         elif character in BRACKETS.values() and (not expected or expected.pop() != character):
             return ""
     return "".join(reversed(expected))
-
-
-def _parsed() -> Iterator[tuple[str, str, ast.Module]]:
-    """Yield split, text and syntax tree of at most `FILES` files of each package, in the order of their hash."""
-    taken = Counter()
-    for name, path in sorted(text.source_files(), key=lambda item: _number(item[0])):
-        package = name.split("/")[0]
-        if taken[package] == FILES or path.stat().st_size > FILE_BYTES:
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # warnings of invalid escapes in others' code
-                source = path.read_text(encoding="utf-8")
-                tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # templates, and other encodings
-            continue
-        taken[package] += 1
-        yield _split(f"{name}/split"), source, tree
-
-
-def _split(words: str) -> str:
-    return text.split_at(_number(words) / 2**32, SHARES)
-
-
-def _number(words: str) -> int:
-    """Return a number in [0, 2³²), a hash of the words."""
-    return int(hashlib.sha256(words.encode()).hexdigest()[:8], 16)

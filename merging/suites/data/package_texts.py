@@ -10,8 +10,7 @@ import ast
 import hashlib
 import json
 import re
-import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -19,12 +18,10 @@ from pathlib import Path
 
 from common.cache import artefact
 from common.data import text
+from merging.suites.data.parsed_sources import number, parsed_sources, split_of_file
 from merging.suites.data.text_tasks import Examples, TextTask
 
 FILES = 400  # of one package at most: torch alone has thousands
-FILE_BYTES = 150_000  # longer files are generated, or tables
-# "base" is what a model may be trained on before it is fine-tuned on "train"
-SHARES = {"test": 0.2, "validation": 0.1, "base": 0.2, "train": 0.5}  # of the files
 SIZES = {"test": 800, "validation": 400, "base": 2000, "train": 3000}  # largest numbers of texts per task
 SHORTEST = 12  # characters of a text
 LONGEST = 64  # characters: a longer sentence is cut to its beginning
@@ -106,7 +103,7 @@ def _word_orders(source: Source) -> Labelled:
     for docstring in source.docstrings:
         words = _sentence(docstring).split()
         if len(words) >= 5:
-            draw = _number(" ".join(words))
+            draw = number(" ".join(words))
             if draw % 2:
                 first = 1 + draw // 2 % (len(words) - 2)
                 words[first : first + 2] = words[first + 1], words[first]
@@ -226,12 +223,12 @@ def _tables() -> dict[str, dict[str, list]]:
 
 def _read_tasks() -> dict[str, dict[str, list]]:
     found = {name: {} for name in READERS}  # text in lower case → splits with (text, class)
-    for source in _sources():
-        split = text.split_at(_number(source.name + "/split") / 2**32, SHARES)
-        for name, (read, classes) in READERS.items():
+    for name, content, tree in parsed_sources(FILES):
+        source, split = Source(name, content.encode().splitlines(), list(ast.walk(tree))), split_of_file(name)
+        for task_name, (read, classes) in READERS.items():
             for words, label in read(source):
                 if label in classes and len(words) >= SHORTEST:
-                    found[name].setdefault(words.lower(), set()).add((split, words, label))
+                    found[task_name].setdefault(words.lower(), set()).add((split, words, label))
     return {name: _balanced(found[name], classes) for name, (_, classes) in READERS.items()}
 
 
@@ -245,29 +242,6 @@ def _balanced(found: Mapping[str, set], classes: tuple[str, ...]) -> dict[str, l
     tables = {}
     for split, size in SIZES.items():
         count = min(size // len(classes), *(len(texts[split, label]) for label in classes))
-        columns = [sorted(texts[split, label], key=_number)[:count] for label in classes]
+        columns = [sorted(texts[split, label], key=number)[:count] for label in classes]
         tables[split] = [(words, target) for row in zip(*columns, strict=True) for target, words in enumerate(row)]
     return tables
-
-
-def _sources() -> Iterator[Source]:
-    """Yield at most `FILES` of each package, in the order of their hash."""
-    taken = Counter()
-    for name, path in sorted(text.source_files(), key=lambda item: _number(item[0])):
-        package = name.split("/")[0]
-        if taken[package] == FILES or path.stat().st_size > FILE_BYTES:
-            continue
-        content = path.read_bytes()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # warnings of invalid escapes in others' code
-                tree = ast.parse(content.decode())
-        except (SyntaxError, ValueError):  # templates, and other encodings
-            continue
-        taken[package] += 1
-        yield Source(name, content.splitlines(), list(ast.walk(tree)))
-
-
-def _number(words: str) -> int:
-    """Return a number in [0, 2³²), a hash of the words."""
-    return int(hashlib.sha256(words.encode()).hexdigest()[:8], 16)
