@@ -1,4 +1,4 @@
-"""README and manuals: their Python snippets run one after the other, as a reader would paste them; what they list is so."""
+"""README and manuals: Python snippets run one after the other, as a reader would paste them, and lists are whole."""
 
 import re
 from pathlib import Path
