@@ -62,6 +62,10 @@ def weight_average(task_vectors: Sequence[TaskVector], *, weights: Sequence[floa
 def task_arithmetic(task_vectors: Sequence[TaskVector], scale: float = 0.3) -> dict[str, Tensor]:
     """Return τ = scale · Σ τ_i on all tensors (Ilharco et al., 2023).
 
+    Args:
+        task_vectors: the K task vectors.
+        scale: λ, the factor of the sum.
+
     Raises:
         ValueError: scale is not finite.
     """

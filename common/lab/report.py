@@ -154,7 +154,7 @@ def _run_line(experiment: Experiment, provenance: Mapping[str, Any]) -> str:
     seeds = ", ".join(str(seed) for seed in provenance["seeds"])
     return (
         f"Scale {provenance['scale']}; seed{'s' * (len(provenance['seeds']) != 1)} {seeds}; "
-        f"{_duration(provenance['seconds']['total'])}{_earlier(provenance)} on {provenance['device']}, up to "
+        f"{duration(provenance['seconds']['total'])}{_earlier(provenance)} on {provenance['device']}, up to "
         f"{provenance['jobs']} processes; "
         f"commit {provenance['commit'][:10]}{' with uncommitted changes' * provenance['dirty']}, "
         f"{provenance['date'][:10]}. Again: `python experiments/{experiment.name}.py --scale {provenance['scale']}`. "
@@ -168,7 +168,8 @@ def _earlier(provenance: Mapping[str, Any]) -> str:
     return f" (beside {hits} of {hits + built} artefacts that earlier runs had left in the cache)" if hits else ""
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in the unit in which a person would say it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -6,6 +6,7 @@ the index follows from data.csv, provenance.json and the script, so it can be de
 
     python -m common.lab.results verify                          derive every committed table, verdict, index; compare
     python -m common.lab.results render                          write them again after a change of wording or style
+    python -m common.lab.results list                            every experiment with its state and cost
     python -m common.lab.results headline 22_vision_merging laptop       numbers at git HEAD beside those measured now
 """
 
@@ -16,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -202,7 +204,16 @@ def _replace(path: Path, text: str) -> None:
 def summary(experiment: Experiment, folder: Path) -> str:
     """Return what a run prints at its end: comparison, verdict and folder."""
     table = report.comparison_markdown(report.comparison(experiment, load(folder)))
-    return f"\n{table}\n\nVerdict: {_facts(folder)['verdict']}\nResults: {folder}"
+    return f"\n{table}\n\n{_judged(experiment, folder)}\nResults: {folder}"
+
+
+def _judged(experiment: Experiment, folder: Path) -> str:
+    """Return a line with the verdict; if the rule does not judge this scale, with what it asks for, from its text."""
+    verdict = _facts(folder)["verdict"]
+    asked = re.search(r'Verdict (.*?) \((?:else|none:) "not run at this scale"', " ".join(experiment.doc.split()))
+    if not verdict.startswith("not run at this scale") or not asked:
+        return f"Verdict: {verdict}"
+    return f"Verdict: {verdict}. Measured; the rule needs more: {asked[1]}."
 
 
 # Commands
@@ -311,15 +322,26 @@ def render(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> 
     _replace(results_dir / "README.md", _index(results_dir))
 
 
-def headline(name: str, scale: str, /, results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> None:
-    """Print an experiment's comparison as committed (git HEAD) beside the one in the working tree."""
+def headline(
+    name: str,
+    scale: str,
+    /,
+    results_dir: Path = RESULTS,
+    experiments_dir: Path = EXPERIMENTS,
+    measured_dir: Path | None = None,
+) -> None:
+    """Print an experiment's comparison as committed (git HEAD) beside the one measured now, and the verdict of this.
+
+    What was measured now is in `measured_dir`, by default in the working tree.
+    """
     experiment = load_experiment(experiments_dir / f"{name}.py")
     show = ["git", "-C", str(results_dir), "show", f"HEAD:./{name}/{scale}/data.csv"]
     committed = subprocess.run(show, capture_output=True, text=True, check=False)
-    now = report.comparison(experiment, load(results_dir / name / scale))[["quantity", "ours"]]
+    measured = (measured_dir or results_dir) / name / scale
+    now = report.comparison(experiment, load(measured))[["quantity", "ours"]]
     if committed.returncode:
         print(f"\n{name}, {scale}: nothing committed at HEAD to compare with; measured now:\n")
-        print(report.markdown(now.rename(columns={"ours": "now"})))
+        print(report.markdown(now.rename(columns={"ours": "now"})), _judged(experiment, measured), sep="\n\n")
         return
     before = report.comparison(experiment, read_csv(io.StringIO(committed.stdout)))[["quantity", "ours"]]
     both = before.merge(now, on="quantity", how="outer", suffixes=("_before", "_now"))
@@ -327,11 +349,36 @@ def headline(name: str, scale: str, /, results_dir: Path = RESULTS, experiments_
     both = both.set_index("quantity").loc[order].reset_index()
     both = both.assign(difference=both.ours_now - both.ours_before)
     print(f"\n{name}, {scale}: committed at HEAD beside measured now\n")
-    print(report.markdown(both.rename(columns={"ours_before": "HEAD", "ours_now": "now"})))
+    shown = report.markdown(both.rename(columns={"ours_before": "HEAD", "ours_now": "now"}))
+    print(shown, _judged(experiment, measured), sep="\n\n")
+
+
+def listing(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> None:
+    """Print every experiment: what it regenerates, its state and the time that it took at each scale, and its cost.
+
+    "stale" are results that are no evidence for today's script, with the first reason; "done" are the others.
+    """
+    for script in sorted(experiments_dir.glob("[0-9]*.py")):
+        experiment = load_experiment(script)
+        first, *_ = experiment.doc.strip().split("\n\n")
+        cost = re.search(r"^Cost +(.*?)(?=^\S|\Z)", experiment.doc, re.MULTILINE | re.DOTALL)
+        print(f"{experiment.name}  {' '.join(first.split())}")
+        for scale in SCALE_NAMES[1:]:  # smoke is never committed
+            print(f"    {scale:<12} {_state(experiment, results_dir / experiment.name / scale)}")
+        print(f"    {'cost':<12} {' '.join(cost[1].split()) if cost else 'not stated'}\n")
+
+
+def _state(experiment: Experiment, folder: Path) -> str:
+    if not (folder / "provenance.json").is_file():
+        return "unfinished" if folder.is_dir() else "missing"
+    facts = _facts(folder)
+    took = f"{report.duration(facts['seconds']['total'])}, {facts['jobs']} processes, {facts['date'][:10]}"
+    reason = next(_stale(facts, experiment, folder), "")
+    return f"stale: {reason}" if reason else f"done ({took})"
 
 
 if __name__ == "__main__":
     import tyro
 
-    commands = {"verify": verify, "render": render, "headline": headline}
+    commands = {"verify": verify, "render": render, "headline": headline, "list": listing}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

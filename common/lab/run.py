@@ -21,8 +21,10 @@ import os
 import pickle
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +42,7 @@ from common.data.hub import MissingResource
 from common.lab import results
 from common.lab.experiment import Experiment as Experiment
 from common.lab.experiment import load_experiment
+from common.progress import log_bars
 
 PACKAGES = (
     "torch", "torchvision", "timm", "transformers", "datasets", "open_clip_torch", "accelerate",
@@ -126,13 +129,16 @@ def _call(script: Path | None, index: int, pickled: bytes, threads: int) -> tupl
 
     Functions of a script that were sent by value would have no file, so that their code could not be found.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one ends the others
+    tqdm.set_lock(threading.RLock())  # the one between processes would be reported as leaked when this one is ended
     if script and script.stem not in sys.modules:
         load_experiment(script)
         code.remember()
     function, item = pickle.loads(pickled)
     torch.set_num_threads(threads)
     before = len(cache.RECORDS)
-    result = function(item)
+    with log_bars():
+        result = function(item)
     return index, result, cache.RECORDS[before:]
 
 
@@ -142,16 +148,26 @@ def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> Path 
     Settings other than those of the scale make a partial run, which goes to a sibling folder of its own. Under
     `accelerate launch` all processes measure, one writes, and the others return None. Bad flags and failures
     outside this project (`HubError`: no connection, a missing repository; a full disk) end in one line on stderr and
-    exit status 2; any other error is a mistake in this project and keeps its traceback.
+    exit status 2; any other error is a mistake in this project and keeps its traceback. Ctrl-C ends in one line, too,
+    with exit status 130: the cache keeps what is finished.
 
     Args:
         experiment: what to run.
         arguments: of the command line; by default those of this process.
 
     Raises:
-        SystemExit: as said above; status 2.
+        SystemExit: as said above; status 2 or 130.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        with log_bars():
+            return _run(experiment, arguments)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run(experiment: Experiment, arguments: Sequence[str]) -> Path | None:
     if experiment.measure.__module__ == "__main__":  # the script as a module under its own name: see load_experiment
         experiment = load_experiment(experiment.script)
     code.remember()

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from common.progress import log_bars
 from merging.checkpoints import Checkpoint, locate, open_checkpoint
 from merging.command.destination import destination, is_complete
 from merging.command.dry_run import describe
@@ -153,7 +154,7 @@ def _carry_out(output: ModelOutput | AdapterOutput, out: Path, made_from: str, j
         print(f"note: {len(shards)} shards keep as many of {ranks} processes busy; see --shard-size", file=sys.stderr)
     with begin(out, made_from, shards, rank, ranks) as files:
         left = [shard for shard in own if not files.is_finished(shard)]
-        with files.attempt(), _progress(own, left, rank) as bar:
+        with log_bars(), files.attempt(), _progress(own, left, rank) as bar:
             if left or rank == 0:
                 streamer = Streamer(output.plan, device, _decided(output.plan, files, device, jobs, rank))
             for shard in left:
@@ -184,7 +185,7 @@ def _report_alone(output: ModelOutput | AdapterOutput, out: Path, jobs: int, dev
     every = lambda function, items: _in_threads(function, list(items), jobs)  # noqa: E731
     streamer = Streamer(output.plan, device, decided_together(output.plan, device, every))
     whole = Shard("", tuple(output.steps), ())
-    with _progress([whole], [whole], 0) as bar:
+    with log_bars(), _progress([whole], [whole], 0) as bar:
         notes = _merged(output, whole, streamer, jobs, bar, lambda name, parts: collections.deque(parts, maxlen=0))
     write_report(output.plan, notes, what_to_say(output, notes), out)
     _tell(found_out(output, notes))

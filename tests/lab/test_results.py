@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from common.lab import report, results
-from common.lab.results import headline, load, load_experiment, problems, published, render, verify
+from common.lab.results import headline, listing, load, load_experiment, problems, published, render, verify, write
 from common.lab.run import Experiment, run
 
 EXPECTED_TABLE = """\
@@ -115,7 +116,7 @@ def test_a_run_killed_while_it_writes_is_visibly_unfinished(folder, experiment, 
         replace(source, target)
 
     monkeypatch.setattr(results.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         start(experiment, results_dir)
     assert "90_squares/workstation: unfinished (no provenance.json)" in check(results_dir)
 
@@ -293,6 +294,35 @@ def test_headline_shows_the_committed_numbers_beside_the_new_ones(folder, experi
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert ["quantity", "HEAD", "now", "difference"] in lines
     assert ["largest square", "4.333", "10.00", "5.667"] in lines
+
+
+def test_headline_takes_new_numbers_from_another_folder_and_says_what_the_rule_needs(experiment, tmp_path, capsys):
+    """What `make reproduce` prints at its end, of a scale at which the rule does not judge."""
+    results, new = tmp_path / "results", tmp_path / ".reproduced"
+    results.mkdir()
+    facts = dict(scale="laptop", partial=False, settings_hash="0" * 16, seeds=[0], seconds={"total": 1.0}, jobs=1)
+    rows = [dict(seed=0, method="none", number=3, metric="square", value=9.0)]
+    facts |= dict(experiment=experiment.name, device="cpu", commit="0" * 40, dirty=False, date="2026-01-01")
+    write(new, experiment, rows, facts)
+    headline(experiment.name, "laptop", results, experiment.script.parent, new)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("| largest square") and "9" in line for line in lines)
+    assert lines[-1] == "Verdict: not run at this scale. Measured; the rule needs more: with 2 seeds."
+    assert list(results.iterdir()) == []
+
+
+def test_the_list_says_what_is_done_stale_and_missing(folder, experiment, script, results_dir, capsys):
+    listing(results_dir, script.parent)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "90_squares  Squares of small numbers (no figure of any paper)."
+    assert lines[1].split() == ["laptop", "missing"] and lines[3].split() == ["paper", "missing"]
+    assert re.fullmatch(r"    workstation  done \(0 s, 1 processes, \d{4}-\d\d-\d\d\)", lines[2])
+    assert lines[4].split() == ["cost", "nothing."]
+    script.write_text(script.read_text().replace("Settings(seeds=(0, 1))", "Settings(count=4, seeds=(0, 1))"))
+    (results_dir / "90_squares" / "laptop").mkdir()
+    listing(results_dir, script.parent)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["laptop", "unfinished"] and "stale: settings hash" in lines[2]
 
 
 def test_a_comparison_needs_its_columns_and_one_row_a_quantity(experiment, folder):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -155,13 +157,74 @@ def test_a_script_runs_by_path_with_processes_for_functions_of_its_own(script, t
     command = [sys.executable, str(script), "--device", "cpu", "--jobs", "2", "--results-dir", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Verdict: not run at this scale" in done.stdout and "not published" in done.stdout
+    assert "Verdict: not run at this scale. Measured; the rule needs more: with 2 seeds.\n" in done.stdout
+    assert "not published" in done.stdout
+    assert "\r" not in done.stderr  # no states of bars in a log
+    assert re.fullmatch(r"squares: \d+\.\d s", done.stderr.splitlines()[-1])
     folder = tmp_path / "out" / "90_squares" / "laptop"
     assert load(folder).value.tolist() == [0, 1, 4]
     facts = json.loads((folder / "provenance.json").read_text())
     assert facts["arguments"] == command[2:]
     assert facts["jobs"] == 2 and {"squares", "total"} <= facts["seconds"].keys()
     assert {"python", "torch", "numpy"} <= facts["versions"].keys()
+
+
+SLOW = '''\
+"""Waits until it is interrupted."""
+import os
+import time
+from dataclasses import dataclass
+from common.lab.run import Experiment, run
+
+
+@dataclass(frozen=True)
+class Settings:
+    seeds: tuple[int, ...] = (0,)
+
+
+def wait(item):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+
+def measure(settings, context):
+    yield from context.map(wait, range(4), "wait")
+
+
+EXPERIMENT = Experiment(
+    __doc__, dict.fromkeys(("smoke", "laptop", "workstation", "paper"), Settings()), measure, None, None, None
+)
+
+if __name__ == "__main__":
+    run(EXPERIMENT)
+'''
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("whom", [os.kill, os.killpg], ids=["the first process", "all, as Ctrl-C does"])
+def test_an_interrupted_run_ends_in_one_line_and_leaves_no_process(jobs, whom, tmp_path):
+    (tmp_path / "91_slow.py").write_text(SLOW)
+    command = [sys.executable, str(tmp_path / "91_slow.py"), "--device", "cpu", "--jobs", str(jobs)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **pipes, cwd=tmp_path, start_new_session=True) as process:
+        working = [int(process.stdout.readline()) for _ in range(jobs)]
+        whom(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert said == "interrupted; the same command goes on from what is finished\n"
+    deadline = time.monotonic() + 10
+    while alive := [one for one in working if _runs(one)]:
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.1)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{process}/stat")
+    return not status.is_file() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_provenance_names_each_artefact_as_hit_or_built(experiment, tmp_path, monkeypatch):

@@ -591,6 +591,37 @@ def test_trainer(build, tmp_path):
     assert torch.equal(tiny.output(model.eval()), tiny.output(resumed.model.eval()))
 
 
+def test_everything_decays_in_the_trainer_of_transformers_with_an_optimizer_of_ones_own(build, tmp_path):
+    """By its own rule it spares norms and all that is called bias; the README says what to pass instead."""
+    from transformers import Trainer, TrainingArguments
+
+    tiny = build("gpt2")
+    model = sparsify(tiny.model)
+    rows = [{name: tensor[i] for name, tensor in tiny.batch.items()} for i in range(4)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, learning_rate=0.1, per_device_train_batch_size=2, weight_decay=1.0, use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+
+    def decayed(trainer):
+        groups = trainer.optimizer.param_groups
+        by_id = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+        return {name for name, parameter in model.named_parameters() if by_id[id(parameter)]}
+
+    plain = Trainer(model, arguments, train_dataset=rows)
+    plain.create_optimizer()
+    assert not [name for name in decayed(plain) if "bias" in name or ".ln_" in name]
+
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=1.0), lr=0.1)
+    trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+    trainer.train()
+    named = {name for name, _ in model.named_parameters()}
+    assert named - decayed(trainer) == {name for name in named if "zeroth_bias" in name} != set()
+    assert {name for name in named if ".ln_" in name} <= decayed(trainer)
+    assert trainer.state.global_step == 2
+    assert_bounded(model)
+
+
 # Layers of one's own -------------------------------------------------------------------------------------------------
 
 
