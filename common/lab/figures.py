@@ -99,6 +99,17 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None}, facecolor="white", pil_kwargs={"optimize": True})
 
 
+def explain(figure: Figure, marks: str) -> Figure:
+    """Return the figure with a line that says what its marks mean, for `explanation`."""
+    figure.set_label(marks)
+    return figure
+
+
+def explanation(figure: Figure) -> str:
+    """Return what the marks of a figure mean, in a line for its caption; "" where it says nothing."""
+    return figure.get_label()
+
+
 def log_axis(axis: Axis) -> None:
     """Make a drawn axis (`ax.xaxis`, `ax.yaxis`) logarithmic, with labels such as 0.5, 1, 2, not powers of ten."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
@@ -162,7 +173,8 @@ def paired(
     handles = [Line2D([], [], **_circle(key, start, conditions)) for key in conditions]
     texts = [label(key, names) for key in conditions]
     figure.legend(handles, texts, loc="outside upper right", ncols=len(conditions), handletextpad=0.2)
-    return figure
+    ticks = " Ticks: seeds." if data.groupby([item, condition, *[panel] * (panel is not None)]).size().max() > 1 else ""
+    return explain(figure, f"Ring: {label(start, names)}; discs: the others; means.{ticks}")
 
 
 def _items_axis(ax: Axes, texts: list[str]) -> None:
@@ -231,7 +243,8 @@ def forest(
     handles = [Line2D([], [], color=tone, marker="o", ms=4.5) for tone in tones.values()]
     texts = [label(name, names) for name in conditions]
     figure.legend(handles, texts, loc="outside upper right", ncols=len(conditions))
-    return figure
+    text = f"Bars: 95 % intervals about their means; filled where the whole interval is beside {level:g}."
+    return explain(figure, text)
 
 
 @plot_style
@@ -278,7 +291,8 @@ def lines(
     axes[0, 0].set_ylabel(ylabel or y)
     handles = [Line2D([], [], color=colour(name, position)) for position, name in enumerate(groups)]
     figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")
-    return figure
+    several = data.groupby([x, by, *[panel] * (panel is not None)]).size().max() > 1
+    return explain(figure, "Lines: means; bands: ± sd; points: seeds." if several else "")
 
 
 def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, tone: str, log: bool = False) -> None:
@@ -328,7 +342,35 @@ def frontier(
     axes[0, 0].set_ylabel(ylabel or y)
     handles = [Line2D([], [], ls="", marker=shapes[name], ms=7, color=colour(name, i)) for i, name in enumerate(groups)]
     figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")
-    return figure
+    return explain(figure, "Large marks: means of a condition; small ones: its runs.")
+
+
+@plot_style
+def against(data: pd.DataFrame) -> Figure:
+    """Draw ours against a published number, a point for each row, about the diagonal on which both are equal.
+
+    Args:
+        data: a comparison, with columns paper, ours and sd; if it has them, `item` chooses the colour, and `condition`
+            whether a mark is hollow (the first condition) or filled.
+    """
+    data = data.assign(**{name: "" for name in ("item", "condition") if name not in data})
+    items, conditions = list(data["item"].unique()), list(data.condition.unique())
+    figure, axes = new_figure(width=5.2, height=4.2)
+    ax = axes[0, 0]
+    for row in data.to_dict("records"):
+        tone = colour(row["item"], items.index(row["item"]))
+        face = "white" if len(conditions) > 1 and row["condition"] == conditions[0] else tone
+        error = None if pd.isna(row["sd"]) else row["sd"]
+        ax.errorbar(row["paper"], row["ours"], error, fmt="o", ms=5.5, mew=1.3, color=tone, mfc=face, elinewidth=1)
+    ends = [data[["paper", "ours"]].min(axis=None), data[["paper", "ours"]].max(axis=None)]
+    ax.plot(ends, ends, color=MUTED, linewidth=1, linestyle=DASHED, zorder=0)
+    ax.set(xlabel="published", ylabel="ours (mean ± sd over seeds)", aspect="equal")
+    if len(items) > 1:
+        tones = [colour(name, position) for position, name in enumerate(items)]
+        handles = [Line2D([], [], ls="", marker="o", ms=5, color=tone) for tone in tones]
+        figure.legend(handles, [label(name) for name in items], loc="outside right upper")
+    marks = f" Ring: {label(conditions[0])}; disc: {', '.join(map(label, conditions[1:]))}." if conditions[1:] else ""
+    return explain(figure, f"Dashed: ours = published. Bars: ± sd over seeds.{marks}")
 
 
 @plot_style
