@@ -85,7 +85,7 @@ def intervals(found: Sequence[Interval], unit: str, n: int | None = None) -> str
     if any(math.isinf(one.high) for one in found):
         return f"{_span(means)} {unit} (one seed)"
     above, below = (sum(one.sign == sign for one in found) for sign in (1, -1))
-    return f"{_span(means)} {unit}; above 0 in {above}, below in {below} of {len(found)}"
+    return f"{_span(means)} {unit}; above 0 in {above}, below in {below} of {len(found)}{each.replace(' each', '')}"
 
 
 def _span(means: Sequence[float]) -> str:
@@ -100,4 +100,20 @@ def where_run(verdict: str, own: str) -> str:
         verdict: of the whole experiment, in full.
         own: the word of this claim by the same rule.
     """
-    return verdict_word if (verdict_word := word(verdict)) in (NOT_RUN, NO_TESTBED) else own
+    return next((name for name in (NOT_RUN, NO_TESTBED) if verdict.startswith(name)), own)
+
+
+def of_parts(held: Sequence[bool]) -> str:
+    """Return the word for a claim of several parts, each of which the rule holds to be so or not."""
+    return "reproduced" if all(held) else "in part" if any(held) else "not reproduced"
+
+
+def question(text: str, ours: str, verdict: str = "") -> Claim:
+    """Return a question that the paper does not ask, with its answer.
+
+    Args:
+        text: the question, in one line.
+        ours: what was measured.
+        verdict: of the whole experiment, in full, which may say that nothing can be said.
+    """
+    return Claim(OURS, text, NOT_PUBLISHED, ours, where_run(verdict, NOT_PUBLISHED))

@@ -38,7 +38,8 @@ class Experiment:
         deviations: where the experiment departs from the paper; numbered in the README.
         styles: how the methods and conditions of its figures are written and coloured.
         claims: table → its one to four claims with their answers, by the same rule as `verdict`.
-        captions: {file stem: one line below the figure}; what the marks of a kind of plot mean is said by itself.
+        captions: {file stem, or how it begins: one line below the figure}; what the marks of a kind of plot mean is
+            said by itself.
         lead: file stem of the figure that opens the page; by default the first drawn.
         pages: {file name: results folder → text} of further pages of results/ that follow from several experiments.
     """

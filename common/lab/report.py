@@ -138,7 +138,8 @@ def drawn(experiment: Experiment, data: pd.DataFrame) -> dict[str, Figure]:
 def caption(experiment: Experiment, stem: str, figure: Figure) -> str:
     """Return the line below a figure: what the script says of it, and what the marks of its kind of plot mean."""
     usual = {BESIDE: "Every quantity that has a published number."}
-    said = (usual | dict(experiment.captions)).get(stem, f"{stem.replace('_', ' ').capitalize()}.")
+    known = {name: text for name, text in (usual | dict(experiment.captions)).items() if stem.startswith(name)}
+    said = known[max(known, key=len)] if known else f"{stem.replace('_', ' ').capitalize()}."
     return " ".join(f"{said} {figures.explanation(figure)}".split())
 
 

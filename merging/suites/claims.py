@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from common.lab.claims import NO_TESTBED, NOT_PUBLISHED, NOT_RUN, OURS, Claim, word
+from common.lab.claims import NO_TESTBED, NOT_RUN, Claim, question, where_run
 from common.lab.report import published
 from merging.suites import comparison, testbed
 from merging.suites.comparison import SVC_GAIN, TUNED_GAIN
@@ -39,8 +39,7 @@ def gain_of_one(data: pd.DataFrame, where: dict[str, object], verdict: str, **te
         return Claim(**texts, ours="not measured", verdict=NOT_RUN)
     row = own.iloc[0]
     answer = "direction reproduced" if row.sign == 1 else "not reproduced"
-    answer = NO_TESTBED if testbed.on_testbeds(data, own).empty else answer
-    answer = NOT_RUN if word(verdict) == NOT_RUN else answer
+    answer = where_run(verdict, NO_TESTBED if testbed.on_testbeds(data, own).empty else answer)
     return Claim(**texts, ours=f"{row.interval} points (n = {data.seed.nunique()}; {row.backbone})", verdict=answer)
 
 
@@ -53,6 +52,5 @@ def at_tuned_scales(gains: pd.DataFrame, seeds: int, verdict: str) -> Claim:
         verdict: of the whole experiment.
     """
     signs = gains.sign[gains.condition == TUNED_GAIN]
-    answer = NOT_PUBLISHED if word(verdict) not in (NOT_RUN, NO_TESTBED) else word(verdict)
     text = "Does +SVC raise accuracy where both scales are tuned on validation data?"
-    return Claim(OURS, text, NOT_PUBLISHED, signs_in_words(signs, seeds), answer)
+    return question(text, signs_in_words(signs, seeds), verdict)

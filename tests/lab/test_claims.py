@@ -75,5 +75,6 @@ def test_few_intervals_are_listed_and_many_counted():
     assert intervals([UP], "%", 3) == "+2.0 [+1.0, +3.0] % (n = 3)"
     assert intervals([UP, OPEN], "%", 3) == "+2.0 [+1.0, +3.0]; +0.5 [-1.0, +2.0] % (n = 3 each)"
     assert intervals([UP, DOWN, OPEN], "points") == "-2.0 to +2.0 points; above 0 in 1, below in 1 of 3"
+    assert intervals([UP, DOWN, OPEN], "%", 3) == "-2.0 to +2.0 %; above 0 in 1, below in 1 of 3 (n = 3)"
     assert intervals([Interval(2.0, -math.inf, math.inf)], "%") == "+2.0 % (one seed)"
     assert intervals([], "%") == "not measured"
