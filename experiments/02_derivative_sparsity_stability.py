@@ -328,7 +328,10 @@ def claims(data):
             [change.sign < 0 for change in stable.values()],
             intervals(list(stable.values()), "%", table.seed.nunique()),
         ),
-        "Training lowers derivative density under every shift": (falls, intervals(list(shifted.values()), "%", table.seed.nunique())),
+        "Training lowers derivative density under every shift": (
+            falls,
+            intervals(list(shifted.values()), "%", table.seed.nunique()),
+        ),
     }
     return [
         Claim("Section V", text, "not published", found, where_run(said, of_parts(held)))

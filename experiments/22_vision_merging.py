@@ -110,16 +110,16 @@ def verdict(data):
 
 def claims(data):
     """Six mergers at their own scales; the abstract's number; both at tuned scales."""
-    main, said = main_part(data), verdict(data)
-    gains = testbed.on_testbeds(data, comparison.gains(main[main.method.isin(mergers.PUBLISHED)]))
-    seeds, paper = main.seed.nunique(), answers.published_gain("8 vision tasks", "ViT-B/32", "task_arithmetic")
-    smallest = {"backbone": comparison.by_size(main.backbone)[0], "suite": 8, "method": "task_arithmetic"}
+    said = verdict(data)
+    gains = testbed.on_testbeds(data, comparison.gains(data[data.method.isin(mergers.PUBLISHED)]))
+    seeds, paper = data.seed.nunique(), answers.published_gain("8 vision tasks", "ViT-B/32", "task_arithmetic")
+    smallest = {"backbone": comparison.by_size(data.backbone)[0], "suite": 8, "method": "task_arithmetic"}
     own = answers.signs_in_words(gains.sign[gains.condition == SVC_GAIN], seeds)
     texts = dict(source="abstract", claim="+SVC adds 13 points to Task Arithmetic (8 tasks, ViT-B/32)", paper=paper)
     text = "+SVC raises each of six mergers at its own scale, in every suite"
     return [
         Claim("vision tables", text, "6 of 6 mergers (8 tasks, ViT-B/32)", own, word(said)),
-        answers.gain_of_one(main, smallest, said, **texts),
+        answers.gain_of_one(data, smallest, said, **texts),
         answers.at_tuned_scales(gains, seeds, said),
     ]
 

@@ -1,8 +1,11 @@
 """The pages over all results: each claim once, at the largest scale that answers it."""
 
+import json
+
 import pytest
 
 from common.lab import index
+from common.lab.results import RESULTS
 
 
 def facts(experiment: str, scale: str, *verdicts: str, **changes):
@@ -74,3 +77,9 @@ def test_the_page_of_an_experiment_lists_its_scales():
     assert "| [laptop](laptop/README.md)           | 3       | in part    | 0123456789 | 2026-11-27 |" in text
     assert "| Table 1  | claim 0 | +13     | +0 at workstation | reproduced | workstation |" in text
     assert "![curve](workstation/curve.png)" in text
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("[0-9]*/*/provenance.json")), ids=lambda path: path.parts[-3])
+def test_what_was_measured_fits_into_a_cell(path):
+    cells = [claim["ours"] for claim in json.loads(path.read_text()).get("claims", ())]
+    assert [cell for cell in cells if len(cell) > 60] == []
