@@ -159,6 +159,8 @@ def draw_histogram(data, variant):
     chosen = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, min(4, len(steps)))]
     rows = rows[rows.step.isin(chosen)]
     rows = rows.assign(percent=100 * rows.value, when=[f"step {step}" for step in rows.step])
+    seen = rows.log10_g2[rows.percent >= 0.1]  # %; the tails of the histograms are long
+    rows = rows[rows.log10_g2.between(seen.min(), seen.max())]
     names = {"histogram, all": "all entries", "histogram, active": "active entries"}
     return figures.lines(
         rows, x="log10_g2", y="percent", by="metric", panel="when", names=names, xlabel="log10 g²",

@@ -244,8 +244,9 @@ def draw_interference(data):
 
 def draw_overlap(data):
     chance = totals(data)[lambda rows: (rows.method == CHANCE) & (rows.metric == "overlap")].value.mean()
-    text = f"top-8 overlap (chance: {chance:.2f})"
-    return figures.matrix(data[data.task.notna()], row="task", column="other", centre=None, text=text)
+    text, own = f"top-8 overlap (chance: {chance:.2f})", data[data.task.notna()]
+    limits = (min(chance, own.value.min()), own.groupby(["task", "other"]).value.mean().max())
+    return figures.matrix(own, row="task", column="other", centre=None, text=text, limits=limits)
 
 
 def draw_energy(data):

@@ -75,6 +75,7 @@ COMPARED = {  # row: what follows the merger's name ("experts": the method is ca
     OTHER: (f" {OTHER}", ""),
     EXPERT: ("s", ""),
 }
+REACH = 15.0  # points: differences beyond it have the last colour, and their number
 SHORT = {
     "its task, against SVC": "its task",
     "its task at α = 1, against SVC": "its task, α = 1",
@@ -125,6 +126,8 @@ def target_matrix(rows, cells=""):
     rows = rows[rows.row.isin([OWN, OTHER])]
     rows = rows.assign(value=100 * (rows.gained_over_svc - rows.lost_over_svc) / rows.images)
     axes = dict(row="target", column="task", ylabel="calibrated for", xlabel="scored on")
+    # two targets lose so much that the others would have no colour beside them
+    axes |= dict(limits=(-REACH, REACH))
     return figures.matrix(rows, **axes, panel="method", cells=cells, text="against plain SVC, points")
 
 

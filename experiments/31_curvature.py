@@ -264,7 +264,7 @@ def draw(data):
     return {
         "along_training": figures.lines(
             longer, x="step", by="kind", panel="variant", yscale="log",
-            xlabel="training step", ylabel="key matrices, sum over layers",
+            xlabel="training step", ylabel="AF_K and traces of the key matrices, sum over layers",
         ),
         "augmented_flatness_against_ggn": scatter(
             snapshots, "ggn key", "augmented_flatness key", "GGN trace of the key matrices", "augmented flatness AF_K"

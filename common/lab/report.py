@@ -191,7 +191,8 @@ def readme(
     """Return the text of a result's README.md: claims and one figure, then rule and words, then all numbers.
 
     Args:
-        experiment, data, provenance: of the result.
+        experiment, data: of the result.
+        provenance: with the verdict and the claims that follow from the data.
         shown: what `drawn` returns.
     """
     first, *others = experiment.doc.strip().split("\n\n")
@@ -199,7 +200,7 @@ def readme(
     parts = [f"# {experiment.name}, {scale}{', partial run' * partial}", " ".join(first.split())]
     if partial:
         parts.append(f"**Partial run: its settings are not those of `--scale {scale}`** (see provenance.json).")
-    answered, full = claims(experiment, data, provenance), verdict(experiment, data, provenance)
+    answered, full = provenance["claims"], provenance["verdict"]
     parts += [markdown(pd.DataFrame(answered))] if answered else [f"**Verdict: {full}**"]
     pictures = [picture(stem, caption(experiment, stem, figure)) for stem, figure in shown.items()]
     parts += [*pictures[:1], _run_line(experiment, provenance)]

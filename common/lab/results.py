@@ -27,7 +27,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from common.lab import figures, index, report
+from common.lab import figures, index, index_page, report
 from common.lab.experiment import SCALE_NAMES, Experiment
 from common.lab.experiment import load_experiment as load_experiment
 from common.lab.report import PUBLISHED, read_csv
@@ -127,7 +127,8 @@ def pages(results_dir: Path, experiments_dir: Path) -> dict[str, str]:
         ValueError: a script is missing or defines no experiment.
     """
     finished = _finished(results_dir)
-    found = {"README.md": index.overview(map(_facts, finished))}
+    facts = [_facts(folder) for folder in finished]
+    found = {"README.md": index.overview(facts), "index.html": index_page.overview(facts)}
     for name, folders in itertools.groupby(finished, key=lambda folder: folder.parent.name):
         experiment = load_experiment(experiments_dir / f"{name}.py")
         title = experiment.doc.strip().split("\n\n")[0]
@@ -265,11 +266,12 @@ def _folder_problems(folder: Path, experiments_dir: Path) -> Iterator[str]:
         yield from (f"{where}/provenance.json: {line}" for line in _stale(provenance, experiment, folder))
         data = load(folder)
         drawn = report.drawn(experiment, data)
-        for name, value in _derived(experiment, data, provenance, drawn).items():
+        derived = _derived(experiment, data, provenance, drawn)
+        for name, value in derived.items():
             if name not in provenance or provenance[name] != value:
                 do = "do" if name == "claims" else "does"
                 yield f"{where}/provenance.json: its {name} {do} not follow from data.csv"
-        texts = report.texts(experiment, data, provenance, drawn)
+        texts = report.texts(experiment, data, {**provenance, **derived}, drawn)
         for name in dict.fromkeys([*texts, *(file.name for file in folder.glob("comparison.csv"))]):
             yield from _difference(f"{where}/{name}", folder / name, texts.get(name, ""))
         yield from (f"{where}/{stem}.png: missing" for stem in drawn if not (folder / f"{stem}.png").is_file())
