@@ -213,6 +213,12 @@ IN_BRIEF = {  # variant → panel and legend of the figure that sums up
     BASE_TUNED: ("at scales tuned on validation data", BASE),
     SVC_TUNED: ("at scales tuned on validation data", "+ SVC"),
 }
+CAPTIONS = {
+    "in_brief": "Mean over all tasks, suites and backbones: hollow without SVC, filled with it; ticks are seeds.",
+    "accuracy_by_merger": "Mean accuracy of every merger at its own scale, without and with SVC.",
+    "accuracy_at_tuned_scales": "The same, each at the scale that is best on validation data.",
+    "paired_gains": "What SVC gains in every cell, at the merger's own scale and where both scales are tuned.",
+}
 CELL = ["backbone", "suite", "method"]  # what comparisons are made within
 SVC_GAIN, SVC_OVER_TUNED, TUNED_GAIN = "SVC − base", "SVC − tuned base", "tuned SVC − tuned base"
 GAINS = {SVC_GAIN: (SVC, ""), SVC_OVER_TUNED: (SVC, "_over_tuned"), TUNED_GAIN: (SVC_TUNED, "")}
@@ -426,7 +432,8 @@ def compared(
             suffix, svc = shown[row]
             paper, source = number(published, backbone, suite, method, svc)
             same = setting(backbone) + (f"; not the paper's: {source}" if source else "")
-            lines.append(comparison_row(f"{suite} tasks, {backbone}: {method}{suffix}", rows.value, same, paper))
+            line = comparison_row(f"{suite} tasks, {backbone}: {method}{suffix}", rows.value, same, paper)
+            lines.append(line | dict(item=method, condition=row))
     return pd.DataFrame(lines)
 
 
