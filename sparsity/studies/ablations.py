@@ -1,7 +1,8 @@
 """What experiment 07 varies: plug-ins one by one, their placement and bounds, norms, rates, and noise on the weights.
 
-Each part of the experiment is a plan: labels (part, setting, variant, seed, rate, batch) and descriptions of runs. The
-conditions that experiment 03 has too are its own, so that under the same recipe its networks are found in the cache.
+Each part of the experiment is a plan: labels (part, setting, variant, seed, rate, batch, steps) and descriptions of
+runs. The conditions that experiment 03 has too are its own, so that under the same recipe its networks are found in the
+cache.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,14 +16,14 @@ from common.cache import Artefact
 from common.lab.figures import Style
 from common.lab.run import Context
 from sparsity.studies import finetuning
-from sparsity.studies.density_tables import CONTROL, run_rows
+from sparsity.studies.density_tables import CONTROL, brief_rows
 from sparsity.studies.finetuning import LIFTED
 from sparsity.studies.measurement import Rows, curve, measure_all, measure_snapshot
 from sparsity.studies.robustness import measure_robustness
 from sparsity.studies.runs import CONTROLS, MODIFIED, VARIANTS, Plan, Run, Variant, plan_setting
 from sparsity.studies.runs import STYLES as RUN_STYLES
 
-PARTS = ("plug-ins", "2x2", "noise", "T5", "rates")
+PARTS = ("plug-ins", "2x2", "noise", "T5", "durations", "rates")
 ALONE = {"restricted norm": "restricted norm alone", "JSReLU": "JSReLU alone", "zeroth bias": "zeroth bias alone"}
 LEFT_OUT = {name: f"all but {name}" for name in ALONE}
 PLUGINS: dict[str, Variant] = {
@@ -93,6 +94,23 @@ def plan_rates(
             yield from _part("rates", f"{data}, rate {rate:g}, batch {size}", own, variants, seeds)
 
 
+def plan_durations(data: str, run: Run, durations: Sequence[int], names: Sequence[str], seeds: Sequence[int]) -> Plan:
+    """Yield runs of several numbers of steps at the same learning rate, all with the same E = Σ rate × decay.
+
+    Args:
+        data: begins the name of each setting.
+        run: whose weight decay × steps is that of all.
+        durations: numbers of steps; each makes one setting. The schedule stretches with them.
+        names: of the variants, in VARIANTS.
+        seeds: of each.
+    """
+    base, variants = run.recipe, {name: VARIANTS[name] for name in names}
+    for steps in durations:
+        recipe = replace(base, steps=steps, weight_decay=base.weight_decay * base.steps / steps)
+        own = replace(run, recipe=recipe, log_every=max(1, run.log_every * steps // base.steps))
+        yield from _part("durations", f"{data}, {steps} steps, decay {recipe.weight_decay:g}", own, variants, seeds)
+
+
 def plan_noise(setting: str, run: Run, size: float, seeds: Sequence[int]) -> Plan:
     """Yield runs that fine-tune the vanilla network of each seed, without noise on the weights and with; part "noise".
 
@@ -112,7 +130,9 @@ def _part(part: str, setting: str, run: Run, variants: Mapping[str, Variant], se
     options = dict(exempt=run.exempt, log_every=run.log_every, snapshots=run.snapshots, tuning=run.tuning)
     own = dict.fromkeys(variants, seeds)
     for labels, one in plan_setting(setting, run.task, run.recipe, own, variants, **options):
-        yield {"part": part, **labels, "rate": run.recipe.learning_rate, "batch": run.recipe.batch_size}, one
+        recipe = run.recipe
+        varied = {"rate": recipe.learning_rate, "batch": recipe.batch_size, "steps": recipe.steps}
+        yield {"part": part, **labels, **varied}, one
 
 
 def measure(
@@ -127,7 +147,7 @@ def measure(
             `sparsity.studies.robustness.measure_robustness`.
     """
     for labels, (measured, logged, stood) in measure_all(plan, context, partial(_all_of_one, epsilons, noises)):
-        yield from run_rows(labels, measured, logged)
+        yield from brief_rows(labels, measured, logged)
         yield from ({**labels, **row} for row in stood)
 
 
