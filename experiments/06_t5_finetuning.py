@@ -75,7 +75,7 @@ SCALES = {
     "laptop": Settings(),
     "workstation": Settings(
         task=T5["workstation"]["task"],
-        start=T5_AUTHORS_DECAY["workstation"],
+        start=T5_AUTHORS_DECAY["workstation"]["recipe"],
         recipe=TrainingRecipe(1500, 16, 1e-2, **AUTHORS_T5),
         arms=tuple(finetuning.ARMS),
         weight_decays=(0.007, 0.55),

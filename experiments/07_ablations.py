@@ -23,8 +23,8 @@ Verdict  with at least 3 seeds of every condition of the plug-ins part (else "no
          whether E by itself decides density (in all variants) and |w|: "decides" if all these differences of durations
          are equal or slight, "does not decide" if one is "sparser", "denser", "smaller" or "larger" without "slightly",
          else "undecided". Placement, clip and norms stand in the table of changes.
-Cost     smoke 20 s; laptop 10 min (digits, without rates; 3 min less after 05); workstation 4 h (glyphs, all parts);
-         paper: 15 trainings on ImageNet, 6 fine-tunings there, 31 trainings on CIFAR-10 and 3 on C4.
+Cost     smoke 20 s; laptop 7 min (digits, without rates, durations and T5); workstation 5 h (glyphs, all parts); paper:
+         15 trainings on ImageNet, 6 fine-tunings there, 31 trainings on CIFAR-10 and 3 on C4.
 Run      python experiments/07_ablations.py --scale laptop
 """
 
@@ -36,7 +36,7 @@ from common.training import TrainingRecipe
 from sparsity.plugins import PROTOCOLS
 from sparsity.studies import ablation_tables, ablations
 from sparsity.studies.images import IMAGENET, ImageTask
-from sparsity.studies.recipes import ADAMW, IMAGENET_DECAY, IMAGENET_RECIPE, T5, T5_AUTHORS_DECAY, VIT
+from sparsity.studies.recipes import ADAMW, IMAGENET_DECAY, IMAGENET_RECIPE, T5_AUTHORS_DECAY, VIT
 from sparsity.studies.runs import COMMON_DEVIATIONS, CONTROLS, FineTuning, Run
 from sparsity.studies.span_corruption import SpanCorruption
 
@@ -47,7 +47,7 @@ BRIEFLY = replace(VIT["laptop"]["recipe"], steps=1200, weight_decay=1.25)
 @dataclass(frozen=True)
 class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
-    parts: tuple[str, ...] = ("plug-ins", "2x2", "noise", "T5", "durations")  # of ablations.PARTS
+    parts: tuple[str, ...] = ("plug-ins", "2x2", "noise")  # of ablations.PARTS
     task: ImageTask = VIT["laptop"]["task"]
     recipe: TrainingRecipe = BRIEFLY
     log_every: int = 40
@@ -68,9 +68,9 @@ class Settings:
     noise: float = 0.05  # on the weights, relative
     noises: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2)  # under which it is measured
     epsilons: tuple[float, ...] = ATTACKS  # of FGSM, shares of the range from black to white
-    text: SpanCorruption = T5["laptop"]["task"]
-    text_recipe: TrainingRecipe = T5_AUTHORS_DECAY["laptop"]
-    text_log_every: int = T5["laptop"]["log_every"]
+    text: SpanCorruption = T5_AUTHORS_DECAY["laptop"]["task"]
+    text_recipe: TrainingRecipe = T5_AUTHORS_DECAY["laptop"]["recipe"]
+    text_log_every: int = T5_AUTHORS_DECAY["laptop"]["log_every"]
     text_seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
 
     def __post_init__(self):
@@ -99,9 +99,9 @@ SCALES = {
         rank=4,
         noises=(0.0, 0.2),
         epsilons=(0.0, 16 / 255),
-        text=T5["smoke"]["task"],
-        text_recipe=T5_AUTHORS_DECAY["smoke"],
-        text_log_every=T5["smoke"]["log_every"],
+        text=T5_AUTHORS_DECAY["smoke"]["task"],
+        text_recipe=T5_AUTHORS_DECAY["smoke"]["recipe"],
+        text_log_every=T5_AUTHORS_DECAY["smoke"]["log_every"],
         text_seeds=(0,),
     ),
     "laptop": Settings(),
@@ -115,12 +115,12 @@ SCALES = {
         rates_recipe=VIT["laptop"]["recipe"],
         rates=(7.5e-4, 3e-3, 1.2e-2),
         batch_sizes=(4, 16, 64),
-        durations=(800, 2400, 7200),
+        durations=(600, 2400, 7200),
         factors=TrainingRecipe(4000, 64, 1e-3, 0.05, 1e-4, ADAMW, schedule="constant"),
         tuning=TrainingRecipe(2000, 32, 3e-3, 0.05, 0.12, ADAMW),
-        text=T5["workstation"]["task"],
-        text_recipe=T5_AUTHORS_DECAY["workstation"],
-        text_log_every=T5["workstation"]["log_every"],
+        text=T5_AUTHORS_DECAY["workstation"]["task"],
+        text_recipe=T5_AUTHORS_DECAY["workstation"]["recipe"],
+        text_log_every=T5_AUTHORS_DECAY["workstation"]["log_every"],
     ),
     "paper": Settings(
         seeds=(0,),
@@ -142,9 +142,9 @@ SCALES = {
         rank=192,
         noises=(0.0, 0.05),
         epsilons=(0.0, 1 / 255),
-        text=T5["paper"]["task"],
-        text_recipe=T5_AUTHORS_DECAY["paper"],
-        text_log_every=T5["paper"]["log_every"],
+        text=T5_AUTHORS_DECAY["paper"]["task"],
+        text_recipe=T5_AUTHORS_DECAY["paper"]["recipe"],
+        text_log_every=T5_AUTHORS_DECAY["paper"]["log_every"],
         text_seeds=(0,),
     ),
 }  # fmt: skip

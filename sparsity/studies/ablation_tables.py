@@ -76,7 +76,8 @@ def results(data: pd.DataFrame) -> pd.DataFrame:
     train = data[(data.split == "train") & (data.metric == "density")]
     late = train[train.step > 0.9 * train.groupby(RUN).step.transform("max")]
     table = table.merge(late.groupby(RUN).value.mean().rename("late_density").reset_index(), on=RUN)
-    return table.merge(data[["part", "rate", "batch", "steps", "setting"]].drop_duplicates("setting"), on="setting")
+    table = table.merge(train.groupby(RUN).step.max().rename("steps").reset_index(), on=RUN)
+    return table.merge(data[["part", "rate", "batch", "setting"]].drop_duplicates("setting"), on="setting")
 
 
 def changes(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,8 +1,7 @@
 """What experiment 07 varies: plug-ins one by one, their placement and bounds, norms, rates, and noise on the weights.
 
-Each part of the experiment is a plan: labels (part, setting, variant, seed, rate, batch, steps) and descriptions of
-runs. The conditions that experiment 03 has too are its own, so that under the same recipe its networks are found in the
-cache.
+Each part of the experiment is a plan: labels (part, setting, variant, seed, rate, batch) and descriptions of runs. The
+conditions that experiment 03 has too are its own, so that under the same recipe its networks are found in the cache.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,6 +44,7 @@ FACTORS: dict[str, Variant] = {  # the authors' 2 × 2 clips no zeroth bias and 
     "zeroth bias": Variant(zeroth_bias=True, clip=None),
     "JSReLU and zeroth bias": Variant("jsrelu", zeroth_bias=True, clip=None),
 }
+LOGS = 30  # of each of the durations
 NOISY = ", noise"
 TUNED: dict[str, Variant] = {name: finetuning.ARMS[name] for name in ("vanilla", LIFTED, "modified")}
 STYLES = RUN_STYLES | {
@@ -107,7 +107,7 @@ def plan_durations(data: str, run: Run, durations: Sequence[int], names: Sequenc
     base, variants = run.recipe, {name: VARIANTS[name] for name in names}
     for steps in durations:
         recipe = replace(base, steps=steps, weight_decay=base.weight_decay * base.steps / steps)
-        own = replace(run, recipe=recipe, log_every=max(1, run.log_every * steps // base.steps))
+        own = replace(run, recipe=recipe, log_every=max(1, steps // LOGS))
         yield from _part("durations", f"{data}, {steps} steps, decay {recipe.weight_decay:g}", own, variants, seeds)
 
 
@@ -130,9 +130,7 @@ def _part(part: str, setting: str, run: Run, variants: Mapping[str, Variant], se
     options = dict(exempt=run.exempt, log_every=run.log_every, snapshots=run.snapshots, tuning=run.tuning)
     own = dict.fromkeys(variants, seeds)
     for labels, one in plan_setting(setting, run.task, run.recipe, own, variants, **options):
-        recipe = run.recipe
-        varied = {"rate": recipe.learning_rate, "batch": recipe.batch_size, "steps": recipe.steps}
-        yield {"part": part, **labels, **varied}, one
+        yield {"part": part, **labels, "rate": run.recipe.learning_rate, "batch": run.recipe.batch_size}, one
 
 
 def measure(

@@ -7,7 +7,6 @@ the authors' figures. E = Σ learning rate × weight decay over all steps: how s
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,25 +35,21 @@ CURVE_METRICS = (
 )  # fmt: skip
 
 
-def measure(plan: Plan, context: Context, kept: Sequence[float] = (), rows: int = 0) -> Iterator[dict[str, Any]]:
+def measure(plan: Plan, context: Context, kept: Sequence[float] = ()) -> Iterator[dict[str, Any]]:
     """Train and measure the runs of a plan, in parallel processes, and yield the table's rows.
 
     Args:
         plan: see `sparsity.studies.runs.plan_density_tables`.
         context: of the experiment.
         kept: thresholds under which each network is measured too; see `sparsity.studies.equal_accuracy`.
-        rows: of validation and of test text with which that is done; 0 takes all, as tasks of images always do.
     """
-    for labels, (measured, logged, pruned) in measure_all(plan, context, partial(_all_of_one, kept, rows)):
+    for labels, (measured, logged, pruned) in measure_all(plan, context, partial(_all_of_one, kept)):
         yield from run_rows(labels, measured, logged)
         yield from ({**labels, "layer": "all", **row} for row in pruned)
 
 
-def _all_of_one(
-    kept: Sequence[float], rows: int, run: Run, trained: Artefact, device: torch.device
-) -> tuple[Rows, Rows, Rows]:
-    fewer = replace(run, task=replace(run.task, evaluation_rows=rows)) if rows else run
-    pruned = measure_pruned(fewer, trained, device, kept) if kept else []
+def _all_of_one(kept: Sequence[float], run: Run, trained: Artefact, device: torch.device) -> tuple[Rows, Rows, Rows]:
+    pruned = measure_pruned(run, trained, device, kept) if kept else []
     return measure_snapshot(run, trained, device), curve(trained), pruned
 
 

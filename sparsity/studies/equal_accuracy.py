@@ -30,12 +30,11 @@ def measure_pruned(run: Run, trained: Artefact, device: torch.device, kept: Sequ
     """Return density, loss and score on both splits of PRUNED at each threshold, from the cache where they are known.
 
     Args:
-        run, trained: the description of a run and what `train` returned for it. The run's task may have fewer
-            evaluation rows than that of the training.
+        run, trained: the description of a run and what `train` returned for it.
         device: where the network runs.
         kept: see above; 1 and less, in falling order.
     """
-    inputs = {"run": trained.key, "task": run.task, "device": device.type, "kept": kept}
+    inputs = {"run": trained.key, "device": device.type, "kept": kept}
     return cached_rows("sparsity_thresholds", inputs, partial(_measure, run, trained, device, kept))
 
 

@@ -79,10 +79,20 @@ T5 = {
     ),
 }
 
-# The authors' schedule at their E = Σ learning rate × weight decay, which is 0.48, for the tasks above (smoke: less).
+# The authors' schedule at their E = Σ learning rate × weight decay, which is 0.48 (smoke: less).
 T5_AUTHORS_DECAY = {
-    "smoke": TrainingRecipe(4, 4, 1e-2, weight_decay=0.124, **AUTHORS_T5),
-    "laptop": TrainingRecipe(800, 16, 1e-2, weight_decay=0.124, **AUTHORS_T5),
-    "workstation": TrainingRecipe(3000, 16, 1e-2, weight_decay=0.033, **AUTHORS_T5),
-    "paper": T5["paper"]["recipes"][0],
+    "smoke": dict(
+        task=T5["smoke"]["task"], recipe=TrainingRecipe(4, 4, 1e-2, weight_decay=0.124, **AUTHORS_T5), log_every=2
+    ),
+    "laptop": dict(
+        task=replace(T5["laptop"]["task"], evaluation_rows=256),
+        recipe=TrainingRecipe(800, 16, 1e-2, weight_decay=0.124, **AUTHORS_T5),
+        log_every=40,
+    ),
+    "workstation": dict(
+        task=T5["workstation"]["task"],
+        recipe=TrainingRecipe(3000, 16, 1e-2, weight_decay=0.033, **AUTHORS_T5),
+        log_every=100,
+    ),
+    "paper": dict(task=T5["paper"]["task"], recipe=T5["paper"]["recipes"][0], log_every=50),
 }

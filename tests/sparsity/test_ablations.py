@@ -168,10 +168,10 @@ def runs(part, setting, densities, seeds=3, rate=3e-3, batch=16, decay=2.0, step
     for variant, density in densities.items():
         for seed in range(seeds):
             own = density * (1 + 0.01 * (seed - 1) * (1 + len(variant) % 3))
-            labels = dict(part=part, setting=setting, variant=variant, seed=seed, rate=rate, batch=batch, steps=steps)
+            labels = dict(part=part, setting=setting, variant=variant, seed=seed, rate=rate, batch=batch)
             metrics = (*density_tables.TEST_METRICS, "score", "loss")
             rows += [{**labels, "split": "test", "layer": "a", "metric": name, "value": own} for name in metrics]
-            for step, value in ((1, 9.0), (10, 2 * own), (91, own), (100, own)):
+            for step, value in ((1, 9.0), (steps // 10, 2 * own), (steps - 9, own), (steps, own)):
                 for name in density_tables.CURVE_METRICS:
                     logged = {"decay": decay, "norm_weight": weight or value}.get(name, value)
                     row = {"split": "train", "step": step, "layer": "all", "metric": name, "value": logged}
