@@ -27,11 +27,11 @@ from functools import partial
 from common.lab.run import Experiment, run
 from common.training import TrainingRecipe
 from sparsity.studies import finetuning, finetuning_tables, recipes
+from sparsity.studies.equal_accuracy import VIT_MARGIN
 from sparsity.studies.images import ImageTask
 from sparsity.studies.runs import COMMON_DEVIATIONS, FineTuning, Run
 
-MARGIN = 1.0  # points of accuracy
-JUDGED = dict(metric="score", margin=MARGIN)
+JUDGED = dict(metric="score", margin=VIT_MARGIN)
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ from common.training import TrainingRecipe
 from sparsity.plugins import PROTOCOLS
 from sparsity.studies import finetuning, finetuning_tables
 from sparsity.studies.distillation import Distillation
-from sparsity.studies.recipes import ADAMW, T5
+from sparsity.studies.equal_accuracy import T5_MARGIN
+from sparsity.studies.recipes import ADAMW, AUTHORS_T5, T5, T5_AUTHORS_DECAY
 from sparsity.studies.runs import COMMON_DEVIATIONS, FineTuning, Run
 from sparsity.studies.span_corruption import SpanCorruption
 
-MARGINS = {"T5": 0.02, "MiniLM": 0.01}  # of the losses: nats a token, and 1 − cosine
-AUTHORS = dict(betas=ADAMW, schedule="inverse_sqrt", warmup=0.1)
+MARGINS = {"T5": T5_MARGIN, "MiniLM": 0.01}  # of the losses: nats a token, and 1 − cosine
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Settings:
     arms: tuple[str, ...] = ("vanilla", "modified", finetuning.LIFTED, finetuning.FOLDED)  # of T5
     task: SpanCorruption = replace(T5["laptop"]["task"], evaluation_rows=256)
     # of the vanilla T5, with E = 0.48 as in the authors' recipe; None: a pretrained one
-    start: TrainingRecipe | None = TrainingRecipe(1200, 16, 1e-2, weight_decay=0.083, **AUTHORS)
-    recipe: TrainingRecipe = TrainingRecipe(300, 16, 1e-2, **AUTHORS)
+    start: TrainingRecipe | None = TrainingRecipe(1200, 16, 1e-2, weight_decay=0.083, **AUTHORS_T5)
+    recipe: TrainingRecipe = TrainingRecipe(300, 16, 1e-2, **AUTHORS_T5)
     weight_decays: tuple[float, ...] = (0.034,)  # E = 0.05 as in the authors' recipe; at workstation scale 4 too
     rank: int = 16
     alpha: float = 1.0
@@ -62,8 +62,8 @@ SCALES = {
     "smoke": Settings(
         seeds=(0,),
         task=T5["smoke"]["task"],
-        start=TrainingRecipe(4, 4, 1e-2, **AUTHORS),
-        recipe=TrainingRecipe(4, 4, 1e-2, **AUTHORS),
+        start=TrainingRecipe(4, 4, 1e-2, **AUTHORS_T5),
+        recipe=TrainingRecipe(4, 4, 1e-2, **AUTHORS_T5),
         weight_decays=(0.017,),
         rank=4,
         l1=(0.03,),
@@ -75,8 +75,8 @@ SCALES = {
     "laptop": Settings(),
     "workstation": Settings(
         task=T5["workstation"]["task"],
-        start=TrainingRecipe(3000, 16, 1e-2, weight_decay=0.033, **AUTHORS),
-        recipe=TrainingRecipe(1500, 16, 1e-2, **AUTHORS),
+        start=T5_AUTHORS_DECAY["workstation"]["recipe"],
+        recipe=TrainingRecipe(1500, 16, 1e-2, **AUTHORS_T5),
         arms=tuple(finetuning.ARMS),
         weight_decays=(0.007, 0.55),
         minilm=Distillation(),
@@ -90,7 +90,7 @@ SCALES = {
         task=replace(T5["paper"]["task"], pretrained=True),
         start=None,
         arms=tuple(finetuning.ARMS),
-        recipe=TrainingRecipe(10_000, 256, 1e-2, **AUTHORS),
+        recipe=TrainingRecipe(10_000, 256, 1e-2, **AUTHORS_T5),
         weight_decays=(1e-3,),
         rank=192,
         minilm=None,

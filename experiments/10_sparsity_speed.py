@@ -262,7 +262,7 @@ def gains(data):
     """Return dense seconds over each contender's, lower quartiles over turns: a row per seed, setting and contender."""
     rows = data[(data.metric == "seconds") & data.turn.notna()]
     groups = rows.groupby(["seed", *KEYS, "contender"], sort=False, dropna=False).value
-    table = groups.agg(seconds=lambda values: values.quantile(0.25), turns="count").reset_index()
+    table = groups.agg(seconds=speed.typical_seconds, turns="count").reset_index()
     dense = table[table.contender == DENSE].rename(columns={"seconds": "dense"})
     table = table.merge(dense[["seed", *KEYS, "dense"]], on=["seed", *KEYS])
     return table.assign(gain=table.dense / table.seconds, percent=100 * table.zeros, density=100 - 100 * table.zeros)

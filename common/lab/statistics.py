@@ -113,11 +113,32 @@ def change_from_one(ratios: pd.Series) -> Interval:
     The interval is Student's on the logarithms of the ratios: it holds for further seeds, data and settings being the
     same. With one seed it is unbounded.
     """
-    logs = np.log(ratios)
-    mean, reach = logs.mean(), math.inf
-    if len(logs) > 1:
-        reach = stats.t.ppf(0.975, len(logs) - 1) * logs.std() / math.sqrt(len(logs))
-    return Interval(_percent(mean), _percent(mean - reach), _percent(mean + reach))
+    logs = _student(np.log(ratios))
+    return Interval(*map(_percent, (logs.mean, logs.low, logs.high)))
+
+
+def mean_difference(first: pd.Series, second: pd.Series) -> Interval:
+    """Return by how much the second of two quantities is larger on average than the first, paired by seed.
+
+    The interval is Student's on the differences, in the unit of the quantities; with one seed it is unbounded.
+
+    Args:
+        first, second: values indexed by seed; only seeds that have both count.
+
+    Raises:
+        ValueError: no seed has both.
+    """
+    differences = (second - first).dropna()
+    if differences.empty:
+        raise ValueError(f"no seed has both: {list(first.index)} and {list(second.index)}")
+    return _student(differences)
+
+
+def _student(values: pd.Series) -> Interval:
+    mean, reach = float(values.mean()), math.inf
+    if len(values) > 1:
+        reach = float(stats.t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values)))
+    return Interval(mean, mean - reach, mean + reach)
 
 
 def _percent(logarithm: float) -> float:

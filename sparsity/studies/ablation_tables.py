@@ -26,6 +26,16 @@ SAME_E = 0.02  # two settings have the same E = Σ rate × decay if it differs b
 KINDS = {"vanilla": "references", CONTROL: "references"}
 DENSITIES = {"density": "test", "training_density": "training, whole run", "late_density": "training, last tenth"}
 
+
+def size_relation(interval: Interval) -> str:
+    """Return what `relation` says of two densities in the words for two sizes."""
+    return relation(interval).replace("sparser", "smaller").replace("denser", "larger")
+
+
+GRIDS: dict[str, dict[str, Callable[[Interval], str]]] = {  # parts of many settings → what is compared at equal E
+    "rates": {"density": relation},
+    "durations": {"density": relation, "norm_weight": size_relation},
+}
 _MAIN = (("modified", "vanilla"), ("modified", CONTROL), (CONTROL, "vanilla"))
 _DECISIVE = (
     *_MAIN,
@@ -46,6 +56,7 @@ PAIRS: dict[str, tuple[tuple[str, str], ...]] = {  # by part: which condition is
     ),
     "2x2": tuple((name, "vanilla") for name in FACTORS if name != "vanilla"),
     "rates": _MAIN,
+    "durations": _MAIN,
     "T5": _MAIN,
     "noise": (
         *((f"{name}{NOISY}", name) for name in TUNED),
@@ -67,7 +78,8 @@ CAPTIONS = {
 
 
 def results(data: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per run: `density_tables.finals`, density over the last tenth of the steps, part, rate and batch.
+    """Return one row per run: `density_tables.finals`, density over the last tenth of the steps, part, rate, batch and
+    steps.
 
     Training densities are means over single logged steps: "training_density" over those of the whole run but the first,
     "late_density" over those in the last tenth. Which of the two the paper averages over is not known.
@@ -76,6 +88,7 @@ def results(data: pd.DataFrame) -> pd.DataFrame:
     train = data[(data.split == "train") & (data.metric == "density")]
     late = train[train.step > 0.9 * train.groupby(RUN).step.transform("max")]
     table = table.merge(late.groupby(RUN).value.mean().rename("late_density").reset_index(), on=RUN)
+    table = table.merge(train.groupby(RUN).step.max().rename("steps").reset_index(), on=RUN)
     return table.merge(data[["part", "rate", "batch", "setting"]].drop_duplicates("setting"), on="setting")
 
 
@@ -91,14 +104,16 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def at_equal_decay(table: pd.DataFrame) -> Iterator[tuple[str, str, str, float, Interval]]:
-    """Yield variant, two settings of part "rates" with the same E, that E, and the change of density between them."""
-    part = table[table.part == "rates"]
-    decays = part.groupby("setting", sort=False).E.mean()
+def at_equal_decay(
+    table: pd.DataFrame, part: str, metric: str = "density"
+) -> Iterator[tuple[str, str, str, float, Interval]]:
+    """Yield variant, two settings of a part with the same E, that E, and how a metric changes from first to second."""
+    own = table[table.part == part]
+    decays = own.groupby("setting", sort=False).E.mean()
     for first, second in itertools.combinations(decays.index, 2):
         if abs(decays[second] / decays[first] - 1) < SAME_E:
-            for variant, rows in part.groupby("variant", sort=False):
-                by_seed = rows.pivot(index="seed", columns="setting", values="density")
+            for variant, rows in own.groupby("variant", sort=False):
+                by_seed = rows.pivot(index="seed", columns="setting", values=metric)
                 found = relative_change(by_seed[first], by_seed[second])
                 yield variant, first, second, decays[first], found
 
@@ -142,6 +157,13 @@ def draw(data: pd.DataFrame) -> dict[str, Figure]:
             names={size: f"batch size {size}" for size in rows.column.unique()},
             xlabel="E = Σ rate × weight decay", ylabel="density, test data, %",
         )  # fmt: skip
+    if (rows := table[table.part == "durations"]).size:
+        rows = rows.assign(percent=100 * rows.density)
+        options = dict(x="steps", by="variant", xscale="log", xlabel="training steps, at the same E = Σ rate × decay")
+        drawn["density_by_duration"] = figures.lines(rows, y="percent", ylabel="density, test data, %", **options)
+        drawn["norms_by_duration"] = figures.lines(
+            rows, y="norm_weight", ylabel="mean |weight| of the MLPs' norms", **options
+        )
     return drawn | dict(_draw_robustness(data))
 
 
@@ -209,6 +231,9 @@ def tables(data: pd.DataFrame) -> dict[str, pd.DataFrame]:
         order = list(dict.fromkeys(zip(pairs.setting, pairs.comparison, strict=True)))
         wide = wide.loc[order, list(DENSITIES)].rename(columns=DENSITIES).reset_index()
         found[f"{part}: changes of density, % [95 % interval over seeds, not corrected for their number]"] = wide
+    for part in GRIDS:
+        if lines := list(_equal_lines(table, part)):
+            found[f"{part}: changes between settings of the same E, % [95 %]"] = pd.DataFrame(lines)
     for split, heading in {ATTACK: "Accuracy under FGSM, %", NOISE: "Accuracy under noise on the weights, %"}.items():
         rows = data[(data.split == split) & (data.metric == "score")]
         if rows.size:
@@ -224,6 +249,19 @@ def tables(data: pd.DataFrame) -> dict[str, pd.DataFrame]:
             wide.rename(columns={"size": "ε · 255"})
         )
     return found
+
+
+def _equal_lines(table: pd.DataFrame, part: str) -> Iterator[dict[str, str]]:
+    by_metric = [at_equal_decay(table, part, metric) for metric in ("density", "norm_weight")]
+    for (variant, first, second, decay, density), (*_, weight) in zip(*by_metric, strict=True):
+        yield {
+            "variant": variant,
+            "from": cell_of(first),
+            "to": cell_of(second),
+            "E": f"{decay:.2g}",
+            "density, test": f"{density}: {relation(density)}",
+            "weights of MLP norms": f"{weight}: {size_relation(weight)}",
+        }
 
 
 def _gain(rows: pd.DataFrame) -> pd.DataFrame:
@@ -274,17 +312,20 @@ def verdict(data: pd.DataFrame) -> str:
         if part == "plug-ins":
             intervals = {pair: intervals[pair] for pair in _DECISIVE if pair in intervals}
         said = [f"{pair[0]} / {pair[1]} {found} %: {relation(found)}" for pair, found in intervals.items()]
-        texts.append(_cells(rows) if part == "rates" else f"{part}: {'; '.join(said)}")
-    if "rates" in enough:
-        texts += [
-            f"{variant} at equal E {decay:.2g}, {cell_of(second)} / {cell_of(first)} {found} %: {relation(found)}"
-            for variant, first, second, decay, found in at_equal_decay(table)
-        ]
+        texts.append(_cells(part, rows) if part in GRIDS else f"{part}: {'; '.join(said)}")
+        for metric, words in GRIDS.get(part, {}).items():
+            texts += [
+                f"{variant} at equal E {decay:.2g}, {cell_of(second)} / {cell_of(first)} {found} %: {words(found)}"
+                for variant, first, second, decay, found in at_equal_decay(table, part, metric)
+                if metric == "density" or variant == "vanilla"
+            ]
     names = ", ".join(_contributing(_intervals(seen[seen.part == "plug-ins"]))) or "none"
     text = _intervals(seen[seen.part == "T5"]).get(_MAIN[0])
     head = f"sparser alone and on top of the others: {names}"
     if text is not None:
         head += f"; T5 at low E: {'beyond 36 %' if text.high <= PAPER['density'] else relation(text)}"
+    if "durations" in enough:
+        head += f"; E by itself: {_decided(table)}"
     return f"{head}. {'. '.join(texts)}"
 
 
@@ -320,6 +361,23 @@ def stated_claims(data: pd.DataFrame) -> list[Claim]:
     ]  # fmt: skip
 
 
+def _decided(table: pd.DataFrame) -> str:
+    """Return whether E decides density, in every variant, and vanilla's |w|, by the rule that experiment 07 states."""
+    answers = []
+    for metric, name in {"density": "density", "norm_weight": "|w|"}.items():
+        found = [
+            interval
+            for variant, _, _, _, interval in at_equal_decay(table, "durations", metric)
+            if metric == "density" or variant == "vanilla"
+        ]
+        said = {relation(interval) for interval in found}
+        if said & {"sparser", "denser"}:
+            answers.append(f"does not decide {name}")
+        else:
+            answers.append(f"{name} undecided" if "undecided" in said else f"decides {name}")
+    return ", ".join(answers)
+
+
 def _contributing(intervals: Mapping[tuple[str, str], Interval]) -> list[str]:
     """Return the plug-ins that lower density alone and, as a whole interval too, on top of the two others."""
     pairs = {name: ((ALONE[name], "vanilla"), ("modified", LEFT_OUT[name])) for name in ALONE}
@@ -332,7 +390,7 @@ def _intervals(rows: pd.DataFrame) -> Mapping[tuple[str, str], Interval]:
     return dict(zip(zip(rows.variant, rows.reference, strict=True), rows.interval, strict=True))
 
 
-def _cells(rows: pd.DataFrame) -> str:
+def _cells(part: str, rows: pd.DataFrame) -> str:
     texts = []
     for pair in _MAIN:
         own = rows[(rows.variant == pair[0]) & (rows.reference == pair[1])]
@@ -340,7 +398,7 @@ def _cells(rows: pd.DataFrame) -> str:
         if len(own):
             listed = ", ".join(f"{word} in {count}" for word, count in said.items())
             texts.append(f"{pair[0]} / {pair[1]} {listed} of {len(own)} cells")
-    return f"rates: {'; '.join(texts)}"
+    return f"{part}: {'; '.join(texts)}"
 
 
 def remarks(data: pd.DataFrame) -> str:
@@ -353,17 +411,18 @@ def remarks(data: pd.DataFrame) -> str:
             for variant, rows in own.groupby("variant", sort=False)
         )
         + "."
-        for part, own in table[table.part != "rates"].groupby("part", sort=False)
+        for part, own in table[~table.part.isin(list(GRIDS))].groupby("part", sort=False)
     ]
-    equal = [
-        f"{variant}: {cell_of(first)} and {cell_of(second)} (E {decay:.2g} both) differ by {found} %"
-        for variant, first, second, decay, found in at_equal_decay(table)
-    ]
-    if equal:
-        texts.append(f"**Rates at equal E.** {'; '.join(equal)}.")
+    for part in GRIDS:
+        equal = [
+            f"{variant}: {cell_of(first)} and {cell_of(second)} (E {decay:.2g} both) differ by {found} %"
+            for variant, first, second, decay, found in at_equal_decay(table, part)
+        ]
+        if equal:
+            texts.append(f"**{part.capitalize()} at equal E.** {'; '.join(equal)}.")
     return "\n\n".join(texts)
 
 
 def cell_of(setting: str) -> str:
-    """Return the rate and batch size in the name of a setting of part "rates"."""
+    """Return what follows the name of the data in the name of a setting: rate and batch size, or steps and decay."""
     return setting.partition(", ")[2]

@@ -15,14 +15,14 @@ from common.cache import Artefact
 from common.lab.figures import Style
 from common.lab.run import Context
 from sparsity.studies import finetuning
-from sparsity.studies.density_tables import CONTROL, run_rows
+from sparsity.studies.density_tables import CONTROL, brief_rows
 from sparsity.studies.finetuning import LIFTED
 from sparsity.studies.measurement import Rows, curve, measure_all, measure_snapshot
 from sparsity.studies.robustness import measure_robustness
 from sparsity.studies.runs import CONTROLS, MODIFIED, VARIANTS, Plan, Run, Variant, plan_setting
 from sparsity.studies.runs import STYLES as RUN_STYLES
 
-PARTS = ("plug-ins", "2x2", "noise", "T5", "rates")
+PARTS = ("plug-ins", "2x2", "noise", "T5", "durations", "rates")
 ALONE = {"restricted norm": "restricted norm alone", "JSReLU": "JSReLU alone", "zeroth bias": "zeroth bias alone"}
 LEFT_OUT = {name: f"all but {name}" for name in ALONE}
 PLUGINS: dict[str, Variant] = {
@@ -44,6 +44,7 @@ FACTORS: dict[str, Variant] = {  # the authors' 2 × 2 clips no zeroth bias and 
     "zeroth bias": Variant(zeroth_bias=True, clip=None),
     "JSReLU and zeroth bias": Variant("jsrelu", zeroth_bias=True, clip=None),
 }
+LOGS = 30  # of each of the durations
 NOISY = ", noise"
 TUNED: dict[str, Variant] = {name: finetuning.ARMS[name] for name in ("vanilla", LIFTED, "modified")}
 STYLES = RUN_STYLES | {
@@ -93,6 +94,23 @@ def plan_rates(
             yield from _part("rates", f"{data}, rate {rate:g}, batch {size}", own, variants, seeds)
 
 
+def plan_durations(data: str, run: Run, durations: Sequence[int], names: Sequence[str], seeds: Sequence[int]) -> Plan:
+    """Yield runs of several numbers of steps at the same learning rate, all with the same E = Σ rate × decay.
+
+    Args:
+        data: begins the name of each setting.
+        run: whose weight decay × steps is that of all.
+        durations: numbers of steps; each makes one setting. The schedule stretches with them.
+        names: of the variants, in VARIANTS.
+        seeds: of each.
+    """
+    base, variants = run.recipe, {name: VARIANTS[name] for name in names}
+    for steps in durations:
+        recipe = replace(base, steps=steps, weight_decay=base.weight_decay * base.steps / steps)
+        own = replace(run, recipe=recipe, log_every=max(1, steps // LOGS))
+        yield from _part("durations", f"{data}, {steps} steps, decay {recipe.weight_decay:g}", own, variants, seeds)
+
+
 def plan_noise(setting: str, run: Run, size: float, seeds: Sequence[int]) -> Plan:
     """Yield runs that fine-tune the vanilla network of each seed, without noise on the weights and with; part "noise".
 
@@ -127,7 +145,7 @@ def measure(
             `sparsity.studies.robustness.measure_robustness`.
     """
     for labels, (measured, logged, stood) in measure_all(plan, context, partial(_all_of_one, epsilons, noises)):
-        yield from run_rows(labels, measured, logged)
+        yield from brief_rows(labels, measured, logged)
         yield from ({**labels, **row} for row in stood)
 
 

@@ -7,6 +7,7 @@ the authors' figures. E = Σ learning rate × weight decay over all steps: how s
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from common.lab.claims import NOT_RUN, Claim, question
 from common.lab.run import Context
 from common.lab.statistics import Interval, change_from_one, relative_change, spread
 from sparsity.flatness import remaining_multiply_adds
+from sparsity.studies.equal_accuracy import PRUNED, VIT_MARGIN, Margin, equal_accuracy, measure_pruned
 from sparsity.studies.measurement import Rows, curve, curve_rows, measure_all, measure_snapshot
 from sparsity.studies.runs import CONTROLS, RUN, Plan, Run
 
@@ -34,19 +36,22 @@ CURVE_METRICS = (
 )  # fmt: skip
 
 
-def measure(plan: Plan, context: Context) -> Iterator[dict[str, Any]]:
+def measure(plan: Plan, context: Context, kept: Sequence[float] = ()) -> Iterator[dict[str, Any]]:
     """Train and measure the runs of a plan, in parallel processes, and yield the table's rows.
 
     Args:
         plan: see `sparsity.studies.runs.plan_density_tables`.
         context: of the experiment.
+        kept: thresholds under which each network is measured too; see `sparsity.studies.equal_accuracy`.
     """
-    for labels, (measured, logged) in measure_all(plan, context, _test_and_curve):
+    for labels, (measured, logged, pruned) in measure_all(plan, context, partial(_all_of_one, kept)):
         yield from run_rows(labels, measured, logged)
+        yield from ({**labels, "layer": "all", **row} for row in pruned)
 
 
-def _test_and_curve(run: Run, trained: Artefact, device: torch.device) -> tuple[Rows, Rows]:
-    return measure_snapshot(run, trained, device), curve(trained)
+def _all_of_one(kept: Sequence[float], run: Run, trained: Artefact, device: torch.device) -> tuple[Rows, Rows, Rows]:
+    pruned = measure_pruned(run, trained, device, kept) if kept else []
+    return measure_snapshot(run, trained, device), curve(trained), pruned
 
 
 def run_rows(labels: Mapping[str, Any], measured: Sequence[Mapping], logged: Sequence[Mapping]) -> Iterator[dict]:
@@ -61,6 +66,21 @@ def run_rows(labels: Mapping[str, Any], measured: Sequence[Mapping], logged: Seq
         if row["layer"] == "all" or row["metric"] in TEST_METRICS:
             yield {**labels, "split": "test", **row}
     yield from ({**labels, **row} for row in curve_rows(logged, CURVE_METRICS, "train"))
+
+
+def brief_rows(labels: Mapping[str, Any], measured: Sequence[Mapping], logged: Sequence[Mapping]) -> Iterator[dict]:
+    """Yield the rows of one run that `finals` reads, a third of `run_rows`: layer means, norms and E at the end alone.
+
+    Args:
+        labels, measured, logged: as for `run_rows`.
+    """
+    rows = pd.DataFrame(row for row in measured if row["layer"] == "all" or row["metric"] in TEST_METRICS)
+    for metric, value in rows.groupby("metric", sort=False).value.mean().items():
+        yield {**labels, "split": "test", "layer": "all", "metric": metric, "value": value}
+    last = max(row["step"] for row in logged)
+    for row in curve_rows(logged, CURVE_METRICS, "train"):
+        if row["metric"] in ("density", "derivative_density") or row["step"] == last:
+            yield labels | row
 
 
 def finals(data: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +122,7 @@ def means_by_variant(table: pd.DataFrame, columns: Mapping[str, tuple[str, int]]
 
     Args:
         table: what `finals` returns.
-        columns: metric → (heading, digits after the point).
+    "in_brief": "Density on test data: vanilla, modified, and vanilla whose MLP norms do not decay; ticks are seeds.",
     """
     rows = []
     for (setting, variant), part in table.groupby(RUN[:2], sort=False):
@@ -216,8 +236,17 @@ def compare(data: pd.DataFrame, published: pd.DataFrame, same_setting: str) -> p
     )
 
 
-def tables(data: pd.DataFrame, score: str) -> dict[str, pd.DataFrame]:
-    """Return the tables: densities and what they cost; the factors of the identity; changes against vanilla."""
+def tables(
+    data: pd.DataFrame, score: str, metric: str = "score", margin: Margin = VIT_MARGIN
+) -> dict[str, pd.DataFrame]:
+    """Return the tables: densities and what they cost; the factors of the identity; changes against vanilla.
+
+    Args:
+        data: the experiment's table.
+        score: the name of the metric of its task, with its unit.
+        metric, margin: what equal accuracy means, as for `sparsity.studies.equal_accuracy.equal_accuracy`; a fourth
+            table says how dense networks are there, where the table has thresholds.
+    """
     table = finals(data)
     shares = ["density", "training_density", LATE, "live_density", "dead_units", "derivative_density", "union_density"]
     shares += ["forward_left", "backward_left"]
@@ -255,7 +284,29 @@ def tables(data: pd.DataFrame, score: str) -> dict[str, pd.DataFrame]:
         "Densities and what they cost (means over layers ± sd over seeds)": means_by_variant(table, main),
         "Factors of the identity on test data, per sample (means over layers)": means_by_variant(table, factors),
         "Change against vanilla, % [95 % interval over seeds]": changes.loc[order, list(NAMES.values())].reset_index(),
-    }
+    } | _at_equal_accuracy(data, metric, margin)
+
+
+def _at_equal_accuracy(data: pd.DataFrame, metric: str, margin: Margin) -> dict[str, pd.DataFrame]:
+    """Return how dense networks are with thresholds as high as accuracy allows; nothing where none was measured."""
+    if not data.split.isin(PRUNED).any():
+        return {}
+    found, rows = equal_accuracy(data, metric, margin), []
+    for (setting, variant), part in found.groupby(RUN[:2], sort=False):
+        changes = {
+            reference: change(found, setting, "equal_density", variant, reference) for reference in ("vanilla", CONTROL)
+        }
+        rows.append(
+            {"setting": setting, "variant": variant, "density, test, %": spread(100 * part.equal_density)}
+            | {f"{metric} there": spread(part.equal_score, 3 if metric == "loss" else 1)}
+            | {
+                f"against {reference}, % [95 %]": "" if seen is None or variant == reference else str(seen)
+                for reference, seen in changes.items()
+            }
+            | {"seeds": len(part), "runs that reach it": part.equal_density.count()}
+        )
+    heading = "At equal accuracy: thresholds on activations, without training, as high as validation data allow"
+    return {heading: pd.DataFrame(rows)}
 
 
 def verdict(data: pd.DataFrame) -> str:

@@ -12,7 +12,8 @@ from common.lab.claims import NOT_PUBLISHED, NOT_RUN, Claim, question, where_run
 from common.lab.statistics import Interval, spread
 from sparsity.studies import density_tables
 from sparsity.studies.density_tables import change
-from sparsity.studies.finetuning import BEFORE, FOLDED, LIFTED, Margin, frontier, margin_of, results
+from sparsity.studies.equal_accuracy import Margin, frontier, margin_of
+from sparsity.studies.finetuning import BEFORE, FOLDED, LIFTED, results
 from sparsity.studies.runs import RUN
 
 EQUIVALENT = 10.0  # %: two densities count as equal if the whole interval of their ratio is within this of 1
@@ -74,7 +75,7 @@ def draw(data: pd.DataFrame, metric: str, margin: Margin, score: str) -> dict[st
 
     Args:
         data: the experiment's table.
-        metric, margin: as for `sparsity.studies.finetuning.equal_accuracy`.
+        metric, margin: as for `sparsity.studies.equal_accuracy.equal_accuracy`.
         score: what the metric is called on an axis, with its unit.
     """
     table = results(data, metric, margin)

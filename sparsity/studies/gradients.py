@@ -35,6 +35,7 @@ def _measure(run: Run, trained: Artefact, device: torch.device, step: int) -> It
     task, model = make_task(run.task, device), load(run, trained, device, step)
     with probe(model, reduction="sum", histograms=True) as seen:
         for batch in task.batches("train"):
+            seen.mask = task.masks(batch) if task.masks else None
             losses, _ = task.score(model, batch)
             losses.sum().backward()
             model.zero_grad()

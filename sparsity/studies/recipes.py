@@ -47,6 +47,7 @@ VIT = {
 }
 
 # T5 on span corruption: half a cosine at a moderate rate, and the authors' inverse square root at a high one.
+AUTHORS_T5 = dict(warmup=0.1, betas=ADAMW, schedule="inverse_sqrt")  # with a rate of 1e-2
 T5 = {
     "smoke": dict(
         task=SpanCorruption(width=16, depth=1, heads=2, d_ff=32, megabytes=0.5, evaluation_rows=32),
@@ -76,4 +77,22 @@ T5 = {
         ),
         log_every=50,
     ),
+}
+
+# The authors' schedule at their E = Σ learning rate × weight decay, which is 0.48 (smoke: less).
+T5_AUTHORS_DECAY = {
+    "smoke": dict(
+        task=T5["smoke"]["task"], recipe=TrainingRecipe(4, 4, 1e-2, weight_decay=0.124, **AUTHORS_T5), log_every=2
+    ),
+    "laptop": dict(
+        task=replace(T5["laptop"]["task"], evaluation_rows=256),
+        recipe=TrainingRecipe(800, 16, 1e-2, weight_decay=0.124, **AUTHORS_T5),
+        log_every=40,
+    ),
+    "workstation": dict(
+        task=T5["workstation"]["task"],
+        recipe=TrainingRecipe(3000, 16, 1e-2, weight_decay=0.033, **AUTHORS_T5),
+        log_every=100,
+    ),
+    "paper": dict(task=T5["paper"]["task"], recipe=T5["paper"]["recipes"][0], log_every=50),
 }

@@ -172,8 +172,27 @@ def plan_density_tables(
         l1: weights of the penalty; each makes one rival.
         options: further fields of `Run`.
     """
-    variants = VARIANTS | {f"ReLU + L1, {weight:g}": Variant(l1=weight) for weight in l1}
     for index, (setting, task, recipe) in enumerate(settings):
-        names = CONTROLS[:3] if index else variants
-        own = {name: seeds if name in CONTROLS else single_seeds for name in names}
-        yield from plan_setting(setting, task, recipe, own, variants, **options)
+        own = {name: seeds if name in CONTROLS else single_seeds for name in (CONTROLS[:3] if index else VARIANTS)}
+        yield from plan_rivals(setting, task, recipe, own, () if index else l1, single_seeds, **options)
+
+
+def plan_rivals(
+    setting: str,
+    task: ImageTask | SpanCorruption,
+    recipe: TrainingRecipe,
+    seeds: Mapping[str, Sequence[int]],
+    l1: Sequence[float],
+    l1_seeds: Sequence[int],
+    **options: Any,
+) -> Iterator[tuple[dict[str, Any], Run]]:
+    """Yield the labels and the description of the runs in one setting, and of vanilla with an L1 penalty.
+
+    Args:
+        setting, task, recipe, seeds, options: as for `plan_setting`; names are those of VARIANTS.
+        l1: weights of the penalty; each makes one rival, the last to come.
+        l1_seeds: of each.
+    """
+    penalised = {f"ReLU + L1, {weight:g}": Variant(l1=weight) for weight in l1}
+    own = {**seeds, **dict.fromkeys(penalised, l1_seeds)}
+    yield from plan_setting(setting, task, recipe, own, VARIANTS | penalised, **options)

@@ -14,6 +14,7 @@ from functools import partial
 from statistics import NormalDist
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -28,6 +29,11 @@ DENSE, VALUES, SCREENED, LIKELY = "dense", "values skipped", "keys screened", "k
 OPT = Layout("OPT", "fc1", "fc1", "activation_fn", "fc2")
 KINDS = [OPT, *LAYOUTS]
 MARGIN = 8.0  # standard deviations of independent rounding errors, of LIKELY
+
+
+def typical_seconds(turns: pd.Series) -> float:
+    """Return the lower quartile of the seconds of some turns, which other programs disturb least."""
+    return turns.quantile(0.25)
 
 
 class Layer(nn.Module):

@@ -14,7 +14,7 @@ from sparsity.blocks import find_blocks
 from sparsity.studies import ablation_tables, ablations, density_tables
 from sparsity.studies.images import ImageTask, pixel_range
 from sparsity.studies.lora import adapt
-from sparsity.studies.measurement import load
+from sparsity.studies.measurement import curve, load, measure_snapshot
 from sparsity.studies.norms_and_noise import change_norms, weight_noise, whole_weight
 from sparsity.studies.robustness import ATTACK, COVERING, NOISE, attack, covering, measure_robustness
 from sparsity.studies.runs import FineTuning, Run, Variant
@@ -162,7 +162,7 @@ def test_noise_in_training_changes_a_run_and_no_measurement(own_cache):
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def runs(part, setting, densities, seeds=3, rate=3e-3, batch=16, decay=2.0):
+def runs(part, setting, densities, seeds=3, rate=3e-3, batch=16, decay=2.0, steps=100, weight=None):
     """Rows of made-up runs in one setting, {condition: density}, which differ a little from seed to seed."""
     rows = []
     for variant, density in densities.items():
@@ -171,9 +171,9 @@ def runs(part, setting, densities, seeds=3, rate=3e-3, batch=16, decay=2.0):
             labels = dict(part=part, setting=setting, variant=variant, seed=seed, rate=rate, batch=batch)
             metrics = (*density_tables.TEST_METRICS, "score", "loss")
             rows += [{**labels, "split": "test", "layer": "a", "metric": name, "value": own} for name in metrics]
-            for step, value in ((1, 9.0), (10, 2 * own), (91, own), (100, own)):
+            for step, value in ((1, 9.0), (steps // 10, 2 * own), (steps - 9, own), (steps, own)):
                 for name in density_tables.CURVE_METRICS:
-                    logged = decay if name == "decay" else value
+                    logged = {"decay": decay, "norm_weight": weight or value}.get(name, value)
                     row = {"split": "train", "step": step, "layer": "all", "metric": name, "value": logged}
                     rows.append(labels | row)
     return rows
@@ -214,6 +214,61 @@ def test_cells_of_the_same_decay_are_compared():
     assert "vanilla at equal E 1, rate 0.004, batch 64 / rate 0.001, batch 16 -50.0" in text
     assert "batch 16 / rate" not in text  # no other cells share their E
     assert "**Rates at equal E.**" in ablation_tables.remarks(data)
+
+
+@pytest.mark.parametrize(
+    "densities, weights, said",
+    [
+        ((0.2, 0.2, 0.201), (0.3, 0.3, 0.31), "decides density, decides |w|"),
+        ((0.3, 0.2, 0.1), (0.3, 0.3, 0.31), "does not decide density, decides |w|"),
+        ((0.2, 0.2, 0.201), (0.3, 0.2, 0.1), "decides density, does not decide |w|"),
+    ],
+)
+def test_durations_say_whether_their_common_decay_decides(densities, weights, said):
+    rows = runs("plug-ins", "s", PLUGINS)
+    for steps, density, weight in zip((300, 1200, 2400), densities, weights, strict=True):
+        both = {"vanilla": density, "modified": density}
+        rows += runs("durations", f"digits, {steps} steps", both, 3, 3e-3, 16, 2.2, steps, weight)
+    data = pd.DataFrame(rows)
+    text = ablation_tables.verdict(data)
+    assert f"; E by itself: {said}. " in text
+    assert "modified / vanilla equal in 3 of 3 cells" in text
+    change = 100 * (densities[2] / densities[0] - 1)
+    assert f"vanilla at equal E 2.2, 2400 steps / 300 steps {change:+.1f}" in text
+    assert len(ablation_tables.tables(data)["durations: changes between settings of the same E, % [95 %]"]) == 6
+    assert {"density_by_duration", "norms_by_duration"} <= set(ablation_tables.draw(data))
+    assert list(ablation_tables.results(data).query("part == 'durations'").steps.unique()) == [300, 1200, 2400]
+
+
+def test_durations_that_differ_from_seed_to_seed_leave_it_open():
+    rows = runs("plug-ins", "s", PLUGINS)
+    for steps, factor in ((300, 1), (1200, 1.3)):
+        own = runs("durations", f"digits, {steps} steps", {"vanilla": 0.2}, 3, decay=2.2, steps=steps, weight=0.3)
+        for row in own:
+            if row["seed"] == 0 and row["metric"] in ("density", "norm_weight"):
+                row["value"] *= factor
+        rows += own
+    assert "; E by itself: density undecided, |w| undecided. " in ablation_tables.verdict(pd.DataFrame(rows))
+
+
+def test_all_durations_have_the_same_decay_in_sum():
+    base = Run(DIGITS, TrainingRecipe(1200, 16, 3e-3, weight_decay=1.25), log_every=40)
+    plan = [run for _, run in ablations.plan_durations("digits", base, (300, 1200, 2400), ("vanilla",), (0,))]
+    assert plan[1] == base
+    assert [(run.recipe.steps, run.log_every) for run in plan] == [(300, 10), (1200, 40), (2400, 80)]
+    sums = [run.recipe.weight_decay * sum(map(run.recipe.rate, range(run.recipe.steps))) for run in plan]
+    assert sums == pytest.approx([sums[0]] * 3, rel=0.01)
+
+
+def test_brief_rows_say_what_the_whole_ones_say(own_cache):
+    run, trained, _, _ = trained_classifier()
+    measured, logged = measure_snapshot(run, trained, CPU), curve(trained)
+    labels = dict(setting="s", variant="vanilla", seed=0)
+    whole, brief = (
+        pd.DataFrame(rows(labels, measured, logged)) for rows in (density_tables.run_rows, density_tables.brief_rows)
+    )
+    assert len(brief) < len(whole)
+    pd.testing.assert_frame_equal(density_tables.finals(brief), density_tables.finals(whole), check_like=True)
 
 
 def test_the_last_tenth_of_training_stands_beside_the_whole():

@@ -103,3 +103,27 @@ def test_the_controls_share_is_told_seed_by_seed_and_the_change_pooled_over_sett
     nothing = table({"vanilla": 0.2, "modified": 0.2, CONTROL: 0.1})
     nothing.loc[(nothing.variant == "modified") & (nothing.seed == 0), "value"] *= 1.1
     assert "the control's share of it means nothing" in density_tables.remarks(nothing)
+
+
+def test_at_equal_accuracy_each_network_is_pruned_as_far_as_validation_data_allow():
+    data = table({"vanilla": 0.2, "modified": 0.1, CONTROL: 0.1})
+    assert len(density_tables.tables(data, "accuracy, %")) == 3  # nothing was pruned
+    rows = []
+    for labels in data[density_tables.RUN].drop_duplicates().itertuples(index=False, name=None):
+        for kept, loss in ((1.0, 2.0), (0.5, 2.0), (0.2, 2.01), (0.1, 2.5)):
+            density = kept * (0.2 if labels[1] == "vanilla" else 0.1)
+            loss += 1.0 if labels[1:] == ("modified", 0) else 0.0  # one network is worse from the start
+            for split in ("pruned, validation", "pruned, test"):
+                for metric, value in {"density": density, "loss": loss, "score": 90.0}.items():
+                    row = {"split": split, "kept": kept, "layer": "all", "metric": metric, "value": value}
+                    rows.append(dict(zip(density_tables.RUN, labels, strict=True)) | row)
+    both = pd.concat([data, pd.DataFrame(rows)])
+    found = list(density_tables.tables(both, "accuracy, %", "loss", 0.02).values())[-1].set_index("variant")
+    assert found["density, test, %"].to_dict() == {
+        "vanilla": "4.0 ± 0.0",
+        "modified": "2.0 ± 0.0",
+        CONTROL: "2.0 ± 0.0",
+    }
+    assert found["runs that reach it"].to_dict() == {"vanilla": 3, "modified": 2, CONTROL: 3}
+    assert found.loc["modified", "against vanilla, % [95 %]"].startswith("-50.0 [")
+    assert density_tables.verdict(both) == density_tables.verdict(data)

@@ -14,9 +14,10 @@ from common import cache
 from common.training import TrainingRecipe
 from sparsity import find_blocks, sparsify, unfreeze
 from sparsity.finetuning import fold_norms
-from sparsity.studies import finetuning, finetuning_tables, training
+from sparsity.studies import finetuning_tables, training
 from sparsity.studies.distillation import Distillation
-from sparsity.studies.finetuning import ARMS, BEFORE, FOLDED, KEPT, LIFTED, plan_finetuning
+from sparsity.studies.equal_accuracy import KEPT, PRUNED, equal_accuracy
+from sparsity.studies.finetuning import ARMS, BEFORE, FOLDED, LIFTED, plan_finetuning
 from sparsity.studies.images import ImageTask
 from sparsity.studies.measurement import load, measure_snapshot
 from sparsity.studies.runs import FineTuning, Run, Variant
@@ -211,7 +212,7 @@ def table(losses, densities, norms=1.0, seeds=(0, 1, 2), setting="s"):
             labels = {"setting": setting, "variant": variant, "seed": seed, "layer": "all", "step": float("nan")}
             density = densities[variant] * (1 + 0.01 * seed)
             for kept in KEPT:
-                for split in finetuning.PRUNED:
+                for split in PRUNED:
                     values = {"density": density * kept, "score": score - 10 * (1 - kept), "loss": 1.0}
                     rows += [
                         {**labels, "split": split, "kept": kept, "metric": name, "value": value}
@@ -229,11 +230,11 @@ def table(losses, densities, norms=1.0, seeds=(0, 1, 2), setting="s"):
 
 def test_equal_accuracy_is_what_validation_data_allow():
     data = table({"vanilla": 90.0, "modified": 89.6, LIFTED: 88.0}, {"vanilla": 0.4, "modified": 0.2, LIFTED: 0.2})
-    found = finetuning.equal_accuracy(data, "score", 1.0).query("seed == 0").set_index("variant")
+    found = equal_accuracy(data, "score", 1.0).query("seed == 0").set_index("variant")
     assert found.kept["vanilla"] == pytest.approx(0.9) and found.equal_density["vanilla"] == pytest.approx(0.36)
     assert found.kept["modified"] == pytest.approx(0.95) and found.equal_score["modified"] == pytest.approx(89.1)
     assert np.isnan(found.equal_density[LIFTED])
-    looser = finetuning.equal_accuracy(data, "score", lambda setting: {"s": 2.0}[setting])
+    looser = equal_accuracy(data, "score", lambda setting: {"s": 2.0}[setting])
     assert looser.equal_density.notna().all()
 
 
