@@ -142,7 +142,7 @@ NAMES = {
 }
 CONTROL = "vanilla, MLP norms undecayed"
 CAPTIONS = {
-    "in_brief": "Density on test data: hollow vanilla, filled modified and vanilla whose MLP norms do not decay; ticks are seeds.",
+    "in_brief": "Density on test data: vanilla, modified, and vanilla whose MLP norms do not decay; ticks are seeds.",
     "frontier": "Score against density on test data, lower right of the figure being dense and poor.",
     "density_by_layer": "Density of every MLP on test data.",
     "density_along_training": "Density on training batches along training.",
