@@ -412,7 +412,9 @@ def _state(experiment: Experiment, folder: Path) -> str:
     if not (folder / "provenance.json").is_file():
         return "unfinished" if folder.is_dir() else "missing"
     facts = _facts(folder)
-    took = f"{report.duration(facts['seconds']['total'])}, {facts['jobs']} processes, {facts['date'][:10]}"
+    filled = " with parts from the cache" if facts["cache_hits"] else ""
+    processes = f"{facts['jobs']} process{'es' * (facts['jobs'] > 1)}"
+    took = f"{report.duration(facts['seconds']['total'])}{filled}, {processes}, {facts['date'][:10]}"
     reason = next(_stale(facts, experiment, folder), "")
     return f"stale: {reason}" if reason else f"done ({took})"
 

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from common import cache, code
 from common.data.hub import MissingResource
 from common.lab import results
+from common.lab.backends import Backend, connect
 from common.lab.experiment import Experiment as Experiment
 from common.lab.experiment import load_experiment
 from common.progress import log_bars
@@ -58,7 +59,8 @@ class Flags:
     scale: Literal["smoke", "laptop", "workstation", "paper"] = "laptop"  # whose settings are the defaults below
     device: str = "auto"  # auto, cpu, cuda or cuda:0
     results_dir: Path = results.RESULTS  # where NN_name/SCALE/ is written
-    jobs: int | None = None  # parallel processes; by default the number of cores on a CPU, else 1
+    jobs: int | None = None  # parallel processes; by default the number of cores on a CPU, or of the cluster, else 1
+    backend: Backend = "loky"  # where they run: loky on this machine, dask or ray on a cluster (common/lab/backends.py)
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Context:
     device: torch.device
     jobs: int  # parallel processes of `map`
     threads: int  # torch threads of this process
+    backend: Backend = "loky"  # where the processes run
     script: Path | None = None  # the experiment's, which the processes of `map` import
     main: bool = True  # False on all but one process under `accelerate launch`
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
@@ -97,8 +100,8 @@ class Context:
     def map(self, function: Callable[[Any], Any], items: Iterable[Any], description: str) -> list[Any]:
         """Return `[function(item) for item in items]`, computed in up to `jobs` processes behind a progress bar.
 
-        Each process gets its share of the threads. With one job or one item, the work is done in this process. This
-        process also records what the others ask the artefact cache for. The first exception ends the map.
+        On this machine each process gets its share of the threads. With one job or one item, the work is done in this
+        process. This process also records what the others ask the artefact cache for. The first exception ends the map.
 
         Args:
             function: one of a module or of the script itself, or a partial of one: other processes import it by name.
@@ -110,9 +113,12 @@ class Context:
         if processes <= 1:
             with self._bar(items, description) as bar:
                 return [function(item) for item in bar]
-        threads = max(1, self.threads // processes)
-        with joblib.parallel_config("loky", inner_max_num_threads=threads):
-            parallel = joblib.Parallel(processes, batch_size=1, return_as="generator_unordered")
+        here = self.backend == "loky"
+        threads = max(1, self.threads // processes) if here else None
+        options = dict(inner_max_num_threads=threads) if here else {}
+        with joblib.parallel_config(self.backend, **options):
+            returned = "list" if self.backend == "ray" else "generator_unordered"  # which Ray's does not have
+            parallel = joblib.Parallel(processes, batch_size=1, return_as=returned)
             call = joblib.delayed(_call)
             work = ((index, pickle.dumps((function, item))) for index, item in enumerate(items))
             finished = parallel(call(self.script, index, pickled, threads) for index, pickled in work)
@@ -124,18 +130,22 @@ class Context:
         return [found[index] for index in range(len(items))]
 
 
-def _call(script: Path | None, index: int, pickled: bytes, threads: int) -> tuple[int, Any, list[dict[str, Any]]]:
+def _call(
+    script: Path | None, index: int, pickled: bytes, threads: int | None
+) -> tuple[int, Any, list[dict[str, Any]]]:
     """Call a function on an item in a process of `Context.map`; both were pickled by name, so the script comes first.
 
     Functions of a script that were sent by value would have no file, so that their code could not be found.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one ends the others
+    if threading.current_thread() is threading.main_thread():  # not in a worker of Dask
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one ends the others
     tqdm.set_lock(threading.RLock())  # the one between processes would be reported as leaked when this one is ended
     if script and script.stem not in sys.modules:
         load_experiment(script)
         code.remember()
     function, item = pickle.loads(pickled)
-    torch.set_num_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     before = len(cache.RECORDS)
     with log_bars():
         result = function(item)
@@ -254,9 +264,21 @@ def make_context(flags: Flags, settings: Any) -> Context:
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes > 1:  # each process of `accelerate launch` has a device of its own
         device = state.device
-    jobs = flags.jobs or (joblib.cpu_count() if device.type == "cpu" else 1)
-    jobs = 1 if state.num_processes > 1 else jobs
-    return Context(settings, device, jobs, torch.get_num_threads(), main=state.is_main_process)
+    if flags.backend == "loky":
+        jobs = flags.jobs or (joblib.cpu_count() if device.type == "cpu" else 1)
+        jobs = 1 if state.num_processes > 1 else jobs
+    elif state.num_processes > 1:
+        raise BadFlag(f"--backend {flags.backend} is not for `accelerate launch`, which has processes of its own")
+    else:
+        jobs = _connected(flags)
+    return Context(settings, device, jobs, torch.get_num_threads(), flags.backend, main=state.is_main_process)
+
+
+def _connected(flags: Flags) -> int:
+    try:
+        return min(connect(flags.backend), flags.jobs or sys.maxsize)
+    except ValueError as error:
+        raise BadFlag(str(error)) from None
 
 
 def find_device(name: str) -> torch.device:
@@ -317,6 +339,7 @@ def provenance(
         "device": card,
         "processes": PartialState().num_processes,  # of `accelerate launch`
         "jobs": context.jobs,
+        "backend": context.backend,
         "threads": context.threads,
         "cores": os.cpu_count(),
         "platform": platform.platform(),

@@ -334,7 +334,7 @@ def test_the_list_says_what_is_done_stale_and_missing(folder, experiment, script
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "90_squares  Squares of small numbers (no figure of any paper)."
     assert lines[1].split() == ["laptop", "missing"] and lines[3].split() == ["paper", "missing"]
-    assert re.fullmatch(r"    workstation  done \(0 s, 1 processes, \d{4}-\d\d-\d\d\)", lines[2])
+    assert re.fullmatch(r"    workstation  done \(0 s, 1 process, \d{4}-\d\d-\d\d\)", lines[2])
     assert lines[4].split() == ["cost", "nothing."]
     script.write_text(script.read_text().replace("Settings(seeds=(0, 1))", "Settings(count=4, seeds=(0, 1))"))
     (results_dir / "90_squares" / "laptop").mkdir()
