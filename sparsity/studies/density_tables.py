@@ -122,7 +122,7 @@ NAMES = {
 }
 CONTROL = "vanilla, MLP norms undecayed"
 CAPTIONS = {
-    "frontier": "Score against density on test data, lower right of the figure being dense and poor.",
+    "frontier": "Accuracy (05: loss) against density on test data; sparser is to the left.",
     "density_by_layer": "Density of every MLP on test data.",
     "density_along_training": "Density on training batches along training.",
     "density_against_decay": "The same over E, how strongly weight decay has acted so far.",
