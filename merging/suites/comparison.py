@@ -211,6 +211,13 @@ CAPTIONS = {
     "accuracy_by_merger": "Mean accuracy of every merger at its own scale, without and with SVC.",
     "accuracy_at_tuned_scales": "The same, each at the scale that is best on validation data.",
     "paired_gains": "What SVC gains in every cell, at the merger's own scale and where both scales are tuned.",
+    "in_brief": "Accuracy of every merger, mean over tasks and suites, at its own scale and at one tuned on validation data.",
+}
+IN_BRIEF = {  # variant → panel and legend of the figure that sums up
+    BASE: ("at the mergers' own scales", BASE),
+    SVC: ("at the mergers' own scales", "+ SVC"),
+    BASE_TUNED: ("at scales tuned on validation data", BASE),
+    SVC_TUNED: ("at scales tuned on validation data", "+ SVC"),
 }
 CELL = ["backbone", "suite", "method"]  # what comparisons are made within
 SVC_GAIN, SVC_OVER_TUNED, TUNED_GAIN = "SVC − base", "SVC − tuned base", "tuned SVC − tuned base"
@@ -348,11 +355,31 @@ def draw(data: pd.DataFrame, panel: str = "{backbone}, {suite} tasks", off_scale
     found = in_order(found, ["condition"], condition=(SVC_GAIN, TUNED_GAIN))
     options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
     difference = "difference in mean accuracy, points"
-    return {
+    drawn = {
+        "in_brief": _draw_in_brief(means[means.method.ne(off_scale)]),
         "accuracy_by_merger": figures.paired(shown, start=BASE, **options),
-        "accuracy_at_tuned_scales": figures.paired(tuned, start=BASE_TUNED, **options),
         "paired_gains": figures.forest(found, item="method", panel="panel", xlabel=difference),
     }
+    if off_scale in set(means.method):
+        said = f"Without {figures.label(off_scale)} at its own scale, which is far below the others."
+        drawn = {stem: figures.explain(x, f"{figures.explanation(x)} {said}") for stem, x in drawn.items()}
+    drawn["accuracy_at_tuned_scales"] = figures.paired(tuned, start=BASE_TUNED, **options)
+    return drawn
+
+
+def _draw_in_brief(means: pd.DataFrame) -> Figure:
+    """Draw every merger without and with SVC, at its own and at its tuned scale, as the mean over all cells."""
+    means = means[means.row.isin(IN_BRIEF)]
+    means = means.groupby(["method", "row", "seed"], sort=False).value.mean().reset_index()
+    rules, names = (means.row.map({row: texts[part] for row, texts in IN_BRIEF.items()}) for part in (0, 1))
+    return figures.paired(
+        means.assign(rule=rules, row=names),
+        start=BASE,
+        condition="row",
+        panel="rule",
+        sharex=True,
+        xlabel="mean accuracy of all tasks and suites, %",
+    )
 
 
 # Beside the paper ----------------------------------------------------------------------------------------------------

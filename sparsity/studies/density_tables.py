@@ -122,6 +122,7 @@ NAMES = {
 }
 CONTROL = "vanilla, MLP norms undecayed"
 CAPTIONS = {
+    "in_brief": "Density on test data: vanilla, with the plug-ins, and vanilla whose MLP norms do not decay.",
     "frontier": "Accuracy (05: loss) against density on test data; sparser is to the left.",
     "density_by_layer": "Density of every MLP on test data.",
     "density_along_training": "Density on training batches along training.",
@@ -152,7 +153,12 @@ def draw(data: pd.DataFrame, score: str = "accuracy, %", metric: str = "score") 
     panel = "setting" if table.setting.nunique() > 1 else None
     titles = {name: textwrap.fill(name, 24) for name in table.setting.unique()}
     options = dict(y="percent", by="variant", panel=panel, names=titles)
+    brief = table[table.variant.isin(CONTROLS[:3])]
     return {
+        "in_brief": figures.paired(
+            brief, item="setting", condition="variant", value="percent", start="vanilla", names=titles,
+            xlabel="density on test data, %",
+        ),
         "frontier": figures.frontier(
             table, x="percent", y=metric, panel=panel, names=titles, xlabel="density on test data, %", ylabel=score
         ),
