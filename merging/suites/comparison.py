@@ -211,7 +211,7 @@ CAPTIONS = {
     "accuracy_by_merger": "Mean accuracy of every merger at its own scale, without and with SVC.",
     "accuracy_at_tuned_scales": "The same, each at the scale that is best on validation data.",
     "paired_gains": "What SVC gains in every cell, at the merger's own scale and where both scales are tuned.",
-    "in_brief": "Accuracy of every merger, mean over tasks and suites, at its own scale and at one tuned on validation data.",
+    "in_brief": "Mean accuracy over tasks and suites, at each merger's own scale and at one tuned on validation data.",
 }
 IN_BRIEF = {  # variant → panel and legend of the figure that sums up
     BASE: ("at the mergers' own scales", BASE),
