@@ -267,7 +267,7 @@ def draw_moved(data):
             found = change(logs, variant, metric)
             mean, low, high = (math.log1p(percent / 100) for percent in (found.mean, *found.ends))
             rows.append({"item": metric, "variant": variant, "mean": mean, "low": low, "high": high})
-    text = "Δ ln, first to last saved step (mean over layers, 95 % over seeds)"
+    text = "Δ ln, first to last saved step, mean over layers"
     return figures.forest(pd.DataFrame(rows), condition="variant", names=NAMES, xlabel=text)
 
 

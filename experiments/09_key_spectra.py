@@ -331,12 +331,12 @@ def claims(data):
 
 CAPTIONS = {
     "concentration": "Factor between the ends of the interval that holds 80 % of the eigenvalues of KKᵀ above 0.1.",
-    "near_zero": "Share of eigenvalues of KKᵀ up to 0.1 along training; what the rank of K makes it: 1 − d/d_ff.",
-    "leading": "The three largest eigenvalues of KKᵀ along training, beside those that the authors logged.",
-    "eigenvalues": "Eigenvalues of KKᵀ in every MLP at the last step.",
+    "near_zero": "Share of eigenvalues of KKᵀ up to 0.1; the rank of K makes it 1 − d/d_ff = 0.75.",
+    "leading": "Largest eigenvalue of KKᵀ over its third.",
+    "beyond_noise": "Share of the eigenvalues of KKᵀ above the Marchenko–Pastur edge of a random K.",
     "alpha": "α/p of second moments over the width p, beside the authors' numbers on MNIST.",
-    "beyond_noise": "How much larger the largest eigenvalue of second moments is than that of noise, over the width.",
-    "distance_to_law": "Distance of the spectrum of second moments to the fitted Marchenko–Pastur law, over the width.",
+    "distance_to_law": "Distance of the spectrum of second moments to the Marchenko–Pastur law, over the width.",
+    "eigenvalues": "Spectra of second moments, beside the fitted Marchenko–Pastur law (dashed).",
 }
 
 DEVIATIONS = (

@@ -5,6 +5,7 @@ touch no pyplot state). If there are several seeds, they are drawn as points bes
 """
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -125,9 +126,13 @@ def log_axis(axis: Axis) -> None:
 ACROSS = 3  # panels beside each other; further ones go below
 
 
+def _columns(count: int) -> int:
+    return 2 if count == 4 else min(count, ACROSS)
+
+
 def _grid(count: int, **options: Any) -> tuple[Figure, list[Axes]]:
     """Return a figure and its axes for `count` panels, at most three beside each other; options of `new_figure`."""
-    columns = min(count, ACROSS)
+    columns = _columns(count)
     figure, axes = new_figure(columns, math.ceil(count / columns), **options)
     for spare in axes.flat[count:]:
         spare.remove()
@@ -139,7 +144,8 @@ def _grid(count: int, **options: Any) -> tuple[Figure, list[Axes]]:
 def _panels(data: pd.DataFrame, panel: str | None, names: Mapping[Any, str] | None) -> list[tuple[str, pd.DataFrame]]:
     if panel is None:
         return [("", data)]
-    return [(label(name, names), part) for name, part in data.groupby(panel, sort=False)]
+    groups = data.groupby(panel, sort=False)
+    return [("\n".join(textwrap.wrap(label(name, names), 26)), part) for name, part in groups]
 
 
 @plot_style
@@ -231,6 +237,7 @@ def forest(
     xlabel: str = "",
     names: Mapping[Any, str] | None = None,
     level: float = 0.0,
+    bars: str = "95 % intervals",
 ) -> Figure:
     """Draw intervals as bars about their means, filled where the whole interval is on one side of `level`.
 
@@ -240,11 +247,16 @@ def forest(
         xlabel: what the intervals are of, with its unit.
         names: how items, conditions and panels are written, if not as `styled` says.
         level: the vertical line to compare with (0: no difference).
+        bars: what the intervals are.
+
+    Panels share their axis unless one would lose its intervals on that of another, four times as wide.
     """
     panels = _panels(data, panel, names)
     items, conditions = list(data[item].unique()), list(data[condition].unique())
     size = dict(width=3.3 if len(panels) > 1 else 5.6, height=(0.1 + 0.1 * len(conditions)) * len(items) + 1.2)
-    figure, axes = _grid(len(panels), sharey=True, sharex=True, **size)
+    spans = [max(part.high.max(), level) - min(part.low.min(), level) for _, part in panels]
+    alike = max(spans) <= 4 * min(spans)
+    figure, axes = _grid(len(panels), sharey=True, sharex=alike, **size)
     tones = {name: colour(name, position) for position, name in enumerate(conditions)}
     for ax, (title, part) in zip(axes, panels, strict=True):
         ax.axvline(level, color=MUTED, linewidth=1, zorder=1)
@@ -253,15 +265,18 @@ def forest(
             beside = own[row[item]]  # the conditions that this item has
             below = (beside.index(row[condition]) + 0.5) / len(beside) - 0.5
             height = -items.index(row[item]) - 0.6 * below
-            tone, decided = tones[row[condition]], row["low"] > level or row["high"] < level
-            ax.plot([row["low"], row["high"]], [height, height], color=tone, linewidth=1.6, zorder=2)
+            tone, low, high = tones[row[condition]], row["low"], row["high"]
+            decided = low != high and (low > level or high < level)  # one seed, without an interval, decides nothing
+            ax.plot([low, high], [height, height], color=tone, linewidth=1.6, zorder=2)
             ax.plot(row["mean"], height, "o", ms=4.5, mew=1.3, color=tone, mfc=tone if decided else "white", zorder=3)
         ax.set(title=title, xlabel=xlabel)
         _items_axis(ax, [label(name, names) for name in items])
     handles = [Line2D([], [], color=tone, marker="o", ms=4.5) for tone in tones.values()]
     texts = [label(name, names) for name in conditions]
     figure.legend(handles, texts, loc="outside upper right", ncols=len(conditions))
-    text = f"Bars: 95 % intervals about their means; filled where the whole interval is beside {level:g}."
+    text = f"Bars: {bars} about their means; filled: all of it is on one side of {level:.3g}."
+    text += " No bar: one value." if (data.low == data.high).any() else ""
+    text += "" if alike else " Axes differ."
     return explain(figure, text)
 
 
@@ -306,7 +321,7 @@ def lines(
             ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if yscale == "log":
         log_axis(axes[0].yaxis)  # shared by all panels
-    for ax in axes[::ACROSS]:
+    for ax in axes[:: _columns(len(panels))]:
         ax.set_ylabel(ylabel or y)
     handles = [Line2D([], [], color=colour(name, position)) for position, name in enumerate(groups)]
     figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")
@@ -349,7 +364,7 @@ def frontier(
     """
     panels, groups = _panels(data, panel, names), list(data[by].unique())
     figure, axes = _grid(len(panels), width=3.6 if len(panels) > 1 else 4.6, height=3.3)
-    markers = "osD^vP*XhHdp<>"
+    markers = "osD^vP*Xp<d>hH"
     shapes = {name: markers[position % len(markers)] for position, name in enumerate(groups)}
     for ax, (title, part) in zip(axes, panels, strict=True):
         for position, name in enumerate(groups):
@@ -359,7 +374,7 @@ def frontier(
             ax.plot(rows[x].mean(), rows[y].mean(), shapes[name], ms=8, mew=0.8, mec="white", color=tone)
         ax.set(title=title, xlabel=xlabel or x)
         ax.margins(0.1)
-    for ax in axes[::ACROSS]:
+    for ax in axes[:: _columns(len(panels))]:
         ax.set_ylabel(ylabel or y)
     handles = [Line2D([], [], ls="", marker=shapes[name], ms=7, color=colour(name, i)) for i, name in enumerate(groups)]
     figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")

@@ -142,8 +142,8 @@ NAMES = {
 }
 CONTROL = "vanilla, MLP norms undecayed"
 CAPTIONS = {
-    "in_brief": "Density on test data: vanilla, modified, and vanilla whose MLP norms do not decay; ticks are seeds.",
-    "frontier": "Score against density on test data, lower right of the figure being dense and poor.",
+    "in_brief": "Density on test data: vanilla, with the plug-ins, and vanilla whose MLP norms do not decay.",
+    "frontier": "Accuracy (05: loss) against density on test data; sparser is to the left.",
     "density_by_layer": "Density of every MLP on test data.",
     "density_along_training": "Density on training batches along training.",
     "density_against_decay": "The same over E, how strongly weight decay has acted so far.",

@@ -51,6 +51,10 @@ def test_forest_fills_what_is_decided():
     assert [2.0, 4.0] in [list(line.get_xdata()) for line in ax.lines]
     filled = {float(line.get_xdata()[0]): line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"}
     assert filled[0.5] == "white" and filled[3.0] == figures.CYCLE[0]
+    one_seed = pd.DataFrame([dict(item="ties", condition="own scales", mean=3.0, low=3.0, high=3.0)])
+    figure = figures.forest(one_seed)
+    assert {line.get_markerfacecolor() for line in figure.axes[0].lines if line.get_marker() == "o"} == {"white"}
+    assert figures.explanation(figure).endswith("No bar: one value.")
     heights = [float(line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o"]
     assert heights[0] > 0 > heights[1]  # both about the item's own height
 
