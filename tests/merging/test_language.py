@@ -398,7 +398,7 @@ def test_the_state_of_lowest_validation_loss_is_kept():
 @pytest.mark.parametrize("way", [FULL, LORA])
 @pytest.mark.parametrize("name", BASES)
 def test_an_expert_is_the_state_of_lowest_validation_loss(name, way, monkeypatch):
-    """At a rate that is too high late states are bad ones: the expert must be one from before."""
+    """Also where it is not the last: at this rate a whole BERT gets worse again."""
     base, task = BASES[name](), colours("a")
     recipe = replace(RECIPE, steps=30, t5_steps=30, validate_every=5)
     found = text_experts.fine_tune(base, task, FineTuning(way.tuned, 0.3), 0, recipe, CPU).path
@@ -415,7 +415,8 @@ def test_an_expert_is_the_state_of_lowest_validation_loss(name, way, monkeypatch
         losses = [float(Trainee(network.eval())(*batch)) * len(batch[1]) for batch in batches]
     lowest = min(loss for _, loss in seen)
     assert sum(losses) / sum(len(batch[1]) for batch in batches) == pytest.approx(lowest, rel=1e-4)
-    assert seen[-1][1] > lowest  # at this rate
+    if (name, way) == ("bert", FULL):
+        assert seen[-1][1] > lowest
 
 
 def test_progress_is_in_the_rows_and_the_table(monkeypatch):
