@@ -333,13 +333,9 @@ def progress_table(data: pd.DataFrame) -> pd.DataFrame:
         losses = rows.pivot_table(index="seed", columns="step", values="value").sort_index(axis=1)
         best, last = losses.idxmin(axis=1), losses.columns[-1]
         falling = f"{int((best == last).sum())} of {len(losses)}"
-        found = {
-            "before": losses.iloc[:, 0],
-            "lowest": losses.min(axis=1),
-            "last": losses[last],
-            "step of the lowest": best,
-        }
-        lines.append(dict(backbone=backbone, task=task, **{k: spread(v) for k, v in found.items()}, falling=falling))
+        found = {"before": losses.iloc[:, 0], "lowest": losses.min(axis=1), "last": losses[last]}
+        shown = {name: spread(values, 3) for name, values in found.items()} | {"step of the lowest": spread(best, 0)}
+        lines.append(dict(backbone=backbone, task=task, **shown, falling=falling))
     return pd.DataFrame(lines)
 
 

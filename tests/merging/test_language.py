@@ -426,8 +426,10 @@ def test_progress_is_in_the_rows_and_the_table(monkeypatch):
     assert set(rows.task) == set(suite.tasks) and set(rows.step) == {0, 5, 10} and (rows.value > 0).all()
     later = rows.assign(seed=1, value=rows.value.where(rows.step != 5, 0.01))
     table = language.progress_table(pd.concat([rows, later])).set_index("task")
-    first = rows[rows.task == suite.tasks[0]].set_index("step").value
-    line = table.loc[suite.tasks[0]]
-    assert line["lowest"].startswith(f"{(first.min() + 0.01) / 2:.2g}"[:4])
+    first, line = rows[rows.task == suite.tasks[0]].set_index("step").value, table.loc[suite.tasks[0]]
+    assert (
+        line["lowest"].startswith(f"{(first.min() + 0.01) / 2:.3f} ± ") and line["before"] == f"{first[0]:.3f} ± 0.000"
+    )
+    assert line["step of the lowest"].startswith(f"{(first.idxmin() + 5) / 2:.0f} ± ")
     assert line["falling"] == f"{int(first.idxmin() == 10)} of 2"
     assert list(language.progress_rows("bert", suite, 0, RECIPE)) == []
