@@ -15,27 +15,14 @@ Verdict  on suites of 8, 14 and 20 tasks, backbones glyph-96, glyph-128 and glyp
 Testbed  the rule of merging/suites/testbed.py: Task Arithmetic, at its own or its tuned scale, at least 2 points above
          the pretrained model, and every expert's update below 20 % of the base's norm. Other suites do not count. Where
          update norms were not measured (in the committed runs) the verdict says so, and every suite counts.
-Norms    the data-free rival, merging/norm_matching.py: every merged tensor rescaled to the mean norm of the experts'
-         updates of it. From the pooled interval of (norm matching − tuned base), over all cells: it "replaces" a tuned
-         scale if that lies above −1.5 points, else "is worse" if it lies below 0, else "undecided". Predicted before
-         the run: it replaces the tuned scale of the six linear mergers (average, Task Arithmetic, sum, TIES, DARE,
-         STAR), and is worse for TSV-M, Iso-C and Iso-CTS, whose spectra are flat on purpose. What SVC does beyond a
-         scale for each tensor is the pooled (SVC − base, both norm-matched): "above a scale" where it is above 0.
-Beside   conditions that are to be added to the scales with their next run, until then by flags, such as --backbones
-         glyph-96 "glyph-96 own domains" "glyph-96 base 1" --recipe.wide-validation. "own domains": every task in a
-         domain of its own, so that no sharing is built in; stated beside the verdict. "base 1", "base 2", …: another
-         pretrained base. Wide validation: scales tuned on three faces of two families, not on two of one.
-Rivals   WUDI, also as the minimum that it approaches, Subspace Boosting and LiNeS (merging/rivals.py) stand beside,
-         with and without SVC, at their own, tuned and norm-matched scales, and have no part in the verdict: at paper
-         scale, and at the others from their next run on, until then by --methods wudi wudi_minimum subspace_boost
-         lines. The authors of the last two choose a scale on validation data, so that their row is the tuned one.
-Later    than the committed runs: the rule of testbeds, the pooled intervals, and what is said of norms and conditions.
+Beside   what remains of SVC's gain where no domain is shared, on other bases, beside a scale that needs no data, and
+         beside later mergers: experiment 33.
 Cost     smoke 30 s; laptop 6 min, workstation 1 h (2 cores, before there were norm-matched rows); paper: nine passes
          over the 8 test sets, not timed.
 Run      python experiments/22_vision_merging.py --scale laptop
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from common.lab.run import Experiment, run
 from merging import MERGERS, mergers
@@ -50,8 +37,7 @@ OFF_SCALE = "plain_sum"  # without SVC so far below the others that it would fla
 class Settings:
     seeds: tuple[int, ...] = (0,)
     suites: tuple[int, ...] = (8, 14)  # numbers of tasks
-    # glyph-WIDTH, also with " own domains" or " base 1", or ViT-B/32 (from the hub)
-    backbones: tuple[str, ...] = ("glyph-96",)
+    backbones: tuple[str, ...] = ("glyph-96",)  # glyph-WIDTH, or ViT-B/32 (from the hub)
     methods: tuple[str, ...] = mergers.OFFICIAL
     recipe: vision.GlyphRecipe = vision.GlyphRecipe()
 
@@ -60,15 +46,12 @@ class Settings:
         mergers.check_methods(self.methods)
 
 
-OWN = "glyph-96 own domains"
-SMOKE = replace(vision.SMOKE, wide_validation=True)
-
 SCALES = {
     "smoke": Settings(
         suites=(2,),
-        backbones=("glyph-32", "glyph-32 own domains", "glyph-32 base 1"),
-        methods=("task_arithmetic", "dare", "tsv_m", "iso_cts", *mergers.RIVALS),
-        recipe=SMOKE,
+        backbones=("glyph-32",),
+        methods=("task_arithmetic", "dare", "tsv_m", "iso_cts"),
+        recipe=vision.SMOKE,
     ),
     "laptop": Settings(suites=(8, 14, 20)),
     "workstation": Settings((0, 1, 2), (8, 14, 20), ("glyph-96", "glyph-128", "glyph-160")),
@@ -88,16 +71,9 @@ def measure_suite(settings, suite, backbone, seed):
 # From here on only the table is seen --------------------------------------------------------------------------------
 
 
-def main_part(data):
-    """The rows of the backbones that stand for the paper's, where there are any: without further conditions."""
-    standing = data[data.backbone.isin([*vision.STANDS_FOR, *vision.STANDS_FOR.values()])]
-    return standing if len(standing) else data
-
-
 def draw(data):
-    shown = data[data.backbone.isin([comparison.by_size(main_part(data).backbone)[0], OWN])]
-    panel = "{suite} tasks" if shown.backbone.nunique() == 1 else "{backbone}, {suite} tasks"
-    return comparison.draw(shown, panel=panel, off_scale=OFF_SCALE) | controls.draw(main_part(data))
+    shown = data[data.backbone == comparison.by_size(data.backbone)[0]]
+    return comparison.draw(shown, panel="{suite} tasks", off_scale=OFF_SCALE) | controls.draw(data)
 
 
 def compare(data, published):
@@ -106,18 +82,12 @@ def compare(data, published):
 
 
 def tables(data):
-    shown = {testbed.HEADING: testbed.table(data)} | controls.tables(main_part(data))
-    conditions = data[~data.index.isin(main_part(data).index)]
-    for backbone in comparison.by_size(conditions.backbone):
-        own = controls.tables(conditions[conditions.backbone == backbone])
-        shown |= {f"{heading} ({backbone})": table for heading, table in own.items()}
-    return shown | comparison.tables(data)
+    return {testbed.HEADING: testbed.table(data)} | controls.tables(data) | comparison.tables(data)
 
 
 def verdict(data):
-    main = main_part(data)
-    gains = comparison.gains(main[main.method.isin(mergers.PUBLISHED)])
-    if not vision.is_evidence(main, vision.STANDS_FOR) or set(gains.method) != set(mergers.PUBLISHED):
+    gains = comparison.gains(data[data.method.isin(mergers.PUBLISHED)])
+    if not vision.is_evidence(data, vision.STANDS_FOR) or set(gains.method) != set(mergers.PUBLISHED):
         return "not run at this scale"
     gains = testbed.on_testbeds(data, gains)
     if gains.empty:
@@ -126,25 +96,14 @@ def verdict(data):
     above, linear = own.sign == 1, own.method.isin(mergers.PUBLISHED[:3])
     first = "reproduced" if above.all() else "direction reproduced" if above[linear].all() else "not reproduced"
     signs = gains.sign[gains.condition == TUNED_GAIN]
+    pooled = controls.brief(controls.pooled(testbed.on_testbeds(data, data)), TUNED_GAIN)
     parts = [
         f"{first}: +SVC is above base in {above.sum()} of {len(own)} cells.",
         f"SVC {comparison.beats(signs)}: both at tuned scales, it is {comparison.counted(signs)}.",
         testbed.sentence(data),
-        pooled_part("Pooled over cells", testbed.on_testbeds(data, main)),
-        pooled_part("Own domains", testbed.on_testbeds(data, data[data.backbone == OWN])),
+        f"Pooled over cells, tuned SVC − tuned base: {pooled} points.",
     ]
-    return " ".join(part for part in parts if part)
-
-
-def pooled_part(title, data):
-    """What is said of all cells of a condition together: tuned SVC, norm matching, and SVC beyond a scale."""
-    if data.empty:
-        return ""
-    found = controls.pooled(data)
-    tuned, beyond = (controls.brief(found, name) for name in (TUNED_GAIN, controls.SPECTRUM))
-    spectrum = f"SVC beyond a scale for each tensor: {beyond} points." if beyond else ""
-    text = f"{title}, tuned SVC − tuned base: {tuned} points. {controls.beside_a_tuned_scale(found)}{spectrum}"
-    return text.strip()
+    return " ".join(parts)
 
 
 DEVIATIONS = (

@@ -1,4 +1,4 @@
-"""Merging language models that write their answers: arithmetic, lines of code and JSON (the paper's Llama table).
+"""Merging language models that write their answers: sorting, lines of code and JSON (the paper's Llama table).
 
 Claim    SVC raises merged language models on generation: Iso-C of three Llama2-7B experts from 50.0 to 58.9 on
          AlpacaEval and from 42.0 to 51.4 on GSM8K.
@@ -17,7 +17,7 @@ Testbed  the rule of merging/suites/testbed.py: Task Arithmetic, at its own or i
 Rates    the experts' learning rates are chosen on validation questions, seed 0: of the rates at which every update
          stays below 20 % of the base's norm the smallest whose experts are within one standard error of the best
          (merging/suites/learning_rates.py). No merge has a part in it.
-Scores   an answer is decoded greedily and right or wrong: the last number, the same characters, the same JSON value
+Scores   an answer is decoded greedily and right or wrong: the same numbers, the same characters, the same JSON value
          (merging/suites/data/generation_texts.py).
 Cost     smoke 20 s; laptop 6 min, workstation 2.5 h (2 cores, estimated from timed steps); paper: not timed.
 Run      python experiments/29_generation.py --scale laptop
@@ -197,8 +197,8 @@ DEVIATIONS = (
     "AlpacaEval needs another model as judge; what merging costs of the language model itself is the perplexity on "
     "held-out docstrings here, which is no substitute for it.",
     "Three small tasks of our own in place of the paper's benchmarks. They, the length of training and the grid of "
-    "rates were fixed after looks at validation questions: experts learnt next to nothing of sums with numbers up to "
-    "9, hence numbers up to 3.",
+    "rates were fixed after looks at validation questions of seed 0: experts learnt next to nothing of sums, and 45 % "
+    "of 96 lists of digits to sort in 100 steps, 61 % in 160, of which the base sorted 14 %.",
     "The questions of `code` come from the packages that are installed: other versions give other questions.",
     "TIES and DARE look at single entries and have no factored form: on LoRA they merge the matrices.",
     "Low rank: TSV-M, Iso-C and Iso-CTS follow the rank rule of this library.",

@@ -36,12 +36,12 @@ def norm_match(update: TaskVector, task_vectors: Sequence[TaskVector], *, whole:
         TypeError, ValueError: bad task vectors (as for the mergers).
     """
     names = check(task_vectors, update)
-    merged = {name: _norm(update[name]) for name in names}
-    own = {name: [_norm(task[name]) for task in task_vectors] for name in names}
+    merged = {name: frobenius_norm(update[name]) for name in names}
+    own = {name: [frobenius_norm(task[name]) for task in task_vectors] for name in names}
     if whole:
-        factors = dict.fromkeys(names, _factor(math.hypot(*merged.values()), map(math.hypot, *own.values())))
+        factors = dict.fromkeys(names, norm_factor(math.hypot(*merged.values()), map(math.hypot, *own.values())))
     else:
-        factors = {name: _factor(merged[name], own[name]) for name in names}
+        factors = {name: norm_factor(merged[name], own[name]) for name in names}
     return {name: factors[name] * update[name] for name in names}
 
 
@@ -54,19 +54,21 @@ def norm_match_low_rank(update: LowRank, updates: Sequence[LowRank]) -> LowRank:
         update: what `merge_low_rank` returned.
         updates: the K updates that were merged.
     """
-    return replace(update, scale=update.scale * _factor(low_rank_norm(update), map(low_rank_norm, updates)))
+    return replace(update, scale=update.scale * norm_factor(low_rank_norm(update), map(low_rank_norm, updates)))
 
 
 def low_rank_norm(update: LowRank) -> float:
     """Return ‖ΔW‖_F of ΔW = scale · b @ a from its factors: ‖R_b R_aᵀ‖_F, with b = Q_b R_b and aᵀ = Q_a R_a."""
     tall, wide = (torch.linalg.qr(factor.double())[1] for factor in (update.b, update.a.T))
-    return abs(update.scale) * _norm(tall @ wide.T)
+    return abs(update.scale) * frobenius_norm(tall @ wide.T)
 
 
-def _factor(merged: float, own: Iterable[float]) -> float:
+def norm_factor(merged: float, own: Iterable[float]) -> float:
+    """Return c from the norm of a merged update and those of the experts' own; 1 for an update of zero."""
     own = list(own)
     return sum(own) / len(own) / merged if merged > 0 else 1.0
 
 
-def _norm(tensor: Tensor) -> float:
+def frobenius_norm(tensor: Tensor) -> float:
+    """Return ‖tensor‖ of all its entries, summed in float64."""
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

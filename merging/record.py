@@ -51,6 +51,9 @@ class Merger:
     """(updates, side, precision) → the left basis of its result; for results whose singular values are all equal."""
     alpha: float | None = None
     """α of the paper's "+ SVC"; None is 1/K."""
+    norm_matched: bool = False
+    """Whether experiments found that norm matching (`merging.norm_matching`) replaces a tuned scale of it, so that the
+    command line offers `--final-scale auto`."""
     published: bool = False
     """Whether it is in the paper's main table."""
     rival: bool = False

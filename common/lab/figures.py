@@ -128,6 +128,7 @@ def paired(
     names: Mapping[Any, str] | None = None,
     references: Mapping[str, float] | None = None,
     log: bool = False,
+    sharex: bool = False,
 ) -> Figure:
     """Draw for each item where it is in the `start` condition (open circle) and in every other one (filled circles).
 
@@ -141,11 +142,12 @@ def paired(
         names: how items, conditions and panels are written, if not as `styled` says.
         references: vertical lines, {text: value}.
         log: whether the axis of values is logarithmic.
+        sharex: whether all panels have the same axis of values.
     """
     panels = _panels(data, panel, names)
     items, conditions = list(data[item].unique()), list(data[condition].unique())
     width = 3.3 if len(panels) > 1 else 5.6
-    figure, axes = new_figure(len(panels), width=width, height=0.36 * len(items) + 1.2, sharey=True)
+    figure, axes = new_figure(len(panels), width=width, height=0.36 * len(items) + 1.2, sharey=True, sharex=sharex)
     for ax, (title, part) in zip(axes[0], panels, strict=True):
         for row, name in enumerate(items):
             rows = {key: group[value] for key, group in part[part[item] == name].groupby(condition)}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints import Entry
+from merging.command.recipe import AUTO
 from merging.command.storage import Piece
 from merging.lowrank import LowRank, zero_like
 from merging.mergers import merger
@@ -186,6 +187,16 @@ class Step:
     def repeats(self) -> bool:
         """Whether another step merges the same."""
         return self.change is not None and self.change.repeats
+
+    @property
+    def norm_matched(self) -> bool:
+        """Whether every piece is rescaled to the mean norm of the experts' updates of it."""
+        return self.options["final_scale"] == AUTO
+
+    @property
+    def final_scale(self) -> float:
+        """The factor of the finished update, after calibration and norm matching."""
+        return 1.0 if self.norm_matched else self.options["final_scale"]
 
     def of_merger(self, method: str) -> dict[str, Any]:
         """Return the options of a merger that the recipe sets for this tensor."""

@@ -213,8 +213,10 @@ def _what(plan: Plan, step: Step) -> str:
     parts = [method if takes(merger(method), piece) else f"mean ({method} leaves it)"]
     if step.options["svc"]:
         parts.append({"calibrated": "SVC", "vector rule": "SVC, vector rule"}.get(treatment(step, piece), "no SVC"))
-    if step.options["final_scale"] != 1:
-        parts.append(f"× {step.options['final_scale']:g}")
+    if step.norm_matched:
+        parts.append("norm-matched")
+    elif step.final_scale != 1:
+        parts.append(f"× {step.final_scale:g}")
     if step.change.label or step.layout not in ("matrix", "vector"):
         stored = step.change.label or step.layout
         parts.append(f"{stored} of {len(step.pieces)}" if len(step.pieces) > 1 else stored)

@@ -110,7 +110,8 @@ def advice(moved: Sequence[Mapping[str, Any]]) -> str:
         "For Task Arithmetic without SVC this scale needs no data. In experiment 32 (glyph tasks in sets of 2, 4 and "
         "8, experts at about 5 % of the base's norm, one seed) it scored 0.5 points [0.2, 0.7] above a scale tuned on "
         "64 images a task, and 0.4 below it in the mean of the sets of 8. It was not measured for other mergers there, "
-        "nor for experts far from the base: tune the scale where you have data."
+        "nor for experts far from the base: tune the scale where you have data. `--final-scale auto` matches "
+        "norms too, matrix by matrix."
     )
 
 

@@ -124,7 +124,7 @@ class AdapterOutput:
         rank = self.plan.recipe.rank
         if streamer.is_factored(step, step.pieces[0]):
             merged = streamer.low_rank(step, rows)
-            update, lost = truncate(replace(merged, scale=merged.scale * step.options["final_scale"]), rank)
+            update, lost = truncate(replace(merged, scale=merged.scale * step.final_scale), rank)
         else:
             update, lost = extract(streamer.update(step, rows), rank, self.sketch.modules[name].layout)
         factors = file_tensors(Adapter("lora", {name: update}))[name]

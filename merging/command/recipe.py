@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # flags are read before PyTorch is: its import takes seconds
     from merging.checkpoints import Checkpoint
     from merging.peft_files import Adapter
 
+AUTO = "auto"  # the final scale that matches norms
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -66,8 +67,10 @@ class Recipe:
     """SVC: 1-D tensors too (for IA³), by the vector rule."""
     kernels: bool = False
     """SVC: tensors of more than two dimensions too, as (out, rest)."""
-    final_scale: float = 1.0
-    """Factor of the finished update, AFTER calibration: the scale to tune on validation data."""
+    final_scale: float | Literal["auto"] = 1.0
+    """Factor of the finished update, AFTER calibration: the scale to tune on validation data. Or auto, without data:
+    each matrix (and vector) gets the mean norm of the experts' updates of it; refused for methods for which no
+    experiment found that this replaces a tuned scale."""
     set: tuple[str, ...] = ()
     """Options of single tensors: 'PATTERN:OPTION=VALUE', OPTION being one of the merger's (scale, keep, drop, …), of
     SVC's (svc, alpha, …), weight, normalize, final_scale, merge (false keeps the base's tensor) or layout (matrix,
@@ -124,6 +127,12 @@ class Recipe:
             raise ValueError("--tokens union: an adapter cannot hold added rows; write a model")
         if self.rank is not None and (self.output != "adapter" or self.rank < 1):
             raise ValueError(f"--rank {self.rank}: at least 1, and with --output adapter only")
+        if self.final_scale == AUTO and not merger(self.method).norm_matched:
+            known = ", ".join(name for name in MERGERS if merger(name).norm_matched)
+            raise ValueError(
+                f"--final-scale auto: no experiment has found that matching norms replaces a tuned scale of "
+                f"{self.method}, as for {known}; give a number"
+            )
         if self.weights:
             of_each_task("--weights", self.weights, len(self.experts))
         self.of("", len(self.experts), 0.0)
@@ -153,7 +162,7 @@ class Recipe:
         for assignment in self.assignments:
             if assignment.matches(name):
                 assignment.set(options, depth, tasks)
-        if not math.isfinite(options["final_scale"]):
+        if options["final_scale"] != AUTO and not math.isfinite(options["final_scale"]):
             raise ValueError(f"final_scale must be a finite number, got {options['final_scale']}")
         _check_weights(name, options, MERGERS, self.method)
         return options

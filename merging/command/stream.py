@@ -8,6 +8,7 @@ reads the task vectors of one tensor one after the other, and holds a few more t
 LoRA updates are merged in factored form, where a method has one.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -26,6 +27,7 @@ from merging.command.plan import Plan
 from merging.command.storage import Piece
 from merging.lowrank import LowRank, diagnose_low_rank, joint_basis, merge_low_rank
 from merging.mergers import Merger, merger, weight_average
+from merging.norm_matching import frobenius_norm, norm_factor, norm_match, norm_match_low_rank
 from merging.task_vectors import Finite, TaskVector
 from merging.unrelated import Unrelated
 from merging.views import read_twice
@@ -66,7 +68,7 @@ class Streamer:
         position = 0
         if step.change:
             step = replace(step, base=read_twice(step.base))  # to find what the experts changed, and to add that
-            updates, scale = self._updates(step, rows), step.options["final_scale"]
+            updates, scale = self._updates(step, rows), step.final_scale
             for merged in step.change.applied(step.base, updates, scale, self.device):
                 position += merged.numel()
                 yield rounded(step.name, merged, step.dtype)
@@ -76,10 +78,10 @@ class Streamer:
     def update(self, step: Step, rows: list[dict[str, Any]] | None = None) -> Tensor:
         """Return the merged update of a whole tensor, final scale included, float32, in the shape of the change."""
         update = joined(self._updates(step, rows), step.change.shape(step.base), self.device)
-        return update.mul_(step.options["final_scale"])
+        return update.mul_(step.final_scale)
 
     def low_rank(self, step: Step, rows: list[dict[str, Any]] | None = None) -> LowRank:
-        """Return the merged update of a step of LoRA in factored form, before the final scale."""
+        """Return the merged update of a step of LoRA in factored form, norm-matched or before the final scale."""
         stored, options = step.change.read(self.device), step.of_merger(self.plan.recipe.method)
         read = [replace(own, scale=own.scale * w) for own, w in zip(stored, step.weights, strict=True)]
         svc = replace(svc_of(step), split_qkv=False, vectors=False, flatten=False)  # there are matrices only
@@ -87,7 +89,8 @@ class Streamer:
         if rows is not None and treatment(step, piece) == "calibrated":
             seen = diagnose_low_rank(read, method, svc, name=step.name, **options)
             rows.append(self._found(step, piece, seen))
-        return merge_low_rank(read, method, svc if step.options["svc"] else None, name=step.name, **options)
+        merged = merge_low_rank(read, method, svc if step.options["svc"] else None, name=step.name, **options)
+        return norm_match_low_rank(merged, read) if step.norm_matched else merged
 
     def _updates(self, step: Step, rows: list[dict] | None) -> Iterator[tuple[int, Tensor]]:
         """Yield (first entry, merged update) for consecutive ranges of a tensor, as stored."""
@@ -101,8 +104,7 @@ class Streamer:
             merged = self._whole(step, piece, rows)
             rule = lambda part: merged[part] if piece.shape else merged  # noqa: E731
         else:
-            by_rows = self._rule(step, piece)
-            rule = lambda part: by_rows(differences(step, piece, part, self.device))  # noqa: E731
+            rule = self._by_rows(step, piece)
         for part in row_ranges(piece):
             yield piece.start + part.start * piece.width, rule(part)
 
@@ -121,7 +123,23 @@ class Streamer:
             merged = piece.oriented(merged)
         if treatment(step, piece) != "merged value":
             merged = self._calibrated(step, piece, merged, tasks, rows)
+        if step.norm_matched:
+            merged = norm_match({piece.name: merged}, tasks)[piece.name]
         return piece.oriented(merged)
+
+    def _by_rows(self, step: Step, piece: Piece) -> Callable[[slice], Tensor]:
+        """Return what merges ranges of rows, each once and in order; matching norms takes a pass of its own before."""
+        rule = self._rule(step, piece)
+        plain = lambda part: rule(differences(step, piece, part, self.device))  # noqa: E731
+        if not step.norm_matched:
+            return plain
+        first, merged, own = self._rule(step, piece), 0.0, [0.0] * len(step.experts)
+        for part in row_ranges(piece):
+            updates = differences(step, piece, part, self.device)
+            own = [math.hypot(norm, frobenius_norm(update)) for norm, update in zip(own, updates, strict=True)]
+            merged = math.hypot(merged, frobenius_norm(first(updates)))
+        factor = norm_factor(merged, own)
+        return lambda part: plain(part).mul_(factor)
 
     def _calibrated(
         self, step: Step, piece: Piece, merged: Tensor, tasks: list[TaskVector], rows: list[dict] | None

@@ -207,6 +207,12 @@ BASE_MEAN, SVC_MEAN = "base, other tensors averaged", "+ SVC (paper), other tens
 BASE_NORM, SVC_NORM = "base, norm matching", "+ SVC (paper), norm matching"
 BASE_WHOLE = "base, norm matching by one number"
 ORDER = (BASE, SVC, SVC_1, BASE_MEAN, SVC_MEAN, BASE_NORM, SVC_NORM, BASE_WHOLE, BASE_TUNED, SVC_TUNED)
+IN_BRIEF = {  # variant → panel and legend of the figure that sums up
+    BASE: ("at the mergers' own scales", BASE),
+    SVC: ("at the mergers' own scales", "+ SVC"),
+    BASE_TUNED: ("at scales tuned on validation data", BASE),
+    SVC_TUNED: ("at scales tuned on validation data", "+ SVC"),
+}
 CELL = ["backbone", "suite", "method"]  # what comparisons are made within
 SVC_GAIN, SVC_OVER_TUNED, TUNED_GAIN = "SVC − base", "SVC − tuned base", "tuned SVC − tuned base"
 GAINS = {SVC_GAIN: (SVC, ""), SVC_OVER_TUNED: (SVC, "_over_tuned"), TUNED_GAIN: (SVC_TUNED, "")}
@@ -344,10 +350,26 @@ def draw(data: pd.DataFrame, panel: str = "{backbone}, {suite} tasks", off_scale
     options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
     difference = "difference in mean accuracy, points"
     return {
+        "in_brief": _draw_in_brief(means[means.method.ne(off_scale)]),
         "accuracy_by_merger": figures.paired(shown, start=BASE, **options),
         "accuracy_at_tuned_scales": figures.paired(tuned, start=BASE_TUNED, **options),
         "paired_gains": figures.forest(found, item="method", panel="panel", xlabel=difference),
     }
+
+
+def _draw_in_brief(means: pd.DataFrame) -> Figure:
+    """Draw every merger without and with SVC, at its own and at its tuned scale, as the mean over all cells."""
+    means = means[means.row.isin(IN_BRIEF)]
+    means = means.groupby(["method", "row", "seed"], sort=False).value.mean().reset_index()
+    rules, names = (means.row.map({row: texts[part] for row, texts in IN_BRIEF.items()}) for part in (0, 1))
+    return figures.paired(
+        means.assign(rule=rules, row=names),
+        start=BASE,
+        condition="row",
+        panel="rule",
+        sharex=True,
+        xlabel="mean accuracy of all tasks and suites, %",
+    )
 
 
 # Beside the paper ----------------------------------------------------------------------------------------------------

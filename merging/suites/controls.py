@@ -25,6 +25,7 @@ from merging.suites.comparison import (
     SVC_NORM,
     SVC_TUNED,
     TUNED_GAIN,
+    by_size,
     in_order,
     merged,
     methods_of,
@@ -153,17 +154,51 @@ def _best(data: pd.DataFrame) -> pd.DataFrame:
     return best.assign(value=best.value.map("{:.1f}".format)).rename(columns={"row": "variant", "value": "accuracy, %"})
 
 
+def over_bases(data: pd.DataFrame, condition: str) -> pd.DataFrame:
+    """Return a pooled difference on every pretrained base, and its mean ± standard deviation over bases, as text.
+
+    Args:
+        data: a table whose backbones differ in their pretrained base alone.
+        condition: one of `GAINS` or `CONTROLS`.
+
+    Returns:
+        One row for each merger: method, one column for each backbone ("+0.4 ± 0.9", ± half the 95 % interval) and
+        "over bases".
+    """
+    lines = []
+    found = {name: pooled(data[data.backbone == name]) for name in by_size(data.backbone)}
+    for method in methods_of(data):
+        line, means = {"method": method}, []
+        for backbone, rows in found.items():
+            for own in rows[(rows.method == method) & (rows.condition == condition)].itertuples():
+                line[backbone] = f"{own.mean:+.1f} ± {half_width(own.interval):.1f}"
+                means.append(own.mean)
+        lines.append(line | {"over bases": spread(pd.Series(means))})
+    return pd.DataFrame(lines).fillna("")
+
+
+SHOWN = {  # stem of a figure → differences; at own scales the sum gains too much from SVC to be drawn beside others
+    "pooled_differences": (TUNED_GAIN, SPECTRUM),
+    "pooled_norm_matching": (NORM_OVER_TUNED, WHOLE_OVER_TUNED),
+}
+
+
 def draw(data: pd.DataFrame) -> dict[str, Figure]:
     """Return figures of pooled differences: SVC against base; norm matching, where measured, against a tuned scale."""
-    found, drawn = pooled(data), {}
-    shown = {  # at own scales the sum gains too much from SVC to be drawn beside these
-        "pooled_differences": (TUNED_GAIN, SPECTRUM),
-        "pooled_norm_matching": (NORM_OVER_TUNED, WHOLE_OVER_TUNED),
+    return _drawn(pooled(data).assign(panel="All cells together"))
+
+
+def draw_by_backbone(data: pd.DataFrame) -> dict[str, Figure]:
+    """Return the same figures with one panel for each backbone."""
+    parts = [pooled(data[data.backbone == name]).assign(panel=name) for name in by_size(data.backbone)]
+    return _drawn(pd.concat(parts, ignore_index=True))
+
+
+def _drawn(found: pd.DataFrame) -> dict[str, Figure]:
+    label = "difference in mean accuracy, points"
+    parts = {stem: found[found.condition.isin(conditions)] for stem, conditions in SHOWN.items()}
+    return {
+        stem: figures.forest(rows, item="method", panel="panel", xlabel=label)
+        for stem, rows in parts.items()
+        if len(rows)
     }
-    for stem, conditions in shown.items():
-        if len(rows := found[found.condition.isin(conditions)]):
-            rows = rows.assign(panel="All cells together")
-            drawn[stem] = figures.forest(
-                rows, item="method", panel="panel", xlabel="difference in mean accuracy, points"
-            )
-    return drawn

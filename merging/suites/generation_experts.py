@@ -31,7 +31,7 @@ DOCSTRING_BATCH = 16
 class GenerationRecipe:
     """How experts are trained, and on how many questions and docstrings they are scored."""
 
-    steps: int = 100
+    steps: int = 160
     batch_size: int = 32
     rank: int = 8  # of LoRA
     base_steps: int = 200  # of the decoder that is trained here

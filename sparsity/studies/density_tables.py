@@ -163,7 +163,12 @@ def draw(data: pd.DataFrame, score: str = "accuracy, %", metric: str = "score") 
     panel = "setting" if table.setting.nunique() > 1 else None
     titles = {name: textwrap.fill(name, 24) for name in table.setting.unique()}
     options = dict(y="percent", by="variant", panel=panel, names=titles)
+    brief = table[table.variant.isin(CONTROLS[:3])]
     return {
+        "in_brief": figures.paired(
+            brief, item="setting", condition="variant", value="percent", start="vanilla", names=titles,
+            xlabel="density on test data, %",
+        ),
         "frontier": figures.frontier(
             table, x="percent", y=metric, panel=panel, names=titles, xlabel="density on test data, %", ylabel=score
         ),

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from merging.suites.data import generation_texts
-from merging.suites.data.generation_texts import READERS, SIZES, TASKS, json_value, last_number, same_characters
+from merging.suites.data.generation_texts import READERS, SIZES, TASKS, integers, json_value, same_characters
 
 SOURCE = """
     total = sum(f(x[1]))
@@ -37,7 +37,7 @@ def test_open_brackets_are_closed_innermost_first(line, closing):
 @pytest.mark.parametrize(
     ("read", "same", "other"),
     [
-        (last_number, ("= 47", "7 + 40 is 47.", "047"), ("48", "", "no number")),
+        (integers, ("1, 5, 6", "1 5 6", "[1, 05, 6]."), ("1, 6, 5", "156", "", "no number")),
         (same_characters, ("x)", " x)\n"), ("x", "x))", "")),
         (json_value, ('{"a": 1, "b": null}', ' { "b" : null, "a":1 } '), ('{"a": 1}', "{'a': 1}", "", "[" * 9999)),
     ],
@@ -61,7 +61,8 @@ def test_no_question_is_in_two_splits_and_every_answer_reads(name):
 
 
 def test_right_answers():
-    assert all(int(answer) == eval(question) for question, answer in generation_texts.task("calc").split("test"))
+    for question, answer in generation_texts.task("sort").split("test"):
+        assert list(ast.literal_eval(answer)) == sorted(set(ast.literal_eval(question))) and len(question) == 10
     for question, answer in generation_texts.task("json").split("test"):
         assert json.loads(answer) == list(ast.literal_eval(question))
     for question, answer in generation_texts.task("code").split("test"):
@@ -78,4 +79,4 @@ def test_what_is_not_there_is_named():
     with pytest.raises(ValueError, match=f"no task 'sum': take one of {', '.join(READERS)}"):
         generation_texts.task("sum")
     with pytest.raises(ValueError, match="no split 'train2': take one of test, validation, base, train"):
-        generation_texts.task("calc").split("train2")
+        generation_texts.task("sort").split("train2")

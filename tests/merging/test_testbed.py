@@ -242,3 +242,16 @@ def test_a_table_from_before_norm_matching_has_the_pooled_intervals_that_it_allo
 def test_nothing_merged_has_no_controls():
     data = cells().assign(method="pretrained")
     assert controls.tables(data) == {} == controls.draw(data)
+
+
+def test_the_spread_over_bases_is_that_of_the_pooled_means_of_the_bases():
+    data = cells()
+    base, other = (data[data.backbone == name] for name in "BC")
+    data = pd.concat([base, other, other.assign(backbone="DD", gained_over_tuned=other.gained_over_tuned + 2)])
+    (line,) = controls.over_bases(data, controls.NORM_OVER_TUNED).to_dict("records")
+    found = [controls.pooled(data[data.backbone == name]).set_index("condition") for name in ("B", "C", "DD")]
+    means = [rows.loc[controls.NORM_OVER_TUNED, "mean"] for rows in found]
+    assert line["over bases"] == f"{sum(means) / 3:.1f} ± {pd.Series(means).std():.1f}"
+    assert means[2] == pytest.approx(means[1] + 1)
+    assert list(line) == ["method", "B", "C", "DD", "over bases"]
+    assert line["B"].startswith(f"{means[0]:+.1f} ± ")

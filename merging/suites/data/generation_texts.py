@@ -1,6 +1,6 @@
 """Tasks whose answers are written, word by word, and held-out docstrings, all made on every machine.
 
-    calc     a number of three digits plus or minus 1, 2 or 3; the last number that is written counts
+    sort     four different digits → the same in ascending order
     code     the beginning of a line of code → what closes it: two brackets or more, and the colon of a statement
     json     three of Python's constants → the same as a JSON array
 
@@ -56,10 +56,9 @@ class GenerationTask:
     key: str
 
 
-def last_number(words: str) -> str:
-    """Return the last integer in a text, "" if there is none."""
-    found = re.findall(r"-?\d+", words)
-    return str(int(found[-1])) if found else ""
+def integers(words: str) -> str:
+    """Return the integers in a text, with single spaces between them; "" if there is none."""
+    return " ".join(str(int(found)) for found in re.findall(r"-?\d+", words))
 
 
 def same_characters(words: str) -> str:
@@ -76,7 +75,7 @@ def json_value(words: str) -> str:
 
 
 READERS = {  # name → instruction, what counts in an answer, its tokens
-    "calc": ("Calculate. Answer with the number alone.", last_number, 6),
+    "sort": ("Sort these digits in ascending order. Answer with the sorted digits alone.", integers, 12),
     "code": ("Close the brackets of this line of Python code. Write only what is missing.", same_characters, 5),
     "json": ("Write these Python values as a JSON array, and nothing else.", json_value, 12),
 }
@@ -135,7 +134,7 @@ def _read() -> dict[str, dict[str, list]]:
                 found["docstrings"].setdefault(words, (split,))
         for question, answer in _closings(source):
             found["code"].setdefault(question, (split, answer))
-    for name, rows in {"calc": _sums(), "json": _arrays()}.items():
+    for name, rows in {"sort": _orders(), "json": _arrays()}.items():
         found[name] = {question: (split_of(question), answer) for question, answer in rows}
     sizes = dict.fromkeys(READERS, SIZES) | {"docstrings": dict.fromkeys(SIZES, DOCSTRINGS), "sources": {"base": None}}
     return {
@@ -149,11 +148,9 @@ def _first(found: Mapping[str, tuple], split: str, limit: int | None) -> list[li
     return [[words, *found[words][1:]] for words in own[:limit]]
 
 
-def _sums() -> Iterator[tuple[str, str]]:
-    for first in range(100, 1000):
-        for second in range(1, 4):
-            yield f"{first} + {second}", str(first + second)
-            yield f"{first} - {second}", str(first - second)
+def _orders() -> Iterator[tuple[str, str]]:
+    for digits in itertools.permutations("0123456789", 4):
+        yield ", ".join(digits), ", ".join(sorted(digits))
 
 
 def _arrays() -> Iterator[tuple[str, str]]:
