@@ -83,8 +83,8 @@ class Settings:
 
 
 TEXT = {
-    scale: dict(text=own["task"], text_recipe=own["recipes"][0], text_log_every=own["log_every"])
-    for scale, own in T5.items()
+    scale: dict(text=T5[scale]["task"], text_recipe=T5[scale]["recipes"][0], text_log_every=T5[scale]["log_every"])
+    for scale in T5
 }
 SCALES = {
     "smoke": Settings(seeds=(0,), **VIT["smoke"], **TEXT["smoke"]),
