@@ -38,6 +38,7 @@ class Settings:
     weight_decays: tuple[float, ...] = (recipes.DIGITS_DECAY,)  # of each setting
     l1: tuple[float, ...] = (0.3, 1.0)  # weights of the penalty
     log_every: int = recipes.VIT["laptop"]["log_every"]
+    kept: tuple[float, ...] = ()  # thresholds under which density at equal accuracy is measured: shares kept
 
     def __post_init__(self):
         if len(self.sizes) != len(self.weight_decays):
@@ -47,7 +48,11 @@ class Settings:
 
 SCALES = {
     "smoke": Settings(
-        seeds=(0,), recipe=recipes.SMOKE_RECIPE, sizes=((16, 2),), log_every=recipes.VIT["smoke"]["log_every"]
+        seeds=(0,),
+        recipe=recipes.SMOKE_RECIPE,
+        sizes=((16, 2),),
+        log_every=recipes.VIT["smoke"]["log_every"],
+        kept=(1.0, 0.5),
     ),
     "laptop": Settings(),
     "workstation": Settings(
@@ -72,7 +77,7 @@ SCALES = {
 def measure(settings, context):
     seeds = (settings.seeds, settings.single_seeds)
     plan = plan_density_tables(named_settings(settings), *seeds, settings.l1, log_every=settings.log_every)
-    yield from density_tables.measure(plan, context)
+    yield from density_tables.measure(plan, context, settings.kept)
 
 
 def named_settings(settings):

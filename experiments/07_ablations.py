@@ -23,7 +23,7 @@ Verdict  with at least 3 seeds of every condition of the plug-ins part (else "no
          whether E by itself decides density (in all variants) and |w|: "decides" if all these differences of durations
          are equal or slight, "does not decide" if one is "sparser", "denser", "smaller" or "larger" without "slightly",
          else "undecided". Placement, clip and norms stand in the table of changes.
-Cost     smoke 20 s; laptop 7 min (digits, without rates, durations and T5); workstation 5 h (glyphs, all parts); paper:
+Cost     smoke 20 s; laptop 11 min (digits, without rates; 7 min after 05); workstation 5 h (glyphs, all parts); paper:
          15 trainings on ImageNet, 6 fine-tunings there, 31 trainings on CIFAR-10 and 3 on C4.
 Run      python experiments/07_ablations.py --scale laptop
 """
@@ -47,7 +47,7 @@ BRIEFLY = replace(VIT["laptop"]["recipe"], steps=1200, weight_decay=1.25)
 @dataclass(frozen=True)
 class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
-    parts: tuple[str, ...] = ("plug-ins", "2x2", "noise")  # of ablations.PARTS
+    parts: tuple[str, ...] = ("plug-ins", "2x2", "noise", "T5", "durations")  # of ablations.PARTS
     task: ImageTask = VIT["laptop"]["task"]
     recipe: TrainingRecipe = BRIEFLY
     log_every: int = 40

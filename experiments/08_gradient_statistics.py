@@ -83,16 +83,15 @@ class Settings:
         check_variants(self.variants)
 
 
-def text_of(scale):
-    t5 = T5[scale]
-    return dict(text=t5["task"], text_recipe=t5["recipes"][0], text_log_every=t5["log_every"])
-
-
+TEXT = {
+    scale: dict(text=T5[scale]["task"], text_recipe=T5[scale]["recipes"][0], text_log_every=T5[scale]["log_every"])
+    for scale in T5
+}
 SCALES = {
-    "smoke": Settings(seeds=(0,), **VIT["smoke"], **text_of("smoke")),
+    "smoke": Settings(seeds=(0,), **VIT["smoke"], **TEXT["smoke"]),
     "laptop": Settings(),
-    "workstation": Settings(**VIT["workstation"], **text_of("workstation")),
-    "paper": Settings(seeds=(0,), **VIT["paper"], **text_of("paper")),
+    "workstation": Settings(**VIT["workstation"], **TEXT["workstation"]),
+    "paper": Settings(seeds=(0,), **VIT["paper"], **TEXT["paper"]),
 }
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.lab import results
+from common.lab import report, results
 from common.lab.statistics import Interval, mean_difference, relative_change, spread
 from sparsity.studies.density_tables import CONTROL, finals
 from sparsity.studies.equal_accuracy import PRUNED, T5_MARGIN, VIT_MARGIN, equal_accuracy
-from sparsity.studies.finetuning_tables import relation
+from sparsity.studies.finetuning_tables import EQUIVALENT, relation
 from sparsity.studies.runs import RUN
 from sparsity.studies.speed import SCREENED, typical_seconds
 
@@ -97,11 +97,37 @@ def table(results_dir: Path = results.RESULTS) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def page(results_dir: Path = results.RESULTS) -> str:
+    """Return `sentences` and `table` as a page in Markdown, with what their words mean.
+
+    Args:
+        results_dir: as for `comparisons`.
+    """
+    return "\n\n".join(
+        [
+            "# Sparsity at equal accuracy",
+            "How much sparser the three plug-ins together are than what else makes a network sparse, and what that is "
+            "worth in time: derived from the rows of experiments 03 to 06 and 10.",
+            sentences(results_dir),
+            report.markdown(table(results_dir)),
+            f"Cells: change of test density of modified against the rival, % [95 % interval over seeds, paired]. "
+            f'"{AS_TRAINED}" compares both as training left them; "{EQUAL}" raises thresholds on the activations of '
+            f"both, without training, until validation data show {VIT_MARGIN:g} point of accuracy or {T5_MARGIN:g} "
+            "nats a token lost against vanilla without any; in column (d) vanilla alone is pruned so. Intervals are "
+            f"not corrected for their number; within ±{EQUIVALENT:g} % two count as equal. Milliseconds are those of "
+            f"an MLP {SHAPE} at the densities of the row, as experiment 10 measured it with random weights, keys "
+            "screened by the proven bound, one thread, between the shares of zeros that it measured; the networks of "
+            "the rows themselves are too narrow to gain anything.",
+        ]
+    )
+
+
 def sentences(results_dir: Path = results.RESULTS) -> str:
     """Return in words, by network and training, what the table says, and where the plug-ins are worth having.
 
-    They count as worth having in a setting where the whole interval lies below 0 against every rival that was measured,
-    at equal accuracy where that was, and where the control or pruned vanilla is among these.
+    They are worth having in a setting where the whole interval lies below 0 against every rival that was measured, at
+    equal accuracy where that was, and where the control or pruned vanilla is among these; not worth having where one
+    lies above 0.
 
     Args:
         results_dir: as for `comparisons`.
@@ -115,19 +141,27 @@ def sentences(results_dir: Path = results.RESULTS) -> str:
             listed = ", ".join(f"{word} in {count}" for word, count in words.items())
             parts.append(f"{RIVALS[rival]} {way}: {listed} of {len(rows)}")
         texts.append(f"**{network}, {training}.** {'; '.join(parts)}.")
-    judged = {key: _worth(own) for key, own in seen.groupby(["network", "training", "setting"], sort=False)}
-    worth = [f"{network} {training}, {setting}" for (network, training, setting), good in judged.items() if good]
-    count = f"{len(worth)} of {len(judged)} settings"
-    named = f": {'; '.join(worth)}" if worth else ""
-    texts.append(f"**Worth having**, that is certainly sparser than every rival that was measured, in {count}{named}.")
+    answers: dict[str, list[str]] = {"worth": [], "not worth": [], "undecided": []}
+    for (network, training, setting), own in seen.groupby(["network", "training", "setting"], sort=False):
+        answers[_worth(own)].append(f"{network} {training}, {setting}")
+    count = sum(map(len, answers.values()))
+    named = {answer: f" ({'; '.join(settings)})" * bool(settings) for answer, settings in answers.items()}
+    texts.append(
+        f"**Worth having**, certainly sparser than every rival that was measured: in {len(answers['worth'])} of "
+        f"{count} settings{named['worth']}. Certainly denser than one of them: in {len(answers['not worth'])}"
+        f"{named['not worth']}. Undecided: in {len(answers['undecided'])}."
+    )
     return "\n\n".join(texts)
 
 
-def _worth(rows: pd.DataFrame) -> bool:
+def _worth(rows: pd.DataFrame) -> str:
     equal = rows[rows.way == EQUAL]
     decisive = pd.concat([equal, rows[(rows.way == AS_TRAINED) & ~rows.rival.isin(equal.rival)]])
-    judges = decisive.rival.isin([CONTROL, "pruned"]).any()
-    return bool(judges and all(found is not None and found.sign < 0 for found in decisive.found))
+    signs = [found.sign if found is not None else 0 for found in decisive.found]
+    if any(sign > 0 for sign in signs):
+        return "not worth"
+    judged = decisive.rival.isin([CONTROL, "pruned"]).any()
+    return "worth" if judged and all(sign < 0 for sign in signs) else "undecided"
 
 
 def _settings(results_dir: Path) -> Iterator[tuple[Source, str, pd.DataFrame]]:
