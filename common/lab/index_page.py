@@ -162,13 +162,13 @@ def _row(row: Row) -> str:
     data = {"paper": row.paper, "scale": row.scale, "verdict": row.verdict}
     marks = "".join(f' data-{name}="{escape(value, quote=True)}"' for name, value in data.items())
     links = [f'<a href="{row.page_at(scale)}">{scale}</a>' for scale in (row.scale, *row.others)]
-    number = row.experiment.partition("_")[0]
+    number, tone = row.experiment.partition("_")[0], TONES.get(row.verdict, "--muted")
     cells = [
         f"<td>{escape(row.source)}</td>",
         f'<th scope="row">{escape(row.claim)}</th>',
         f'<td data-name="paper">{escape(row.published)}</td>',
         f'<td data-name="ours">{escape(row.ours)}</td>',
-        f'<td class="verdict"><span style="--dot: var({TONES.get(row.verdict, "--muted")})">{escape(row.verdict)}</span></td>',
+        f'<td class="verdict"><span style="--dot: var({tone})">{escape(row.verdict)}</span></td>',
         f'<td class="results" data-name="results">{number}: {", ".join(links)}</td>',
         f"<td>{_thumbnail(row)}</td>",
     ]
