@@ -32,7 +32,7 @@ from common.lab.claims import question
 from common.lab.figures import INK, MUTED, Style
 from common.lab.run import Experiment, run
 from sparsity.plugins import PROTOCOLS
-from sparsity.studies import speed
+from sparsity.studies import speed, take_home
 from sparsity.studies.measurement import load
 from sparsity.studies.models.vit import vit
 from sparsity.studies.recipes import T5, VIT
@@ -475,6 +475,7 @@ EXPERIMENT = Experiment(
     styles=STYLES,
     claims=claims,
     captions=CAPTIONS,
+    pages={"sparsity_at_equal_accuracy.md": take_home.page},
 )
 
 if __name__ == "__main__":
