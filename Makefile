@@ -25,7 +25,7 @@ help:
 	@echo 'make check-method NAME=…  what a new merger or activation still lacks'
 	@echo 'make newest               the tests with the newest packages that pyproject.toml allows, in .venv-newest'
 	@echo 'make lock                 write the versions in .venv to requirements.lock'
-	@echo 'make lint                 ruff: rules and format'
+	@echo 'make lint                 ruff: rules and format; mypy: types'
 	@echo 'Targets use .venv (made when there is none), or make … PYTHON=… for an interpreter that has everything.'
 
 install: $(READY)
@@ -81,3 +81,4 @@ check-method: $(READY)
 lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy

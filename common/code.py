@@ -108,7 +108,7 @@ def _attributes(thing: Any) -> list[Any]:
     own = getattr(thing, "__dict__", {})
     if is_dataclass(thing):
         return [getattr(thing, field.name, None) for field in fields(thing)]
-    return list(own.values()) if _place_of_class(type(thing)) else [own.get("_modules")]
+    return list(own.values()) if _place_of_class(type(thing)) else [own.get("_modules")]  # type: ignore[arg-type]
 
 
 def _contents(function: types.FunctionType) -> Iterator[Any]:

@@ -130,9 +130,9 @@ def joined(entries: Sequence[Entry], name: str, shape: tuple[int, ...]) -> Entry
         if entry.dtype != entries[0].dtype:
             raise ValueError(f"{entry.where}: {entry.dtype}, and {entries[0].dtype} in {entries[0].where}")
     first = entries[0]
-    if all(isinstance(entry, Part) and entry.sources == first.sources for entry in entries):
-        ends = [entry.first + entry.count for entry in entries]
-        if [entry.first for entry in entries[1:]] == ends[:-1]:
+    if all(isinstance(entry, Part) and entry.sources == first.sources for entry in entries):  # type: ignore[attr-defined]
+        ends = [entry.first + entry.count for entry in entries]  # type: ignore[attr-defined]
+        if [entry.first for entry in entries[1:]] == ends[:-1]:  # type: ignore[attr-defined]
             return part(first, name, 0, shape)
     return Joined(name, first.dtype, shape, first.path, sources=tuple(entries))
 

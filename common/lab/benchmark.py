@@ -184,9 +184,9 @@ def profile_module(
     """
     with tempfile.NamedTemporaryFile() as file:
         run_command([sys.executable, "-m", "cProfile", "-o", file.name, "-m", module, *arguments], threads)
-        found = pstats.Stats(file.name).stats
+        found = pstats.Stats(file.name).stats  # type: ignore[attr-defined]
     seconds = dict.fromkeys((*groups, "rest"), 0.0)
     for function, (_, _, own, _, _) in found.items():
-        spelt = pstats.func_std_string(function)
+        spelt = pstats.func_std_string(function)  # type: ignore[attr-defined]
         seconds[next((name for name, pattern in groups.items() if re.search(pattern, spelt)), "rest")] += own
     return seconds

@@ -115,7 +115,7 @@ def explanation(figure: Figure) -> str:
 
 def log_axis(axis: Axis) -> None:
     """Make a drawn axis (`ax.xaxis`, `ax.yaxis`) logarithmic, with labels such as 0.5, 1, 2, not powers of ten."""
-    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")  # type: ignore[attr-defined]
     low, high = sorted(axis.get_view_interval())
     steps = (1, 2, 5) if high < 100 * low else (1, 3) if high < 2000 * low else (1,)
     axis.set_major_locator(LogLocator(subs=steps))

@@ -96,7 +96,8 @@ def plain(value: Any) -> Any:
     """Return `value` as JSON would give it back: dataclasses as dicts, tuples as lists, paths as text."""
 
     def encode(other: Any) -> Any:
-        return dataclasses.asdict(other) if dataclasses.is_dataclass(other) else str(other)
+        is_value = dataclasses.is_dataclass(other) and not isinstance(other, type)
+        return dataclasses.asdict(other) if is_value else str(other)  # type: ignore[arg-type]
 
     return json.loads(json.dumps(value, default=encode))
 

@@ -79,7 +79,7 @@ def moves(step: Step, device: torch.device) -> dict[str, Any] | None:
         return None
     energy, products = 0.0, torch.zeros(len(step.experts), len(step.experts), dtype=torch.float64)
     if step.change.factored:
-        products += _products([core.reshape(-1) for core in joint_basis(step.change.read(device), step.name).cores])
+        products += _products([core.reshape(-1) for core in joint_basis(step.change.read(device), step.name).cores])  # type: ignore[attr-defined]
     for piece in step.pieces:
         for part in row_ranges(piece):
             start, stop = (piece.start + row * piece.width for row in (part.start, part.stop))

@@ -111,7 +111,7 @@ def documentation(kind: type) -> dict[str, str]:
     texts: dict[str, str] = {}
     for own in reversed(kind.__mro__[:-1]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(own))).body
-        for field, text in zip(tree.body, tree.body[1:], strict=False):
+        for field, text in zip(tree.body, tree.body[1:], strict=False):  # type: ignore[attr-defined]
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 texts[field.target.id] = " ".join(text.value.value.split())
     return texts
