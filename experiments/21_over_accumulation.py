@@ -363,8 +363,8 @@ def claims(data):
     return [
         Claim(
             sources.get(part, "analysis figures"), texts[part], "not published",
-            f"in {cells.sum()} of {len(cells)} cells (n = {seen.seed.nunique()})",
-            where_run(said, of_parts([bool(cells.all())])),
+            f"in {cells.to_numpy().sum()} of {cells.size} cells (n = {seen.seed.nunique()})",
+            where_run(said, of_parts([bool(cells.to_numpy().all())])),
         )
         for part, cells in parts(seen).items()
     ]  # fmt: skip

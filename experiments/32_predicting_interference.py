@@ -248,7 +248,7 @@ def claims(data):
     """What is foretold of the headline's targets, and which starts without data are good."""
     said, found = verdict(data), prediction.answers(data)
     names = list(dict.fromkeys(found.group))
-    seeds = max(group.seeds for group in prediction.groups(data))
+    seeds = max((group.seeds for group in prediction.groups(data)), default=0)
     texts = {
         DROP_TUNED: "Does any feature of the task vectors foretell what a merge loses, at a tuned scale?",
         GAIN_TUNED: "Does any foretell what SVC gains, at tuned scales?",

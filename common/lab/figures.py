@@ -145,7 +145,9 @@ def _panels(data: pd.DataFrame, panel: str | None, names: Mapping[Any, str] | No
     if panel is None:
         return [("", data)]
     groups = data.groupby(panel, sort=False)
-    return [("\n".join(textwrap.wrap(label(name, names), 26)), part) for name, part in groups]
+    titles = {name: label(name, names) for name, _ in groups}
+    wrapped = {name: text if "\n" in text else textwrap.fill(text, 26) for name, text in titles.items()}
+    return [(wrapped[name], part) for name, part in groups]
 
 
 @plot_style

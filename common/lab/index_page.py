@@ -19,7 +19,8 @@ HEADINGS = ("source", "claim", "paper", "ours", "verdict", "results", "figure")
 STYLE = """
 main { max-width: 84rem } h2 { text-wrap: balance }
 .filters { display: flex; flex-wrap: wrap; gap: .75rem 1.5rem; align-items: end; margin: 1.6rem 0 0 }
-.filters label { display: grid; gap: .2rem; font-size: .875rem; color: var(--muted) }
+.filters label { display: grid; gap: .2rem; font-size: .875rem; color: var(--muted); min-width: 0; max-width: 22rem }
+.filters select { width: 100% }
 .filters select, button { font: inherit; font-size: .9375rem; color: var(--ink); background: var(--card);
   border: 1px solid var(--faint); border-radius: .4rem; padding: .4rem .6rem; min-height: 2.5rem; max-width: 100% }
 button { cursor: pointer } select:focus-visible, button:focus-visible, a:focus-visible { outline: 2px solid var(--link);
@@ -48,7 +49,8 @@ dialog p { margin: .75rem 0 } dialog .bar { display: flex; gap: .5rem; justify-c
   .claims tr { border-top: 1px solid var(--faint); padding: 1rem 0 } .claims th, .claims td { border: 0 }
   .claims tr > * + * { margin-top: .3rem } .claims td[data-name]::before { content: attr(data-name) " ";
     color: var(--muted); font-size: .8125rem; margin-right: .3rem }
-  .claims td:last-child { margin-top: .7rem } .thumb { width: 100%; max-width: 26rem }
+  .claims td:last-child { margin-top: .7rem } .claims .again td:last-child { display: none }
+  .thumb { width: 100%; max-width: 26rem }
   .thumb img { width: 100%; height: auto; max-height: 14rem }
 }
 """
@@ -153,12 +155,14 @@ def _filters(found: Sequence[Row]) -> str:
 
 def _section(title: str, own: Sequence[Row]) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in HEADINGS)
-    body = "\n".join(map(_row, own))
+    figures = [row.figure for row in own]
+    body = "\n".join(_row(row, again=row.figure in figures[:place]) for place, row in enumerate(own))
     table = f'<table class="claims">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
     return page.section(title, table).replace("<section>", '<section class="paper">', 1)
 
 
-def _row(row: Row) -> str:
+def _row(row: Row, again: bool) -> str:
+    """Return a row of the table; `again`: its figure stands in a row above, which is enough on a small screen."""
     data = {"paper": row.paper, "scale": row.scale, "verdict": row.verdict}
     marks = "".join(f' data-{name}="{escape(value, quote=True)}"' for name, value in data.items())
     links = [f'<a href="{row.page_at(scale)}">{scale}</a>' for scale in (row.scale, *row.others)]
@@ -172,7 +176,8 @@ def _row(row: Row) -> str:
         f'<td class="results" data-name="results">{number}: {", ".join(links)}</td>',
         f"<td>{_thumbnail(row)}</td>",
     ]
-    return f"<tr{marks}>{''.join(cells)}</tr>"
+    kind = ' class="again"' if again else ""
+    return f"<tr{kind}{marks}>{''.join(cells)}</tr>"
 
 
 def _thumbnail(row: Row) -> str:
