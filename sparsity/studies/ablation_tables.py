@@ -35,6 +35,7 @@ GRIDS: dict[str, dict[str, Callable[[Interval], str]]] = {  # parts of many sett
     "rates": {"density": relation},
     "durations": {"density": relation, "norm_weight": size_relation},
 }
+_SHORT = {"density": "", "norm_weight": "|w| of "}
 _MAIN = (("modified", "vanilla"), ("modified", CONTROL), (CONTROL, "vanilla"))
 _DECISIVE = (
     *_MAIN,
@@ -304,7 +305,8 @@ def verdict(data: pd.DataFrame) -> str:
         texts.append(_cells(part, rows) if part in GRIDS else f"{part}: {'; '.join(said)}")
         for metric, words in GRIDS.get(part, {}).items():
             texts += [
-                f"{variant} at equal E {decay:.2g}, {cell_of(second)} / {cell_of(first)} {found} %: {words(found)}"
+                f"{_SHORT[metric]}{variant} at equal E {decay:.2g}, {cell_of(second)} / {cell_of(first)} {found} %: "
+                f"{words(found)}"
                 for variant, first, second, decay, found in at_equal_decay(table, part, metric)
                 if metric == "density" or variant == "vanilla"
             ]
