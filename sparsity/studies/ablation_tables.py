@@ -147,8 +147,8 @@ def draw(data: pd.DataFrame) -> dict[str, Figure]:
             xlabel="E = Σ rate × weight decay", ylabel="density, test data, %",
         )  # fmt: skip
     if (rows := table[table.part == "durations"]).size:
-        rows = rows.assign(percent=100 * rows.density)
-        options = dict(x="steps", by="variant", xscale="log", xlabel="training steps, at the same E = Σ rate × decay")
+        rows = rows.assign(percent=100 * rows.density, hundreds=rows.steps / 100)
+        options = dict(x="hundreds", by="variant", xlabel="training steps, hundreds, at equal E")
         drawn["density_by_duration"] = figures.lines(rows, y="percent", ylabel="density, test data, %", **options)
         drawn["norms_by_duration"] = figures.lines(
             rows, y="norm_weight", ylabel="mean |weight| of the MLPs' norms", **options
