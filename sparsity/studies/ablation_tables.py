@@ -36,6 +36,7 @@ GRIDS: dict[str, dict[str, Callable[[Interval], str]]] = {  # parts of many sett
     "rates": {"density": relation},
     "durations": {"density": relation, "norm_weight": size_relation},
 }
+_SHORT = {"density": "", "norm_weight": "|w| of "}
 _MAIN = (("modified", "vanilla"), ("modified", CONTROL), (CONTROL, "vanilla"))
 _DECISIVE = (
     *_MAIN,
@@ -158,8 +159,8 @@ def draw(data: pd.DataFrame) -> dict[str, Figure]:
             xlabel="E = Σ rate × weight decay", ylabel="density, test data, %",
         )  # fmt: skip
     if (rows := table[table.part == "durations"]).size:
-        rows = rows.assign(percent=100 * rows.density)
-        options = dict(x="steps", by="variant", xscale="log", xlabel="training steps, at the same E = Σ rate × decay")
+        rows = rows.assign(percent=100 * rows.density, hundreds=rows.steps / 100)
+        options = dict(x="hundreds", by="variant", xlabel="training steps, hundreds, at equal E")
         drawn["density_by_duration"] = figures.lines(rows, y="percent", ylabel="density, test data, %", **options)
         drawn["norms_by_duration"] = figures.lines(
             rows, y="norm_weight", ylabel="mean |weight| of the MLPs' norms", **options
@@ -315,7 +316,8 @@ def verdict(data: pd.DataFrame) -> str:
         texts.append(_cells(part, rows) if part in GRIDS else f"{part}: {'; '.join(said)}")
         for metric, words in GRIDS.get(part, {}).items():
             texts += [
-                f"{variant} at equal E {decay:.2g}, {cell_of(second)} / {cell_of(first)} {found} %: {words(found)}"
+                f"{_SHORT[metric]}{variant} at equal E {decay:.2g}, {cell_of(second)} / {cell_of(first)} {found} %: "
+                f"{words(found)}"
                 for variant, first, second, decay, found in at_equal_decay(table, part, metric)
                 if metric == "density" or variant == "vanilla"
             ]

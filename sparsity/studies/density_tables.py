@@ -292,7 +292,8 @@ def _at_equal_accuracy(data: pd.DataFrame, metric: str, margin: Margin) -> dict[
     if not data.split.isin(PRUNED).any():
         return {}
     found, rows = equal_accuracy(data, metric, margin), []
-    for (setting, variant), part in found.groupby(RUN[:2], sort=False):
+    for setting, variant in data[data.split.isin(PRUNED)][RUN[:2]].drop_duplicates().itertuples(index=False):
+        part = found[(found.setting == setting) & (found.variant == variant)]
         changes = {
             reference: change(found, setting, "equal_density", variant, reference) for reference in ("vanilla", CONTROL)
         }

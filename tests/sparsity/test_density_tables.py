@@ -119,6 +119,7 @@ def test_at_equal_accuracy_each_network_is_pruned_as_far_as_validation_data_allo
                     rows.append(dict(zip(density_tables.RUN, labels, strict=True)) | row)
     both = pd.concat([data, pd.DataFrame(rows)])
     found = list(density_tables.tables(both, "accuracy, %", "loss", 0.02).values())[-1].set_index("variant")
+    assert list(found.index) == ["vanilla", "modified", CONTROL]  # as the table has them
     assert found["density, test, %"].to_dict() == {
         "vanilla": "4.0 ± 0.0",
         "modified": "2.0 ± 0.0",
