@@ -542,5 +542,5 @@ def _colour_scale(low: float, high: float, centre: float | None, log: bool) -> t
     if centre is None:
         return norm, colormaps["viridis"]
     ends = np.log([low / centre, high / centre]) if log else np.array([low, high]) - centre
-    reach = max(*abs(ends), 1e-9)
-    return norm, ListedColormap(colormaps["RdBu_r"](np.linspace(*(0.5 + 0.5 * ends / reach), 256)))
+    first, last = 0.5 + 0.5 * ends / max(*abs(ends), 1e-9)
+    return norm, ListedColormap(colormaps["RdBu_r"](np.linspace(first, last, 256)))

@@ -60,10 +60,10 @@ def paired_interval(
 
 @lru_cache(maxsize=10_000)  # verdict, claims, tables and figures of a result ask for the same intervals
 def _bootstrap(
-    shape: tuple[int, int], images: bytes, up: bytes, down: bytes, draws: int, seed: int
+    shape: tuple[int, int], of_images: bytes, of_up: bytes, of_down: bytes, draws: int, seed: int
 ) -> tuple[float, float, float]:
     """Return mean, low and high of `paired_interval` from counts (seeds, tasks) as the bytes of float64 arrays."""
-    images, up, down = (np.frombuffer(grid).reshape(shape) for grid in (images, up, down))
+    images, up, down = (np.frombuffer(grid).reshape(shape) for grid in (of_images, of_up, of_down))
     shares = np.stack([up / images, down / images, 1 - (up + down) / images], -1)  # (seeds, tasks, 3)
     generator = np.random.default_rng(seed)
     rows = generator.integers(images.shape[0], size=(draws, images.shape[0], 1))
