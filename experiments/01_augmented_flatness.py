@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 
 from common.lab import figures
+from common.lab.claims import Claim, intervals, question, where_run
 from common.lab.results import published as published_table
 from common.lab.run import Experiment, run
 from common.lab.statistics import change_from_one, significant, spread
@@ -266,7 +267,7 @@ def draw_moved(data):
             found = change(logs, variant, metric)
             mean, low, high = (math.log1p(percent / 100) for percent in (found.mean, *found.ends))
             rows.append({"item": metric, "variant": variant, "mean": mean, "low": low, "high": high})
-    text = "Δ ln, first to last saved step (mean over layers, 95 % over seeds)"
+    text = "Δ ln, first to last saved step, mean over layers"
     return figures.forest(pd.DataFrame(rows), condition="variant", names=NAMES, xlabel=text)
 
 
@@ -408,6 +409,35 @@ def verdict(data):
     )
 
 
+def claims(data):
+    """Density and AF_K along training, by the rule's parts; then AF_K without the scales of x and g."""
+    said, logs, points = verdict(data), moved(main_setting(data)), authors_points()
+    texts = {"ratio": ("density", "Training lowers activation density"), KEY[0]: (KEY[0], "Training lowers AF_K")}
+    seeds, stated = logs[logs.variant == "vanilla"].seed.nunique(), []
+    for name, (metric, text) in texts.items():
+        found = change(logs, "vanilla", metric)
+        authors = 100 * (points[name].iloc[-1] / points[name].iloc[0] - 1)
+        falls = found.high < 0 and not said.startswith("measured wrongly")
+        answer = where_run(said, "reproduced" if falls else "not reproduced")
+        paper = f"{authors:+.0f} % (first 1.1 % of ImageNet)"
+        stated.append(Claim("Section III-B", f"{text} (vanilla)", paper, intervals([found], "%", seeds), answer))
+    ours = intervals([change(logs, "vanilla", "passed")], "%", seeds)
+    return [*stated, question("Does AF_K fall against its value with σ' = 1? (vanilla)", ours, said)]
+
+
+CAPTIONS = {
+    "what_moved": "By which factor density and its parts change from the first to the last saved step.",
+    "key_layer_by_layer": "The same quantities layer by layer.",
+    "value_layer_by_layer": "The same quantities layer by layer.",
+    "key_layer": "Key layers along training: AF_K, the coefficient C_0 and their ratio, which is density.",
+    "value_layer": "Value layers along training: AF_V, the coefficient C_2 and their ratio.",
+    "density_by_layer": "Density of every MLP at the saved steps.",
+    "training_curve": "AF_K and C_0 of single logged training batches.",
+    "beside_the_authors": "AF_K and C_0, relative to their first points, beside the authors' points on ImageNet.",
+    "ratio_beside_the_authors": "AF_K / (T d_ff C_0), that is density, beside the authors' points on ImageNet.",
+    "authors_coefficients": "The authors' variants of the coefficients beside those that make the identities exact.",
+}
+
 DEVIATIONS = (
     "At laptop and workstation scale: small networks on scikit-learn's digits and on glyphs, not ImageNet or CIFAR-10.",
     "Gradients are per sample and unscaled, of the plain cross-entropy on un-augmented training images (no label "
@@ -427,6 +457,7 @@ DEVIATIONS = (
 EXPERIMENT = Experiment(
     __doc__, SCALES, measure, draw, compare, verdict, published="sparsity_augmented_flatness_imagenet",
     tables=tables, remarks=remarks, deviations=DEVIATIONS, styles=STYLES,
+    claims=claims, captions=CAPTIONS, lead="what_moved",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from common.lab import figures
+from common.lab.claims import Claim, intervals, of_parts, where_run
 from common.lab.run import Experiment, run
 from common.lab.statistics import relative_change
 from common.training import TrainingRecipe
@@ -316,6 +317,37 @@ def _function(ax, activation):
     ax.grid(visible=False)
 
 
+def claims(data):
+    """Parts (a) and (b) of the rule, each over both σ₀."""
+    said, table = verdict(data), finals(data)
+    stable, changes = stability(table), learned(table)
+    shifted = {key: change for key, change in changes.items() if key[1] != UNSHIFTED}
+    falls = [all(x.sign < 0 for (name, _), x in shifted.items() if name == family) for family in stable]
+    ours = {
+        "Shifts of the activation change derivative density less than density": (
+            [change.sign < 0 for change in stable.values()],
+            intervals(list(stable.values()), "%", table.seed.nunique()),
+        ),
+        "Training lowers derivative density under every shift": (
+            falls,
+            intervals(list(shifted.values()), "%", table.seed.nunique()),
+        ),
+    }
+    return [
+        Claim("Section V", text, "not published", found, where_run(said, of_parts(held)))
+        for text, (held, found) in ours.items()
+    ]
+
+
+CAPTIONS = {
+    "activations": "The activations and their derivatives; grey: where an activation is flat.",
+    "density_by_shift": "Derivative density before and after training, and density, under each shift.",
+    "density_along_training": "Both densities on training batches.",
+    "squared_derivative_along_training": "Mean squared derivative on training batches.",
+    "derivative_density_by_layer": "Derivative density of every MLP on test data.",
+    "squared_derivative_by_layer": "Mean squared derivative of every MLP on test data.",
+}
+
 DEVIATIONS = (
     "At laptop and workstation scale: a ViT of width 64 and 4 layers (average pooling) on scikit-learn's digits or on "
     "glyphs, for minutes; learning rate and batch are 3e-3 and 16, 1e-3 and 32, for the networks to learn in that time "
@@ -347,6 +379,9 @@ EXPERIMENT = Experiment(
     remarks=remarks,
     deviations=DEVIATIONS,
     styles=STYLES,
+    claims=claims,
+    captions=CAPTIONS,
+    lead="density_by_shift",
 )
 
 if __name__ == "__main__":

@@ -120,6 +120,10 @@ EXPERIMENT = Experiment(
     verdict=partial(finetuning_tables.verdict, **JUDGED),
     deviations=DEVIATIONS,
     styles=finetuning.STYLES,
+    claims=partial(
+        finetuning_tables.stated_claims, claim="The plug-ins make a trained vanilla ViT sparser, by LoRA", **JUDGED
+    ),
+    captions=finetuning_tables.CAPTIONS,
 )
 
 if __name__ == "__main__":

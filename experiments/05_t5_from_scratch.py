@@ -109,6 +109,8 @@ EXPERIMENT = Experiment(
     published="sparsity",
     deviations=DEVIATIONS,
     styles=STYLES,
+    claims=density_tables.stated_claims,
+    captions=density_tables.CAPTIONS,
 )
 
 if __name__ == "__main__":

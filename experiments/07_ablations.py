@@ -215,6 +215,8 @@ EXPERIMENT = Experiment(
     remarks=ablation_tables.remarks,
     deviations=DEVIATIONS,
     styles=ablations.STYLES,
+    claims=ablation_tables.stated_claims,
+    captions=ablation_tables.CAPTIONS,
 )
 
 if __name__ == "__main__":

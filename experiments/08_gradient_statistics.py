@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 
 from common.lab import figures
+from common.lab.claims import Claim, intervals, of_parts, where_run
 from common.lab.run import Experiment, run
 from common.lab.statistics import change_from_one, relative_change, significant, spread
 from common.training import TrainingRecipe
@@ -185,6 +186,8 @@ def draw_histogram(data, variant):
     chosen = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, min(4, len(steps)))]
     rows = rows[rows.step.isin(chosen)]
     rows = rows.assign(percent=100 * rows.value, when=[f"step {step}" for step in rows.step])
+    seen = rows.log10_g2[rows.percent >= 0.1]  # %; the tails of the histograms are long
+    rows = rows[rows.log10_g2.between(seen.min(), seen.max())]
     names = {"histogram, all": "all entries", "histogram, active": "active entries"}
     return figures.lines(
         rows, x="log10_g2", y="percent", by="metric", panel="when", names=names, xlabel="log10 g²",
@@ -325,6 +328,49 @@ def verdict_of_setting(data):
     )
 
 
+def claims(data):
+    """Parts (a) to (c) of the rule, with the numbers of every setting."""
+    parts, said = by_setting(data), verdict(data)
+    final = {
+        name: last(rows).pivot(index="seed", columns="variant", values="gradient_density")
+        for name, rows in parts.items()
+    }
+    seeds = min(map(len, final.values()))
+    gone = pd.concat([vanished(rows) for rows in parts.values()])[list(BOTH)].max()
+    changes = [relative_change(own["vanilla"], own["modified"]) for own in final.values()]
+    larger = [ratios(rows)[variant] for rows in parts.values() for variant in BOTH]
+    answers = {
+        "Effective gradients vanish only where the activation is flat": (
+            gone <= VANISHED,
+            f"η = 0 at most in {100 * gone:.2g} % of the others (n = {seeds})",
+        ),
+        "The plug-ins lower gradient density": (
+            all(change.high < 0 for change in changes),
+            intervals(changes, "%", seeds),
+        ),
+        "Active entries have larger gradients: E[g² | active] > E[g²]": (
+            all(ratio.low > 0 for ratio in larger),
+            intervals(larger, "%", seeds),
+        ),
+    }
+    return [
+        Claim("authors' code", text, "not published", ours, where_run(said, of_parts([held])))
+        for text, (held, ours) in answers.items()
+    ]
+
+
+CAPTIONS = {
+    "densities": "Density, derivative density and gradient density along training.",
+    "histogram": "Shares of all and of active entries whose activation gradient g² has each size.",
+    "gradient_of_active": "E[g² | active] / E[g²] along training: above 1 active entries have the larger gradients.",
+    "key_trace": "tr(KKᵀ) along training.",
+    "norms": "Norms of the weights by kind along training.",
+    "size_of_gradients": "Size of activation gradients and of effective gradients along training.",
+    "small_gradients": "Share of effective gradients below three thresholds along training.",
+    "beneficial_and_harmful_sums": "Sums of effective gradients by sign along training.",
+    "beneficial_and_harmful": "Numbers of effective gradients by sign along training.",
+}
+
 DEVIATIONS = (
     "At laptop and workstation scale: small networks on scikit-learn's digits and on glyphs, eight saved steps.",
     "Gradients are per sample and unscaled, of the plain cross-entropy on the whole un-augmented training split; the "
@@ -348,6 +394,9 @@ EXPERIMENT = Experiment(
     remarks=remarks,
     deviations=DEVIATIONS,
     styles=STYLES,
+    claims=claims,
+    captions=CAPTIONS,
+    lead="densities",
 )
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import pandas as pd
 from common import spectral
 from common.cache import cached_rows
 from common.lab import figures
+from common.lab.claims import Claim, of_parts, where_run
 from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from common.lab.statistics import spread
@@ -243,8 +244,9 @@ def draw_interference(data):
 
 def draw_overlap(data):
     chance = totals(data)[lambda rows: (rows.method == CHANCE) & (rows.metric == "overlap")].value.mean()
-    text = f"top-8 overlap (chance: {chance:.2f})"
-    return figures.matrix(data[data.task.notna()], row="task", column="other", centre=None, text=text)
+    text, own = f"top-8 overlap (chance: {chance:.2f})", data[data.task.notna()]
+    limits = (min(chance, own.value.min()), own.groupby(["task", "other"]).value.mean().max())
+    return figures.matrix(own, row="task", column="other", centre=None, text=text, limits=limits)
 
 
 def draw_energy(data):
@@ -348,6 +350,37 @@ def verdict(data):
     return f"{word}: {counted(seen)} cells{beside}"
 
 
+def claims(data):
+    """The four parts of the rule."""
+    said, seen = verdict(data), data[data.suite.isin(suites_of(data)) & (data.backbone != OWN)]
+    texts = {
+        "a": "Merging inflates the singular values of shared directions (plain sum)",
+        "b": "Leading subspaces of tasks overlap more than twice as much as by chance",
+        "c": "Inflation of the largest singular value grows with the number of tasks",
+        "d": "SVC lowers the total interference",
+    }
+    sources = {"c": "Theorems 3.2, 3.3"}
+    return [
+        Claim(
+            sources.get(part, "analysis figures"), texts[part], "not published",
+            f"in {cells.to_numpy().sum()} of {cells.size} cells (n = {seen.seed.nunique()})",
+            where_run(said, of_parts([bool(cells.to_numpy().all())])),
+        )
+        for part, cells in parts(seen).items()
+    ]  # fmt: skip
+
+
+CAPTIONS = {
+    "inflated_spectra_of_mergers": "Largest singular values of each merger's update over those of a single task's.",
+    "inflated_spectra": "Singular values of the sum over those of a single task, beside unrelated updates.",
+    "overlap_between_tasks": "Overlap of the leading subspaces of two tasks; by chance: the title.",
+    "counted_by_layer_and_direction": "How often directions are counted, by layer and tenth of directions; 1: once.",
+    "energy_concentration": "Share of an update's energy in its leading directions.",
+    "growth_with_tasks": "Inflation of the largest singular value over the number of tasks, beside unrelated updates.",
+    "interference_by_layer": "Interference of the sum by layer, before and after SVC.",
+    "private_directions": "How strongly directions respond to their own task and to the others.",
+}
+
 DEVIATIONS = (
     "Embedded suite: 20 glyph-recognition tasks and a tiny CLIP of 4 layers trained here, instead of CLIP ViT on "
     "photographs; widths 96, 128 and 160 stand for ViT-B/32, B/16 and L/14.",
@@ -367,6 +400,9 @@ EXPERIMENT = Experiment(
     tables=tables,
     deviations=DEVIATIONS,
     styles=comparison.merging_styles(),
+    claims=claims,
+    captions=CAPTIONS,
+    lead="inflated_spectra",
 )
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ Run      python experiments/22_vision_merging.py --scale laptop
 
 from dataclasses import dataclass
 
+from common.lab.claims import Claim, word
 from common.lab.run import Experiment, run
 from merging import MERGERS, mergers
+from merging.suites import claims as answers
 from merging.suites import comparison, controls, testbed, vision
 from merging.suites.comparison import SVC_GAIN, TUNED_GAIN
 from merging.suites.suite import measure_suites
@@ -106,6 +108,22 @@ def verdict(data):
     return " ".join(parts)
 
 
+def claims(data):
+    """Six mergers at their own scales; the abstract's number; both at tuned scales."""
+    said = verdict(data)
+    gains = testbed.on_testbeds(data, comparison.gains(data[data.method.isin(mergers.PUBLISHED)]))
+    seeds, paper = data.seed.nunique(), answers.published_gain("8 vision tasks", "ViT-B/32", "task_arithmetic")
+    smallest = {"backbone": comparison.by_size(data.backbone)[0], "suite": 8, "method": "task_arithmetic"}
+    own = answers.signs_in_words(gains.sign[gains.condition == SVC_GAIN], seeds)
+    texts = dict(source="abstract", claim="+SVC adds 13 points to Task Arithmetic (8 tasks, ViT-B/32)", paper=paper)
+    text = "+SVC raises each of six mergers at its own scale, in every suite"
+    return [
+        Claim("vision tables", text, "6 of 6 mergers (8 tasks, ViT-B/32)", own, word(said)),
+        answers.gain_of_one(data, smallest, said, **texts),
+        answers.at_tuned_scales(gains, seeds, said),
+    ]
+
+
 DEVIATIONS = (
     "Embedded suite: 20 glyph-recognition tasks and a tiny CLIP of 4 layers trained here, instead of CLIP ViT on "
     "photographs; widths 96, 128 and 160 stand for ViT-B/32, B/16 and L/14.",
@@ -132,6 +150,8 @@ EXPERIMENT = Experiment(
     tables=tables,
     deviations=DEVIATIONS,
     styles=comparison.merging_styles(),
+    claims=claims,
+    captions=comparison.CAPTIONS | controls.CAPTIONS,
 )
 
 if __name__ == "__main__":

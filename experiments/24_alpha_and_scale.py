@@ -26,6 +26,7 @@ from functools import partial
 import pandas as pd
 
 from common.lab import figures
+from common.lab.claims import Claim, intervals, of_parts, question, where_run
 from common.lab.run import Experiment, run
 from common.lab.statistics import spread
 from merging import mergers
@@ -286,8 +287,7 @@ def verdict(data):
     first = "SVC is more than a scale" if above == len(linear) else first
     tuned = part_of(data, "tuned")
     tuned = tuned[(tuned.method == "task_arithmetic") & (tuned.backbone == linear.backbone.iloc[0])]
-    found = [choices(rows) for _, rows in tuned.groupby("suite")]
-    gains = [x[SVC_ALPHA].value.mean() - x[SVC].value.mean() for x in found]
+    gains = default_gains(tuned)
     second = "the default α needs no tuning" if max(gains) < 1 else "α needs tuning"
     others = evidence[evidence.method != "task_arithmetic"]
     return (
@@ -297,6 +297,38 @@ def verdict(data):
         f"{', '.join(f'{gain:+.1f}' for gain in gains)} points)"
     )
 
+
+def claims(data):
+    """Does α need tuning, and is SVC more than a tuned scale? Task Arithmetic, by the rule's parts."""
+    said, own = verdict(data), own_rate(data)
+    found = differences(own)
+    found = found[(found.condition == BOTH) & (found.method == "task_arithmetic")]
+    tuned = part_of(own, "tuned")
+    tuned = tuned[(tuned.method == "task_arithmetic") & (tuned.backbone == found.backbone.iloc[0])]
+    gains = default_gains(tuned)
+    ours = f"tuned α gains {', '.join(f'{gain:+.1f}' for gain in gains)} points (n = {data.seed.nunique()})"
+    answer = where_run(said, of_parts([max(gains) < 1]))
+    return [
+        Claim("α sweep", "The default α = 1/K needs no tuning (Task Arithmetic)", "not published", ours, answer),
+        question("Is SVC more than a tuned scale? Both tuned, Task Arithmetic",
+                 intervals(list(found.interval), "points", data.seed.nunique()), said),
+    ]  # fmt: skip
+
+
+def default_gains(tuned):
+    """By how many points α chosen on validation is better than the default, for each suite."""
+    found = [choices(rows) for _, rows in tuned.groupby("suite")]
+    return [x[SVC_ALPHA].value.mean() - x[SVC].value.mean() for x in found]
+
+
+CAPTIONS = {
+    "alpha_sweep": "Accuracy over SVC's floor α.",
+    "scale_sweep": "Accuracy over the scale after merging.",
+    "scales_apart": "Accuracy over the scale of the matrices and that of all other tensors, each with its own.",
+    "gains_over_tuned_scales": "SVC against the base at its tuned scale, and both tuned.",
+    "gains_by_learning_rate": "The same by the experts' learning rate.",
+    "accuracy_by_basis": "Accuracy of SVC in other bases of the merged update than the default.",
+}
 
 DEVIATIONS = (
     "Embedded suite: glyph recognition and a tiny CLIP trained here, instead of CLIP ViT on photographs.",
@@ -319,6 +351,8 @@ EXPERIMENT = Experiment(
     tables=tables,
     deviations=DEVIATIONS,
     styles=comparison.merging_styles(),
+    claims=claims,
+    captions=CAPTIONS,
 )
 
 if __name__ == "__main__":

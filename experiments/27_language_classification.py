@@ -33,9 +33,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from common.lab.claims import Claim, intervals, question, where_run, word
 from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from merging import MERGERS, mergers
+from merging.suites import claims as answers
 from merging.suites import comparison, controls, language, learning_rates, testbed
 from merging.suites.comparison import OURS_AND_PAPER, SVC_GAIN, TUNED_GAIN, published_accuracy
 from merging.suites.suite import measure_suites
@@ -150,6 +152,23 @@ def verdict(data):
     )
 
 
+def claims(data):
+    """Task Arithmetic and the other mergers at their own scales, by the rule's words; both at tuned scales."""
+    said, found = verdict(data), comparison.gains(data[data.method.isin(mergers.PUBLISHED)])
+    found = testbed.on_testbeds(data, found)
+    own, seeds = found[found.condition == SVC_GAIN], data.seed.nunique()
+    first, others = (own[own.method.eq("task_arithmetic") == chosen] for chosen in (True, False))
+    answer = "not reproduced" if said.startswith("undecided") else where_run(said, "") or word(said)
+    return [
+        Claim("BERT table", "+SVC raises Task Arithmetic on text classification, at its own scale",
+              answers.published_gain(SUITES["BERT"], "BERT", "task_arithmetic"),
+              intervals(list(first.interval), "points", seeds), answer),
+        question("Does +SVC raise the other published mergers, at their own scales?",
+                 answers.signs_in_words(others.sign, seeds), said),
+        answers.at_tuned_scales(found, seeds, said),
+    ]  # fmt: skip
+
+
 DEVIATIONS = (
     "No language pipeline of the paper is public, and neither are its tasks: this is an independent reconstruction.",
     "Embedded suite: MiniLM (6 layers, 384 wide), a BERT with real pretrained weights, on tasks made from the texts of "
@@ -177,6 +196,8 @@ EXPERIMENT = Experiment(
     tables=tables,
     deviations=DEVIATIONS,
     styles=comparison.merging_styles(),
+    claims=claims,
+    captions=comparison.CAPTIONS | controls.CAPTIONS,
 )
 
 if __name__ == "__main__":

@@ -31,11 +31,13 @@ from functools import partial
 
 import pandas as pd
 
+from common.lab.claims import Claim, intervals, question, where_run
 from common.lab.run import Experiment, run
 from merging import MERGERS, mergers
 from merging.adapters import load_adapter
 from merging.calibration import published_alpha
 from merging.mergers import merger
+from merging.suites import claims as answers
 from merging.suites import comparison, controls, language, learning_rates, testbed
 from merging.suites.comparison import SVC_GAIN, TUNED_GAIN, published_accuracy
 from merging.suites.reference import factored_errors
@@ -165,6 +167,9 @@ def tables(data):
     return shown
 
 
+KINDS = {"LoRA": "LoRA", "IA³ by the vector rule": "IA³, vectors"}  # name → how its backbones end
+
+
 def verdict(data):
     scored = comparison.models(data)
     on_hub = bool(set(scored.backbone) & set(EVIDENCE))
@@ -174,9 +179,8 @@ def verdict(data):
     exact = f"factored form: {'exact' if error <= EXACT else 'not exact'} (largest error {error:.1e})"
     gains = testbed.on_testbeds(data, comparison.gains(data))
     signs = gains.sign[gains.condition == TUNED_GAIN]
-    kinds = {"LoRA": "LoRA", "IA³ by the vector rule": "IA³, vectors"}
     first = gains[gains.method.eq("task_arithmetic") & gains.condition.eq(SVC_GAIN)]
-    parts = [outcome(name, first[first.backbone.str.endswith(ending)]) for name, ending in kinds.items()]
+    parts = [outcome(name, first[first.backbone.str.endswith(ending)]) for name, ending in KINDS.items()]
     parts += [f"both at tuned scales, SVC is {comparison.counted(signs)}"]
     pooled = controls.brief(controls.pooled(testbed.on_testbeds(data, data)), TUNED_GAIN)
     parts += [f"pooled over testbeds: {pooled} points"] if pooled else []
@@ -191,6 +195,31 @@ def outcome(name, rows):
     word = "SVC helps" if above.all() else "SVC helps in part" if above.any() else "undecided"
     word = "SVC harms" if below.any() and not above.any() else word
     return f"{name}: {word} (Task Arithmetic: {comparison.counted(rows.sign)} testbeds)"
+
+
+def claims(data):
+    """Task Arithmetic of LoRA and of IA³ experts by the rule's words; factored form; both at tuned scales."""
+    said, found = verdict(data), testbed.on_testbeds(data, comparison.gains(data))
+    run_here, seeds = where_run(said, ""), comparison.models(data).seed.nunique()
+    first = found[found.method.eq("task_arithmetic") & found.condition.eq(SVC_GAIN)]
+    words = {"SVC helps (": "direction reproduced", "SVC helps in part": "in part", "no testbed": "no testbed"}
+    stated = []
+    for name, ending in KINDS.items():
+        rows = first[first.backbone.str.endswith(ending)]
+        outcome_of = outcome(name, rows).removeprefix(f"{name}: ")
+        answer = next((word for start, word in words.items() if outcome_of.startswith(start)), "not reproduced")
+        ours, text = (
+            intervals(list(rows.interval), "points", seeds),
+            f"+SVC raises Task Arithmetic of experts as {name}",
+        )
+        stated.append(Claim("PEFT tables", text, "not published", ours, run_here or answer))
+    error = data[(data.metric == "relative error") & (data.form == "factored")].value.max()
+    exact = f"largest relative error {error:.1e} (goal {EXACT:g})"
+    return [
+        *stated,
+        question("Can LoRA be merged and calibrated exactly without forming a matrix?", exact, said),
+        answers.at_tuned_scales(found, seeds, said),
+    ]
 
 
 DEVIATIONS = (
@@ -224,6 +253,8 @@ EXPERIMENT = Experiment(
     tables=tables,
     deviations=DEVIATIONS,
     styles=comparison.merging_styles(),
+    claims=claims,
+    captions=comparison.CAPTIONS | controls.CAPTIONS,
 )
 
 if __name__ == "__main__":

@@ -29,11 +29,13 @@ from functools import partial
 import pandas as pd
 
 from common.lab import figures
+from common.lab.claims import Claim, intervals, where_run
 from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from common.lab.statistics import relative_change, spread
 from merging import MERGERS, mergers
 from merging.adapters import load_adapter
+from merging.suites import claims as answers
 from merging.suites import comparison, controls, generation, harness, language, learning_rates, testbed
 from merging.suites.comparison import BASE, BASE_TUNED, SVC, SVC_GAIN, SVC_TUNED, TUNED_GAIN, published_accuracy
 from merging.suites.generation import PERPLEXITY
@@ -189,6 +191,23 @@ def language_change(data):
     return ", ".join(said)
 
 
+def claims(data):
+    """Both judged mergers at their own scale, by the rule's words; both at tuned scales."""
+    said, found = verdict(data), testbed.on_testbeds(data, comparison.gains(data))
+    run_here, seeds = where_run(said, ""), comparison.models(data).seed.nunique()
+    own = found[found.method.isin(JUDGED) & found.condition.eq(SVC_GAIN)]
+    words = {"SVC helps (": "direction reproduced", "SVC helps in part": "in part", "no testbed": "no testbed"}
+    answer = next((word for start, word in words.items() if outcome(own).startswith(start)), "not reproduced")
+    answer = run_here or ("in part" if outcome(own).startswith("mixed") else answer)
+    paper = "; ".join(answers.published_gain(name, "Llama2-7B", "iso_c") for name in ("AlpacaEval", "GSM8K"))
+    own = comparison.in_order(own, ["method"], method=JUDGED)
+    return [
+        Claim("Llama table", "+SVC raises generation: Iso-C and Task Arithmetic (in this order), at own scale", paper,
+              intervals(list(own.interval), "points", seeds), answer),
+        answers.at_tuned_scales(found, seeds, said),
+    ]  # fmt: skip
+
+
 DEVIATIONS = (
     "No language pipeline of the paper is public: this is an independent reconstruction.",
     "Laptop: a Llama of 0.8 M parameters that was trained here, on sources of installed packages and on a few of the "
@@ -219,6 +238,10 @@ EXPERIMENT = Experiment(
     tables=tables,
     deviations=DEVIATIONS,
     styles=comparison.merging_styles(),
+    claims=claims,
+    captions=comparison.CAPTIONS
+    | controls.CAPTIONS
+    | {"perplexity_by_merger": "Perplexity of held-out docstrings, without and with SVC: lower is better."},
 )
 
 if __name__ == "__main__":

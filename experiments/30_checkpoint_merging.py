@@ -51,6 +51,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common.lab import benchmark, figures
+from common.lab.claims import question
 from common.lab.run import Experiment, run
 from merging.command.recipe import shard_bytes
 from merging.lowrank import LowRank, merge_and_calibrate, merge_low_rank
@@ -551,6 +552,29 @@ def adapters_part(data):
     return answer(ratio >= 100 and difference <= 1e-5, text) if side >= 4096 else f"not run at full size ({text})"
 
 
+def claims(data):
+    """The parts of the rule that compare with mergekit, with the limit of memory and with dense matrices."""
+    texts = {
+        "Does merging take less memory than mergekit?": against_mergekit(data, "peak MiB"),
+        "Does merging take less time than mergekit?": against_mergekit(data, "seconds"),
+        "Is peak memory below 1 GiB + (K + 4) × the largest tensor?": size_part(data),
+        "Are adapters merged 100 times faster without dense matrices (4096 × 4096)?": adapters_part(data),
+    }
+    return [question(text, brief(found), found) for text, found in texts.items()]
+
+
+def brief(found):
+    """A part of the verdict without what stands behind its first comma: "yes (0.06 to 0.25 of mergekit's)"."""
+    head, comma, _ = found.partition(",")
+    return f"{head})" if comma and "(" in head else found
+
+
+CAPTIONS = {
+    "memory_beside_mergekit": "Peak memory of merging beside mergekit.",
+    "seconds_beside_mergekit": "Seconds of merging beside mergekit, and of copying the files without any arithmetic.",
+    "memory_against_model_size": "Peak memory over the size of the model; dashed: the limit of the rule.",
+}
+
 DEVIATIONS = (
     "The paper has no such measurement: nothing here is compared with its numbers.",
     "Random weights; experts are the base with noise (0.002 beside weights of 0.02). Seconds are of the whole process, "
@@ -584,6 +608,8 @@ EXPERIMENT = Experiment(
     tables=tables,
     deviations=DEVIATIONS,
     styles=comparison.merging_styles(),
+    claims=claims,
+    captions=CAPTIONS,
 )
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from scipy.stats import spearmanr
 from common import hessian
 from common.cache import cached_rows
 from common.lab import figures
+from common.lab.claims import question
 from common.lab.curvature import curvature_rows, evenly_spaced
 from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
@@ -263,7 +264,7 @@ def draw(data):
     return {
         "along_training": figures.lines(
             longer, x="step", by="kind", panel="variant", yscale="log",
-            xlabel="training step", ylabel="key matrices, sum over layers",
+            xlabel="training step", ylabel="AF_K and traces of the key matrices, sum over layers",
         ),
         "augmented_flatness_against_ggn": scatter(
             snapshots, "ggn key", "augmented_flatness key", "GGN trace of the key matrices", "augmented flatness AF_K"
@@ -408,6 +409,42 @@ def merging_verdict(data):
     return f"merging: {answer} ({'; '.join(counts)})"
 
 
+def claims(data):
+    """Both correlations of the first part; what SVC does to the curvature of merged models."""
+    training, merging = training_verdict(data), merging_verdict(data)
+    found = correlations(data)
+    found = found[found.variant.isin(["vanilla", "modified"])]
+    seeds = found.groupby("variant").seed.nunique().min()
+    texts = {
+        "AF_K, GGN of keys": "Does augmented flatness follow the GGN trace along training?",
+        "density, sharpness under noise": "Does density follow the sharpness under relative noise along training?",
+    }
+    stated = [
+        question(text, f"ρ {span(found[found.pair == pair].value)} (n = {seeds} per variant)",
+                 training.removeprefix("training: "))
+        for pair, text in texts.items()
+    ]  # fmt: skip
+    seen = changes(data)
+    seen = seen[seen.measure == "ggn"] if len(seen) else seen
+    ours = "not measured"
+    if len(seen):
+        below, above = (seen.high < 0).sum(), (seen.low > 0).sum()
+        ours = (
+            f"lower for {below}, higher for {above} of {len(seen)} (n = {data[data.part == 'merging'].seed.nunique()})"
+        )
+    text = "Does SVC lower the GGN trace of merged models, at own and tuned scales?"
+    return [*stated, question(text, ours, merging.removeprefix("merging: "))]
+
+
+CAPTIONS = {
+    "along_training": "Curvature, augmented flatness and density along training, each relative to its first snapshot.",
+    "augmented_flatness_against_ggn": "Augmented flatness against the GGN trace, a point for each snapshot.",
+    "density_against_ggn": "Density against the GGN trace, a point for each snapshot.",
+    "density_against_sharpness": "Density against the sharpness under relative noise, a point for each snapshot.",
+    "change_by_svc": "Change of curvature and sharpness by SVC.",
+    "curvature_against_loss": "Curvature of pretrained, expert and merged models against their test loss.",
+}
+
 DEVIATIONS = (
     "Neither paper measures these curvatures; AF and density are the sparsity paper's, mergers and SVC the merging "
     "paper's.",
@@ -432,6 +469,8 @@ EXPERIMENT = Experiment(
     tables=tables,
     deviations=DEVIATIONS,
     styles=STYLES | comparison.merging_styles(),
+    claims=claims,
+    captions=CAPTIONS,
 )
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from common.lab import figures
+from common.lab.claims import question
 from common.lab.report import comparison_row
 from common.lab.run import Experiment, run
 from merging.suites import language, prediction, task_sets, vision
@@ -241,6 +242,32 @@ def group_part(found):
     return "; ".join(texts)
 
 
+def claims(data):
+    """What is foretold of the headline's targets, and which starts without data are good."""
+    said, found = verdict(data), prediction.answers(data)
+    names = list(dict.fromkeys(found.group))
+    seeds = max((group.seeds for group in prediction.groups(data)), default=0)
+    texts = {
+        DROP_TUNED: "Does any feature of the task vectors foretell what a merge loses, at a tuned scale?",
+        GAIN_TUNED: "Does any foretell what SVC gains, at tuned scales?",
+    }
+    stated = []
+    for target, text in texts.items():
+        passed = found[found.foretells & (found.target == target)]
+        groups, best = passed.group.nunique(), passed.rho.max() if len(passed) else float("nan")
+        top = f", best ρ {best:.2f}" if len(passed) else ""
+        stated.append(question(text, f"in {groups} of {len(names)} groups{top} (n = {seeds})", said))
+    beyond = found[found.beyond & found.target.isin(HEADLINE)]
+    text = "Does any foretell them better than the simple baselines do?"
+    ours = f"in {beyond.group.nunique()} of {len(names)} groups (n = {seeds})"
+    return [*stated, question(text, ours, said)]
+
+
+CAPTIONS = {
+    "what_foretells": "Correlation of every feature with every target, tasks left out.",
+    "features_against": "A target against the features that foretell it best, a point for each set of tasks.",
+}
+
 DEVIATIONS = (
     "The paper makes no such claim: this answers a question of its reviewers.",
     "Embedded suite: 20 glyph-recognition tasks and a tiny CLIP; all its tasks share one artificial domain, and the "
@@ -259,6 +286,8 @@ EXPERIMENT = Experiment(
     verdict,
     tables=tables,
     deviations=DEVIATIONS,
+    claims=claims,
+    captions=CAPTIONS,
 )
 
 if __name__ == "__main__":

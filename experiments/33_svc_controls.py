@@ -32,6 +32,7 @@ Run      python experiments/33_svc_controls.py --scale laptop
 
 from dataclasses import dataclass, replace
 
+from common.lab.claims import intervals, question
 from common.lab.run import Experiment, run
 from merging import MERGERS, mergers
 from merging.suites import comparison, controls, testbed, vision
@@ -130,6 +131,33 @@ def domain_part(data):
     return f"SVC's gain {words}: with own domains, SVC − base is {controls.brief(gains, SVC_GAIN)} points."
 
 
+def claims(data):
+    """Four questions, by the parts of the rule, pooled over the cells that count."""
+    said, counted = verdict(data), testbed.on_testbeds(data, data)
+    seeds, found = data.seed.nunique(), controls.pooled(counted)
+    own = controls.pooled(counted[counted.backbone == OWN])
+    published, gained = (x[x.method.isin(methods)] for x, methods in ((found, mergers.PUBLISHED), (own, LINEAR)))
+    answers = list(controls.replaced(found).values())
+    tuned, spectrum = (x[x.condition == name] for x, name in ((published, TUNED_GAIN), (found, controls.SPECTRUM)))
+    gained = intervals(list(gained[gained.condition == SVC_GAIN].interval), "points", seeds)
+    words = (
+        f"replaces it for {answers.count('replaces it')}, is worse for {answers.count('is worse')} of {len(answers)}"
+    )
+    texts = {
+        "Does SVC raise Task Arithmetic, TIES and DARE where tasks share no domain?": gained,
+        "Does it raise the six published mergers at tuned scales, pooled?": by_merger(tuned, seeds),
+        "Does norm matching, without data, replace a tuned scale?": f"{words} (n = {seeds})",
+        "Does SVC do more than a scale for each tensor? (both norm-matched)": by_merger(spectrum, seeds),
+    }
+    return [question(text, ours, said) for text, ours in texts.items()]
+
+
+def by_merger(rows, seeds):
+    """How many mergers have a pooled interval above and below 0."""
+    above, below = (rows.sign == 1).sum(), (rows.sign == -1).sum()
+    return f"above in {above}, below in {below} of {len(rows)} mergers (n = {seeds})"
+
+
 DEVIATIONS = (
     "Nothing of this is in the paper, except SVC's gain at the mergers' own scales, for which see experiment 22.",
     "All seeds of a condition share one pretrained base; own domains start from the base of glyph-96.",
@@ -149,6 +177,8 @@ EXPERIMENT = Experiment(
     tables=tables,
     deviations=DEVIATIONS,
     styles=comparison.merging_styles(),
+    claims=claims,
+    captions=controls.CAPTIONS,
 )
 
 if __name__ == "__main__":

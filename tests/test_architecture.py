@@ -200,6 +200,7 @@ def test_every_experiment_states_claim_rule_cost_and_its_four_scales(path):
     for word in ("Claim", "Verdict", "Cost", "Run"):
         assert re.search(rf"^{word}\b", experiment.doc, re.MULTILINE), f"the docstring lacks a line {word}"
     assert f"python experiments/{path.name}" in experiment.doc
+    assert experiment.claims, "it states no claims: see common/lab/claims.py"
 
 
 def test_only_one_place_loads_pretrained_models():

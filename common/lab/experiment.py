@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from common.lab.claims import MOST, Claim
 from common.lab.figures import Style, styled
 
 SCALE_NAMES = ("smoke", "laptop", "workstation", "paper")
@@ -36,6 +37,11 @@ class Experiment:
         remarks: table → what it shows, in a paragraph or two whose numbers come from the table, optional.
         deviations: where the experiment departs from the paper; numbered in the README.
         styles: how the methods and conditions of its figures are written and coloured.
+        claims: table → its one to four claims with their answers, by the same rule as `verdict`.
+        captions: {file stem, or how it begins: one line below the figure}; what the marks of a kind of plot mean is
+            said by itself.
+        lead: file stem of the figure that opens the page; by default the first drawn.
+        pages: {file name: results folder → text} of further pages of results/ that follow from several experiments.
     """
 
     doc: str
@@ -49,6 +55,10 @@ class Experiment:
     remarks: Callable[[pd.DataFrame], str] | None = None
     deviations: Sequence[str] = ()
     styles: Mapping[str, Style] = field(default_factory=dict)
+    claims: Callable[[pd.DataFrame], Sequence[Claim]] | None = None
+    captions: Mapping[str, str] = field(default_factory=dict)
+    lead: str | None = None
+    pages: Mapping[str, Callable[[Path], str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if tuple(self.scales) != SCALE_NAMES:
@@ -61,6 +71,17 @@ class Experiment:
         """Return what `draw` makes of the table, in the experiment's styles."""
         with styled(self.styles):
             return self.draw(data)
+
+    def answers(self, data: pd.DataFrame) -> Sequence[Claim]:
+        """Return the claims with what the table says of them; none where the script states none.
+
+        Raises:
+            ValueError: there are more than four, or none though the script states some.
+        """
+        found = list(self.claims(data)) if self.claims else []
+        if self.claims and not 1 <= len(found) <= MOST:
+            raise ValueError(f"{self.name}: an experiment states one to {MOST} claims, got {len(found)}")
+        return found
 
     @property
     def script(self) -> Path:

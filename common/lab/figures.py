@@ -4,6 +4,8 @@ All functions take a tidy table and the names of its columns and return a matplo
 touch no pyplot state). If there are several seeds, they are drawn as points beside their mean.
 """
 
+import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,14 +17,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 INK, MUTED, FAINT = "#222222", "#8A8A8A", "#DDDDDD"
 DASHED = (0, (4, 3))
@@ -99,6 +102,17 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None}, facecolor="white", pil_kwargs={"optimize": True})
 
 
+def explain(figure: Figure, marks: str) -> Figure:
+    """Return the figure with a line that says what its marks mean, for `explanation`."""
+    figure.set_label(marks)
+    return figure
+
+
+def explanation(figure: Figure) -> str:
+    """Return what the marks of a figure mean, in a line for its caption; "" where it says nothing."""
+    return figure.get_label()
+
+
 def log_axis(axis: Axis) -> None:
     """Make a drawn axis (`ax.xaxis`, `ax.yaxis`) logarithmic, with labels such as 0.5, 1, 2, not powers of ten."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
@@ -109,10 +123,31 @@ def log_axis(axis: Axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+ACROSS = 3  # panels beside each other; further ones go below
+
+
+def _columns(count: int) -> int:
+    return 2 if count == 4 else min(count, ACROSS)
+
+
+def _grid(count: int, **options: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its axes for `count` panels, at most three beside each other; options of `new_figure`."""
+    columns = _columns(count)
+    figure, axes = new_figure(columns, math.ceil(count / columns), **options)
+    for spare in axes.flat[count:]:
+        spare.remove()
+    for ax in axes.flat[max(count - columns, 0) : count]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
+    return figure, list(axes.flat[:count])
+
+
 def _panels(data: pd.DataFrame, panel: str | None, names: Mapping[Any, str] | None) -> list[tuple[str, pd.DataFrame]]:
     if panel is None:
         return [("", data)]
-    return [(label(name, names), part) for name, part in data.groupby(panel, sort=False)]
+    groups = data.groupby(panel, sort=False)
+    titles = {name: label(name, names) for name, _ in groups}
+    wrapped = {name: text if "\n" in text else textwrap.fill(text, 26) for name, text in titles.items()}
+    return [(wrapped[name], part) for name, part in groups]
 
 
 @plot_style
@@ -147,8 +182,8 @@ def paired(
     panels = _panels(data, panel, names)
     items, conditions = list(data[item].unique()), list(data[condition].unique())
     width = 3.3 if len(panels) > 1 else 5.6
-    figure, axes = new_figure(len(panels), width=width, height=0.36 * len(items) + 1.2, sharey=True, sharex=sharex)
-    for ax, (title, part) in zip(axes[0], panels, strict=True):
+    figure, axes = _grid(len(panels), width=width, height=0.36 * len(items) + 1.2, sharey=True, sharex=sharex)
+    for ax, (title, part) in zip(axes, panels, strict=True):
         for row, name in enumerate(items):
             rows = {key: group[value] for key, group in part[part[item] == name].groupby(condition)}
             _paired_row(ax, -row, {key: rows[key] for key in conditions if key in rows}, start, conditions)
@@ -157,14 +192,13 @@ def paired(
             ax.text(at, -len(items) + 0.45, f"{text} ", rotation=90, ha="right", va="bottom", fontsize=7.5, color=MUTED)
         ax.set(title=title, xlabel=xlabel)
         if log:
-            ax.set_xscale("log")
-            for set_formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-                set_formatter(LogFormatter(labelOnlyBase=False))  # 20, not 2 × 10¹
+            log_axis(ax.xaxis)
         _items_axis(ax, [label(name, names) for name in items])
     handles = [Line2D([], [], **_circle(key, start, conditions)) for key in conditions]
     texts = [label(key, names) for key in conditions]
     figure.legend(handles, texts, loc="outside upper right", ncols=len(conditions), handletextpad=0.2)
-    return figure
+    ticks = " Ticks: seeds." if data.groupby([item, condition, *[panel] * (panel is not None)]).size().max() > 1 else ""
+    return explain(figure, f"Ring: {label(start, names)}; discs: the others; means.{ticks}")
 
 
 def _items_axis(ax: Axes, texts: list[str]) -> None:
@@ -182,7 +216,7 @@ def _paired_row(ax: Axes, height: float, rows: Mapping[Any, pd.Series], start: A
         ax.plot(ends, [height, height], color=FAINT, linewidth=3, solid_capstyle="round", zorder=1)
     for key, values in rows.items():
         circle = _circle(key, start, conditions)
-        ax.plot(means[key], height, zorder=3, **circle)
+        ax.plot(means[key], height, zorder=4 if key == start else 3, **circle)  # the ring stays visible around a disc
         if len(values) > 1:
             ax.plot(values, np.full(len(values), height - 0.27), "|", ms=5, mew=1.1, color=circle["color"], zorder=2)
 
@@ -190,7 +224,9 @@ def _paired_row(ax: Axes, height: float, rows: Mapping[Any, pd.Series], start: A
 def _circle(key: Any, start: Any, conditions: list[Any]) -> dict[str, Any]:
     others = [condition for condition in conditions if condition != start]
     tone = (_own_colour(key) or MUTED) if key == start else colour(key, others.index(key))
-    return {"marker": "o", "ls": "", "ms": 7, "mew": 1.6, "color": tone, "mfc": "white" if key == start else tone}
+    if key == start:
+        return {"marker": "o", "ls": "", "ms": 9, "mew": 1.6, "color": tone, "mfc": "none"}
+    return {"marker": "o", "ls": "", "ms": 6, "mew": 1.0, "color": tone, "mfc": tone}
 
 
 @plot_style
@@ -203,6 +239,7 @@ def forest(
     xlabel: str = "",
     names: Mapping[Any, str] | None = None,
     level: float = 0.0,
+    bars: str = "95 % intervals",
 ) -> Figure:
     """Draw intervals as bars about their means, filled where the whole interval is on one side of `level`.
 
@@ -212,28 +249,37 @@ def forest(
         xlabel: what the intervals are of, with its unit.
         names: how items, conditions and panels are written, if not as `styled` says.
         level: the vertical line to compare with (0: no difference).
+        bars: what the intervals are.
+
+    Panels share their axis unless one would lose its intervals on that of another, four times as wide.
     """
     panels = _panels(data, panel, names)
     items, conditions = list(data[item].unique()), list(data[condition].unique())
     size = dict(width=3.3 if len(panels) > 1 else 5.6, height=(0.1 + 0.1 * len(conditions)) * len(items) + 1.2)
-    figure, axes = new_figure(len(panels), sharey=True, **size)
+    spans = [max(part.high.max(), level) - min(part.low.min(), level) for _, part in panels]
+    alike = max(spans) <= 4 * min(spans)
+    figure, axes = _grid(len(panels), sharey=True, sharex=alike, **size)
     tones = {name: colour(name, position) for position, name in enumerate(conditions)}
-    for ax, (title, part) in zip(axes[0], panels, strict=True):
+    for ax, (title, part) in zip(axes, panels, strict=True):
         ax.axvline(level, color=MUTED, linewidth=1, zorder=1)
         own = {name: [key for key in conditions if key in set(rows)] for name, rows in part.groupby(item)[condition]}
         for row in part.to_dict("records"):
             beside = own[row[item]]  # the conditions that this item has
             below = (beside.index(row[condition]) + 0.5) / len(beside) - 0.5
             height = -items.index(row[item]) - 0.6 * below
-            tone, decided = tones[row[condition]], row["low"] > level or row["high"] < level
-            ax.plot([row["low"], row["high"]], [height, height], color=tone, linewidth=1.6, zorder=2)
+            tone, low, high = tones[row[condition]], row["low"], row["high"]
+            decided = low != high and (low > level or high < level)  # one seed, without an interval, decides nothing
+            ax.plot([low, high], [height, height], color=tone, linewidth=1.6, zorder=2)
             ax.plot(row["mean"], height, "o", ms=4.5, mew=1.3, color=tone, mfc=tone if decided else "white", zorder=3)
         ax.set(title=title, xlabel=xlabel)
         _items_axis(ax, [label(name, names) for name in items])
     handles = [Line2D([], [], color=tone, marker="o", ms=4.5) for tone in tones.values()]
     texts = [label(name, names) for name in conditions]
     figure.legend(handles, texts, loc="outside upper right", ncols=len(conditions))
-    return figure
+    text = f"Bars: {bars} about their means; filled: all of it is on one side of {level:.3g}."
+    text += " No bar: one value." if (data.low == data.high).any() else ""
+    text += "" if alike else " Axes differ."
+    return explain(figure, text)
 
 
 @plot_style
@@ -262,9 +308,9 @@ def lines(
         level: a horizontal line to compare with (1: counted once).
     """
     panels, groups = _panels(data, panel, names), list(data[by].unique())
-    figure, axes = new_figure(len(panels), width=3.3 if len(panels) > 1 else 4.6, height=3.0, sharey=True)
+    figure, axes = _grid(len(panels), width=3.3 if len(panels) > 1 else 4.6, height=3.0, sharey=True)
     ticks = sorted(data[x].unique())
-    for ax, (title, part) in zip(axes[0], panels, strict=True):
+    for ax, (title, part) in zip(axes, panels, strict=True):
         if level is not None:
             ax.axhline(level, color=MUTED, linewidth=1, linestyle=DASHED, zorder=1)
         for position, name in enumerate(groups):
@@ -276,11 +322,13 @@ def lines(
         elif xscale == "linear" and all(float(tick).is_integer() for tick in ticks):
             ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if yscale == "log":
-        log_axis(axes[0, 0].yaxis)  # shared by all panels
-    axes[0, 0].set_ylabel(ylabel or y)
+        log_axis(axes[0].yaxis)  # shared by all panels
+    for ax in axes[:: _columns(len(panels))]:
+        ax.set_ylabel(ylabel or y)
     handles = [Line2D([], [], color=colour(name, position)) for position, name in enumerate(groups)]
     figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")
-    return figure
+    several = data.groupby([x, by, *[panel] * (panel is not None)]).size().max() > 1
+    return explain(figure, "Lines: means; bands: ± sd; points: seeds." if several else "")
 
 
 def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, tone: str, log: bool = False) -> None:
@@ -291,6 +339,7 @@ def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, tone: str, log: bool = F
     if several:
         low, high = stats["mean"] - stats["std"], stats["mean"] + stats["std"]
         low = stats["mean"] ** 2 / high if log else low  # as far below the mean as above it, and never below 0
+        low = low.clip(lower=0) if (rows[y] >= 0).all() else low  # what cannot be negative has no band there
         ax.fill_between(stats.index, low, high, color=tone, alpha=0.15, linewidth=0)
         ax.plot(rows[x], rows[y], "o", ms=2.6, color=tone, alpha=0.7, mew=0)
 
@@ -316,10 +365,10 @@ def frontier(
         names: how values of `by` and `panel` are written, if not as `styled` says.
     """
     panels, groups = _panels(data, panel, names), list(data[by].unique())
-    figure, axes = new_figure(len(panels), width=3.6 if len(panels) > 1 else 4.6, height=3.3)
-    markers = "osD^vP*XhHdp<>"
+    figure, axes = _grid(len(panels), width=3.6 if len(panels) > 1 else 4.6, height=3.3)
+    markers = "osD^vP*Xp<d>hH"
     shapes = {name: markers[position % len(markers)] for position, name in enumerate(groups)}
-    for ax, (title, part) in zip(axes[0], panels, strict=True):
+    for ax, (title, part) in zip(axes, panels, strict=True):
         for position, name in enumerate(groups):
             rows, tone = part[part[by] == name], colour(name, position)
             if len(rows) > 1:
@@ -327,10 +376,39 @@ def frontier(
             ax.plot(rows[x].mean(), rows[y].mean(), shapes[name], ms=8, mew=0.8, mec="white", color=tone)
         ax.set(title=title, xlabel=xlabel or x)
         ax.margins(0.1)
-    axes[0, 0].set_ylabel(ylabel or y)
+    for ax in axes[:: _columns(len(panels))]:
+        ax.set_ylabel(ylabel or y)
     handles = [Line2D([], [], ls="", marker=shapes[name], ms=7, color=colour(name, i)) for i, name in enumerate(groups)]
     figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")
-    return figure
+    return explain(figure, "Large marks: means of a condition; small ones: its runs.")
+
+
+@plot_style
+def against(data: pd.DataFrame) -> Figure:
+    """Draw ours against a published number, a point for each row, about the diagonal on which both are equal.
+
+    Args:
+        data: a comparison, with columns paper, ours and sd; if it has them, `item` chooses the colour, and `condition`
+            whether a mark is hollow (the first condition) or filled.
+    """
+    data = data.assign(**{name: "" for name in ("item", "condition") if name not in data})
+    items, conditions = list(data["item"].unique()), list(data.condition.unique())
+    figure, axes = new_figure(width=5.2, height=4.2)
+    ax = axes[0, 0]
+    for row in data.to_dict("records"):
+        tone = colour(row["item"], items.index(row["item"]))
+        face = "white" if len(conditions) > 1 and row["condition"] == conditions[0] else tone
+        error = None if pd.isna(row["sd"]) else row["sd"]
+        ax.errorbar(row["paper"], row["ours"], error, fmt="o", ms=5.5, mew=1.3, color=tone, mfc=face, elinewidth=1)
+    ends = [data[["paper", "ours"]].min(axis=None), data[["paper", "ours"]].max(axis=None)]
+    ax.plot(ends, ends, color=MUTED, linewidth=1, linestyle=DASHED, zorder=0)
+    ax.set(xlabel="published", ylabel="ours (mean ± sd over seeds)", aspect="equal")
+    if len(items) > 1:
+        tones = [colour(name, position) for position, name in enumerate(items)]
+        handles = [Line2D([], [], ls="", marker="o", ms=5, color=tone) for tone in tones]
+        figure.legend(handles, [label(name) for name in items], loc="outside right upper")
+    marks = f" Ring: {label(conditions[0])}; disc: {', '.join(map(label, conditions[1:]))}." if conditions[1:] else ""
+    return explain(figure, f"Dashed: ours = published. Bars: ± sd over seeds.{marks}")
 
 
 @plot_style
@@ -402,6 +480,7 @@ def matrix(
     ylabel: str = "",
     text: str = "",
     names: Mapping[Any, str] | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw a mean over (row × column) as colours, one panel for each value of `panel`; missing cells stay empty.
 
@@ -415,12 +494,15 @@ def matrix(
         xlabel, ylabel: what columns and rows are.
         text: what the colours are, with its unit.
         names: how rows, columns and panels are written, if not as `styled` says.
+        limits: smallest and largest coloured value, by default those of the table; means beyond them are written.
     """
     panels = _panels(data, panel, names)
     rows, columns = list(data[row].unique()), list(data[column].unique())
     means = [part.groupby([row, column])[value].mean().unstack() for _, part in panels]
     means = [mean.reindex(index=rows, columns=columns) for mean in means]
-    norm, palette = _colour_scale(min(np.nanmin(m) for m in means), max(np.nanmax(m) for m in means), centre, log=False)
+    ends = min(np.nanmin(m) for m in means), max(np.nanmax(m) for m in means)
+    low, high = limits or ends
+    norm, palette = _colour_scale(low, high, centre, log=False)
     size = dict(width=0.32 * len(columns) + (2.6 if len(panels) == 1 else 1.2), height=0.21 * len(rows) + 1.7)
     figure, axes = new_figure(len(panels), sharey=True, **size)
     for ax, (title, _), mean in zip(axes[0], panels, means, strict=True):
@@ -430,10 +512,10 @@ def matrix(
             if name in columns:
                 ax.add_patch(Rectangle((columns.index(name), y), 1, 1, fill=False, edgecolor=INK, linewidth=0.7))
         for (y, x), number in np.ma.ndenumerate(shown):  # without the missing ones
-            if cells:
+            if cells or not low <= number <= high:
                 red, green, blue, _ = image.cmap(norm(number))
                 tone = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else INK
-                written = f"{number:{cells}}".replace("-", "−")
+                written = f"{number:{cells or '.0f'}}".replace("-", "−")
                 ax.text(x + 0.5, y + 0.5, written, ha="center", va="center", fontsize=6, color=tone)
         ax.set_xticks(np.arange(len(columns)) + 0.5, [label(name, names) for name in columns], rotation=90)
         ax.set_yticks(np.arange(len(rows)) + 0.5, [label(name, names) for name in rows])
@@ -443,16 +525,22 @@ def matrix(
         ax.set(title=title, xlabel=xlabel)
     axes[0, 0].invert_yaxis()  # shared by all panels: the first row on top
     axes[0, 0].set_ylabel(ylabel)
-    figure.colorbar(image, ax=axes[0].tolist(), label=text or value, pad=0.02, aspect=30).outline.set_visible(False)
+    beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    extend = beyond[bool(ends[0] < low), bool(ends[1] > high)]
+    bar = figure.colorbar(image, ax=axes[0].tolist(), label=text or value, pad=0.02, aspect=30, extend=extend)
+    bar.outline.set_visible(False)
     return figure
 
 
-def _colour_scale(low: float, high: float, centre: float | None, log: bool) -> tuple[Normalize, str]:
-    """Return norm and colour map: diverging about `centre` (equal distances get equal strength), else sequential."""
+def _colour_scale(low: float, high: float, centre: float | None, log: bool) -> tuple[Normalize, Colormap]:
+    """Return norm and colour map from `low` to `high`: diverging about `centre`, where there is one, else sequential.
+
+    Equal distances from the centre get equal strength; of the diverging map only what lies between the ends is used.
+    """
+    low, high = (low, high) if centre is None else (min(low, centre), max(high, centre))
+    norm = LogNorm(low, high) if log else Normalize(low, high)
     if centre is None:
-        return (LogNorm(low, high) if log else Normalize(low, high)), "viridis"
-    if log:
-        reach = max(high / centre, centre / low, 1.01)
-        return LogNorm(centre / reach, centre * reach), "RdBu_r"
-    reach = max(high - centre, centre - low, 1e-9)
-    return Normalize(centre - reach, centre + reach), "RdBu_r"
+        return norm, colormaps["viridis"]
+    ends = np.log([low / centre, high / centre]) if log else np.array([low, high]) - centre
+    reach = max(*abs(ends), 1e-9)
+    return norm, ListedColormap(colormaps["RdBu_r"](np.linspace(*(0.5 + 0.5 * ends / reach), 256)))

@@ -1,17 +1,23 @@
-"""The text of a result, derived from its table, its provenance and its script alone: verdict, tables, README, index.
+"""The text of a result, derived from its table, its provenance and its script alone: verdict, claims, tables, README.
 
 Nothing here knows files or the time of day, so that what was written can be derived again and compared byte for byte.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
+from common.lab import figures
+from common.lab.claims import NOT_RUN
 from common.lab.experiment import Experiment
 
+LONG = 15  # rows: longer tables are folded, and a longer comparison becomes a figure with a file of its own
+BESIDE = "paper_against_ours"  # file stem of that figure
 COMPARISON = ("quantity", "paper", "ours", "sd", "n", "same_setting")  # what an experiment's compare() returns
 
 PUBLISHED_FOLDER = Path(__file__).resolve().parents[2] / "results" / "published"
@@ -50,6 +56,12 @@ def verdict(experiment: Experiment, data: pd.DataFrame, provenance: Mapping[str,
     return f"{text} (partial run: no evidence)" if provenance["partial"] else text
 
 
+def claims(experiment: Experiment, data: pd.DataFrame, provenance: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the claims with their answers as plain data; the smoke scale answers none."""
+    found = [dataclasses.asdict(claim) for claim in experiment.answers(data)]
+    return [claim | {"verdict": NOT_RUN} for claim in found] if provenance["scale"] == "smoke" else found
+
+
 def comparison_row(
     quantity: str, values: Iterable[float], same_setting: str, paper: float = math.nan
 ) -> dict[str, Any]:
@@ -82,16 +94,53 @@ def comparison(experiment: Experiment, data: pd.DataFrame) -> pd.DataFrame:
 
 
 def comparison_markdown(table: pd.DataFrame) -> str:
-    """Return a comparison as a Markdown table: quantity | paper | ours ± sd | n | difference | same setting?"""
+    """Return a comparison as a Markdown table: quantity | paper | ours ± sd | n | difference | same setting?
+
+    The difference from the paper's number stands only where that was measured in the same setting.
+    """
+    same = [_is_same(x) for x in table.same_setting]
     rows = {
         "quantity": table.quantity,
         "paper": ["not published" if pd.isna(x) else f"{x:g}" for x in pd.to_numeric(table.paper)],
         "ours": [_with_sd(*pair) for pair in zip(table.ours, table.sd, strict=True)],
         "n": ["" if pd.isna(n) else f"{n:.0f}" for n in table.n],
-        "difference": ["" if pd.isna(x) else number(x, 3, sign="+") for x in table.difference],
+        "difference": [
+            "" if pd.isna(x) or not known else number(x, 3, sign="+")
+            for x, known in zip(table.difference, same, strict=True)
+        ],
         "same setting?": [x if isinstance(x, str) else "yes" if x else "no" for x in table.same_setting],
     }
-    return markdown(pd.DataFrame(rows))
+    shown = pd.DataFrame(rows)
+    return markdown(shown if shown.difference.any() else shown.drop(columns="difference"))
+
+
+def _is_same(setting: Any) -> bool:
+    return setting.startswith("yes") if isinstance(setting, str) else bool(setting)
+
+
+def drawn(experiment: Experiment, data: pd.DataFrame) -> dict[str, Figure]:
+    """Return all figures of a result, the one that opens its page first; a long comparison with the paper is the last.
+
+    Raises:
+        ValueError: the script names a figure that it does not draw as the one that opens the page.
+    """
+    found = dict(experiment.figures(data))
+    lead = experiment.lead or next(iter(found), None)
+    if found and lead not in found:
+        raise ValueError(f"{experiment.name}: lead is {lead!r}, but the figures are {', '.join(found)}")
+    known = _published_part(comparison(experiment, data))
+    if len(known) > LONG:
+        with figures.styled(experiment.styles):
+            found[BESIDE] = figures.against(known)
+    return {stem: found[stem] for stem in sorted(found, key=lambda stem: stem != lead)}
+
+
+def caption(experiment: Experiment, stem: str, figure: Figure) -> str:
+    """Return the line below a figure: what the script says of it, and what the marks of its kind of plot mean."""
+    usual = {BESIDE: "Every quantity that has a published number."}
+    known = {name: text for name, text in (usual | dict(experiment.captions)).items() if stem.startswith(name)}
+    said = known[max(known, key=len)] if known else f"{stem.replace('_', ' ').capitalize()}."
+    return " ".join(f"{said} {figures.explanation(figure)}".split())
 
 
 def _with_sd(mean: float, sd: float) -> str:
@@ -127,27 +176,83 @@ def number(value: float, digits: int = 4, sign: str = "") -> str:
     return f"{value:{sign}#.{digits}g}".rstrip(".")
 
 
-def readme(experiment: Experiment, data: pd.DataFrame, provenance: Mapping[str, Any], drawn: Iterable[str]) -> str:
-    """Return the text of a result's README.md; `drawn` are the figures' file stems."""
+def texts(
+    experiment: Experiment, data: pd.DataFrame, provenance: Mapping[str, Any], shown: Mapping[str, Figure]
+) -> dict[str, str]:
+    """Return the texts of a result besides its table and provenance: file name → text; see `readme`."""
+    found = {"README.md": readme(experiment, data, provenance, shown)}
+    table = comparison(experiment, data)
+    return found | ({"comparison.csv": comparison_csv(table)} if len(table) > LONG else {})
+
+
+def readme(
+    experiment: Experiment, data: pd.DataFrame, provenance: Mapping[str, Any], shown: Mapping[str, Figure]
+) -> str:
+    """Return the text of a result's README.md: claims and one figure, then rule and words, then all numbers.
+
+    Args:
+        experiment, data: of the result.
+        provenance: with the verdict and the claims that follow from the data.
+        shown: what `drawn` returns.
+    """
     first, *others = experiment.doc.strip().split("\n\n")
     scale, partial = provenance["scale"], provenance["partial"]
     parts = [f"# {experiment.name}, {scale}{', partial run' * partial}", " ".join(first.split())]
     if partial:
         parts.append(f"**Partial run: its settings are not those of `--scale {scale}`** (see provenance.json).")
-    parts += [f"**Verdict: {verdict(experiment, data, provenance)}**", _run_line(experiment, provenance)]
+    answered, full = provenance["claims"], provenance["verdict"]
+    parts += [markdown(pd.DataFrame(answered))] if answered else [f"**Verdict: {full}**"]
+    pictures = [picture(stem, caption(experiment, stem, figure)) for stem, figure in shown.items()]
+    parts += [*pictures[:1], _run_line(experiment, provenance)]
     if others:
         parts += ["## Claim and rule, written before the run", "```text\n" + "\n\n".join(others).strip("\n") + "\n```"]
-    parts += ["## Beside the paper", comparison_markdown(comparison(experiment, data))]
+    if answered:
+        parts += ["## Verdict in full", full]
     if experiment.remarks:
         parts += ["## In words", "\n\n".join(" ".join(part.split()) for part in experiment.remarks(data).split("\n\n"))]
-    for heading, table in (experiment.tables(data) if experiment.tables else {}).items():
-        parts += [f"## {heading}", markdown(table)]
-    if drawn := list(drawn):
-        parts += ["## Figures", *(f"![{stem.replace('_', ' ')}]({stem}.png)" for stem in drawn)]
     if experiment.deviations:
         listed = "\n".join(f"{number}. {text}" for number, text in enumerate(experiment.deviations, 1))
         parts += ["## Deviations from the paper", listed]
+    parts += ["## All numbers", "### Beside the paper", *_beside_the_paper(comparison(experiment, data))]
+    for heading, table in (experiment.tables(data) if experiment.tables else {}).items():
+        parts += [f"### {heading}", _folded(table)]
+    if pictures[1:]:
+        parts += ["## Further figures", *pictures[1:]]
     return "\n\n".join(parts) + "\n"
+
+
+def picture(stem: str, line: str) -> str:
+    """Return a figure in Markdown with its caption below it."""
+    return f"![{stem.replace('_', ' ')}]({stem}.png)\n\n*{line.replace('*', chr(92) + '*')}*"
+
+
+def _beside_the_paper(table: pd.DataFrame) -> list[str]:
+    """Return a comparison; of a long one only the rows that have a number of the paper, if these are few."""
+    if len(table) <= LONG:
+        return [comparison_markdown(table)]
+    known = _published_part(table)
+    every = f"All {len(table)} quantities, with sd and n: [comparison.csv](comparison.csv)."
+    if known.empty:
+        return [f"The paper has no number to compare with. {every}"]
+    if len(known) > LONG:
+        return [f"{every} The {len(known)} that have a published number: figure {BESIDE.replace('_', ' ')} below."]
+    return [comparison_markdown(known), every]
+
+
+def _published_part(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table.paper.notna() & table.ours.notna()]
+
+
+def comparison_csv(table: pd.DataFrame) -> str:
+    """Return a comparison as CSV, numbers to six significant digits."""
+    return table[[*COMPARISON]].to_csv(index=False, lineterminator="\n", float_format="%.6g")
+
+
+def _folded(table: pd.DataFrame) -> str:
+    """Return a table in Markdown; one of many rows opens when its line is clicked."""
+    if len(table) <= LONG:
+        return markdown(table)
+    return f"<details>\n<summary>{len(table)} rows</summary>\n\n{markdown(table)}\n\n</details>"
 
 
 def _run_line(experiment: Experiment, provenance: Mapping[str, Any]) -> str:
@@ -172,19 +277,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def index(provenances: Iterable[Mapping[str, Any]]) -> str:
-    """Return the text of results/README.md: every complete result with its verdict."""
-    rows = [
-        {
-            "experiment": f"[{facts['experiment']}]({facts['experiment']}/{facts['scale']}/README.md)",
-            "scale": facts["scale"],
-            "verdict": facts["verdict"],
-            "commit": facts["commit"][:10],
-            "date": facts["date"][:10],
-        }
-        for facts in provenances
-    ]
-    table = markdown(pd.DataFrame(rows)) if rows else "No results yet."
-    return f"# Results\n\nGenerated by `common/lab/results.py` from the results below it: do not edit.\n\n{table}\n"

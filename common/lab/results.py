@@ -1,10 +1,11 @@
 """The only writer of results: table, comparison with the paper, figures, verdict, provenance; and their verification.
 
-An experiment leaves in `results/NN_name/SCALE/`: data.csv (tidy rows), figures drawn from it, README.md, and
-provenance.json, which is written last, so that a folder without it is visibly unfinished. Everything in a README and in
-the index follows from data.csv, provenance.json and the script, so it can be derived again and compared:
+An experiment leaves in `results/NN_name/SCALE/`: data.csv (tidy rows), figures drawn from it, README.md, comparison.csv
+where that is long, and provenance.json, which is written last, so that a folder without it is visibly unfinished.
+Everything in these texts and in the pages over all results follows from data.csv, provenance.json and the script, so it
+can be derived again and compared:
 
-    python -m common.lab.results verify                          derive every committed table, verdict, index; compare
+    python -m common.lab.results verify                          derive every committed table, verdict, page; compare
     python -m common.lab.results render                          write them again after a change of wording or style
     python -m common.lab.results headline 22_vision_merging laptop       numbers at git HEAD beside those measured now
 """
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from common.lab import figures, report
+from common.lab import figures, index, index_page, report
 from common.lab.experiment import SCALE_NAMES, Experiment
 from common.lab.experiment import load_experiment as load_experiment
 from common.lab.report import PUBLISHED, read_csv
@@ -118,8 +120,21 @@ def _finished(results_dir: Path) -> list[Path]:
     return [folder for folder in _folders(results_dir) if (folder / "provenance.json").is_file()]
 
 
-def _index(results_dir: Path) -> str:
-    return report.index(map(_facts, _finished(results_dir)))
+def pages(results_dir: Path, experiments_dir: Path) -> dict[str, str]:
+    """Return all pages that follow from several results: file, seen from results/ → text.
+
+    Raises:
+        ValueError: a script is missing or defines no experiment.
+    """
+    finished = _finished(results_dir)
+    facts = [_facts(folder) for folder in finished]
+    found = {"README.md": index.overview(facts), "index.html": index_page.overview(facts)}
+    for name, folders in itertools.groupby(finished, key=lambda folder: folder.parent.name):
+        experiment = load_experiment(experiments_dir / f"{name}.py")
+        title = experiment.doc.strip().split("\n\n")[0]
+        found[f"{name}/README.md"] = index.experiment_page(title, [_facts(folder) for folder in folders])
+        found |= {page: text(results_dir) for page, text in experiment.pages.items()}
+    return found
 
 
 # Writing
@@ -128,7 +143,7 @@ def _index(results_dir: Path) -> str:
 def write(
     results_dir: Path, experiment: Experiment, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]
 ) -> Path:
-    """Write one complete result and the index, and return its folder; a failure leaves the previous result as it was.
+    """Write one complete result and the pages over all, and return its folder; a failure leaves the previous result.
 
     Args:
         results_dir: usually `results/` of the clone.
@@ -153,8 +168,13 @@ def write(
         error.add_note(f"the measured rows are kept in {rescued}")
         raise
     rescued.unlink()
-    _replace(results_dir / "README.md", _index(results_dir))
+    _write_pages(results_dir, experiment.script.parent)
     return folder
+
+
+def _write_pages(results_dir: Path, experiments_dir: Path) -> None:
+    for page, text in pages(results_dir, experiments_dir).items():
+        _replace(results_dir / page, text)
 
 
 def _cell(value: Any) -> Any:
@@ -166,29 +186,36 @@ def _cell(value: Any) -> Any:
 
 def _write(folder: Path, experiment: Experiment, csv: str, provenance: Mapping[str, Any]) -> None:
     data = read_csv(io.StringIO(csv))  # as a reader of data.csv will see it
-    drawn = experiment.figures(data)
-    facts = {
-        **provenance,
-        "data_sha256": _sha256(csv.encode()),
-        "verdict": report.verdict(experiment, data, provenance),
-    }
+    drawn = report.drawn(experiment, data)
+    facts = {**provenance, "data_sha256": _sha256(csv.encode()), **_derived(experiment, data, provenance, drawn)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         new = Path(temporary)
         (new / "data.csv").write_text(csv, encoding="utf-8")
-        (new / "README.md").write_text(report.readme(experiment, data, facts, drawn), encoding="utf-8")
+        for name, text in report.texts(experiment, data, facts, drawn).items():
+            (new / name).write_text(text, encoding="utf-8")
         for stem, figure in drawn.items():
             figures.save(figure, new / f"{stem}.png")
         (new / "provenance.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         _swap(new, folder)
 
 
+def _derived(
+    experiment: Experiment, data: pd.DataFrame, provenance: Mapping[str, Any], drawn: Mapping[str, Figure]
+) -> dict[str, Any]:
+    """Return what a provenance holds that follows from the table: verdict, claims, and the figure to open with."""
+    stem = next(iter(drawn), None)
+    lead = stem and {"figure": stem, "caption": report.caption(experiment, stem, drawn[stem])}
+    answers = report.claims(experiment, data, provenance)
+    return {"verdict": report.verdict(experiment, data, provenance), "claims": answers, "lead": lead}
+
+
 def _swap(new: Path, folder: Path) -> None:
     """Move a complete result into place; from the first line to the last the folder is visibly unfinished."""
     folder.mkdir(exist_ok=True)
     (folder / "provenance.json").unlink(missing_ok=True)
-    for stale in folder.glob("*.png"):
-        stale.unlink()
+    for stale in [*folder.glob("*.png"), folder / "comparison.csv"]:
+        stale.unlink(missing_ok=True)
     for file in sorted(new.iterdir(), key=lambda file: file.name == "provenance.json"):
         os.replace(file, folder / file.name)
 
@@ -211,12 +238,21 @@ def summary(experiment: Experiment, folder: Path) -> str:
 def problems(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> list[str]:
     """Return one line for each file that does not follow from its data, provenance and script; empty if all do."""
     found = [line for folder in _folders(results_dir) for line in _folder_problems(folder, experiments_dir)]
-    listed = results_dir / "README.md"
-    if listed.is_file() or _folders(results_dir):
-        found += _difference("README.md", listed, _index(results_dir))
+    if (results_dir / "README.md").is_file() or _folders(results_dir):
+        found += _page_problems(results_dir, experiments_dir)
     for path in sorted((results_dir / "published").glob("*.csv")):
         found += _published_problems(path)
     return found
+
+
+def _page_problems(results_dir: Path, experiments_dir: Path) -> Iterator[str]:
+    try:
+        derived = pages(results_dir, experiments_dir)
+    except Exception as error:  # any failure to derive a page again is worth a line
+        yield f"README.md: {type(error).__name__}: {error}"
+        return
+    for page, text in derived.items():
+        yield from _difference(page, results_dir / page, text)
 
 
 def _folder_problems(folder: Path, experiments_dir: Path) -> Iterator[str]:
@@ -229,11 +265,15 @@ def _folder_problems(folder: Path, experiments_dir: Path) -> Iterator[str]:
         experiment = load_experiment(experiments_dir / f"{folder.parent.name}.py")
         yield from (f"{where}/provenance.json: {line}" for line in _stale(provenance, experiment, folder))
         data = load(folder)
-        drawn = experiment.figures(data)
-        if provenance["verdict"] != report.verdict(experiment, data, provenance):
-            yield f"{where}/provenance.json: its verdict does not follow from data.csv"
-        text = report.readme(experiment, data, provenance, drawn)
-        yield from _difference(f"{where}/README.md", folder / "README.md", text)
+        drawn = report.drawn(experiment, data)
+        derived = _derived(experiment, data, provenance, drawn)
+        for name, value in derived.items():
+            if name not in provenance or provenance[name] != value:
+                do = "do" if name == "claims" else "does"
+                yield f"{where}/provenance.json: its {name} {do} not follow from data.csv"
+        texts = report.texts(experiment, data, {**provenance, **derived}, drawn)
+        for name in dict.fromkeys([*texts, *(file.name for file in folder.glob("comparison.csv"))]):
+            yield from _difference(f"{where}/{name}", folder / name, texts.get(name, ""))
         yield from (f"{where}/{stem}.png: missing" for stem in drawn if not (folder / f"{stem}.png").is_file())
     except Exception as error:  # any failure to derive a result again is worth a line
         yield f"{where}: {type(error).__name__}: {error}"
@@ -291,14 +331,14 @@ def _published_problems(path: Path) -> Iterator[str]:
 
 
 def verify(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> None:
-    """Derive every committed table, verdict and index again; print each difference, and exit with status 1 if any."""
+    """Derive every committed table, verdict and page again; print each difference, and exit with status 1 if any."""
     found = problems(results_dir, experiments_dir)
     print("\n".join(found) or f"{len(_folders(results_dir))} results verified")
     sys.exit(bool(found))
 
 
 def render(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> None:
-    """Write every README, every figure and the index again from data.csv, after a change of wording or style: no rerun.
+    """Write every text, figure and page again from data.csv, after a change of wording or style: no rerun.
 
     Raises:
         SystemExit: a data.csv is not the one that was measured.
@@ -308,7 +348,7 @@ def render(results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> 
         if _sha256(csv) != _facts(folder)["data_sha256"]:
             raise SystemExit(f"error: {folder}/data.csv is not the one that was measured: restore it or measure again")
         _write(folder, load_experiment(experiments_dir / f"{folder.parent.name}.py"), csv.decode(), _facts(folder))
-    _replace(results_dir / "README.md", _index(results_dir))
+    _write_pages(results_dir, experiments_dir)
 
 
 def headline(name: str, scale: str, /, results_dir: Path = RESULTS, experiments_dir: Path = EXPERIMENTS) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -53,7 +54,16 @@ def paired_interval(
     grids = [cells.pivot(index="seed", columns="task", values=column) for column in ("images", gained, lost)]
     if grids[0].empty or any(grid.isna().any(axis=None) for grid in grids):
         raise ValueError(f"{gained}/{lost}: expected counts for every seed and task, got {len(cells)} rows with gaps")
-    images, up, down = (grid.to_numpy(float) for grid in grids)  # (seeds, tasks)
+    counts = (np.ascontiguousarray(grid.to_numpy(float)) for grid in grids)
+    return Interval(*_bootstrap(grids[0].shape, *(grid.tobytes() for grid in counts), draws, seed))
+
+
+@lru_cache(maxsize=10_000)  # verdict, claims, tables and figures of a result ask for the same intervals
+def _bootstrap(
+    shape: tuple[int, int], images: bytes, up: bytes, down: bytes, draws: int, seed: int
+) -> tuple[float, float, float]:
+    """Return mean, low and high of `paired_interval` from counts (seeds, tasks) as the bytes of float64 arrays."""
+    images, up, down = (np.frombuffer(grid).reshape(shape) for grid in (images, up, down))
     shares = np.stack([up / images, down / images, 1 - (up + down) / images], -1)  # (seeds, tasks, 3)
     generator = np.random.default_rng(seed)
     rows = generator.integers(images.shape[0], size=(draws, images.shape[0], 1))
@@ -61,7 +71,7 @@ def paired_interval(
     counts = generator.multinomial(images[rows, columns].astype(int), shares[rows, columns])
     means = 100 * ((counts[..., 0] - counts[..., 1]) / images[rows, columns]).mean((1, 2))  # (draws,)
     low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(100 * ((up - down) / images).mean()), float(low), float(high))
+    return float(100 * ((up - down) / images).mean()), float(low), float(high)
 
 
 def with_bounds(table: pd.DataFrame, column: str) -> pd.DataFrame:

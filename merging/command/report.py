@@ -18,8 +18,8 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from common.lab import figures
-from merging.command import findings, page
+from common.lab import figures, page
+from merging.command import findings
 from merging.command.plan import Plan
 from merging.command.recipe import public_name
 from merging.command.shards import write_text

@@ -207,6 +207,12 @@ BASE_MEAN, SVC_MEAN = "base, other tensors averaged", "+ SVC (paper), other tens
 BASE_NORM, SVC_NORM = "base, norm matching", "+ SVC (paper), norm matching"
 BASE_WHOLE = "base, norm matching by one number"
 ORDER = (BASE, SVC, SVC_1, BASE_MEAN, SVC_MEAN, BASE_NORM, SVC_NORM, BASE_WHOLE, BASE_TUNED, SVC_TUNED)
+CAPTIONS = {
+    "accuracy_by_merger": "Mean accuracy of every merger at its own scale, without and with SVC.",
+    "accuracy_at_tuned_scales": "The same, each at the scale that is best on validation data.",
+    "paired_gains": "What SVC gains in every cell, at the merger's own scale and where both scales are tuned.",
+    "in_brief": "Mean accuracy over tasks and suites, at each merger's own scale and at one tuned on validation data.",
+}
 IN_BRIEF = {  # variant → panel and legend of the figure that sums up
     BASE: ("at the mergers' own scales", BASE),
     SVC: ("at the mergers' own scales", "+ SVC"),
@@ -349,12 +355,16 @@ def draw(data: pd.DataFrame, panel: str = "{backbone}, {suite} tasks", off_scale
     found = in_order(found, ["condition"], condition=(SVC_GAIN, TUNED_GAIN))
     options = dict(condition="row", panel="panel", xlabel="mean accuracy of the tasks, %")
     difference = "difference in mean accuracy, points"
-    return {
+    drawn = {
         "in_brief": _draw_in_brief(means[means.method.ne(off_scale)]),
         "accuracy_by_merger": figures.paired(shown, start=BASE, **options),
-        "accuracy_at_tuned_scales": figures.paired(tuned, start=BASE_TUNED, **options),
         "paired_gains": figures.forest(found, item="method", panel="panel", xlabel=difference),
     }
+    if off_scale in set(means.method):
+        said = f"Without {figures.label(off_scale)} at its own scale, which is far below the others."
+        drawn = {stem: figures.explain(x, f"{figures.explanation(x)} {said}") for stem, x in drawn.items()}
+    drawn["accuracy_at_tuned_scales"] = figures.paired(tuned, start=BASE_TUNED, **options)
+    return drawn
 
 
 def _draw_in_brief(means: pd.DataFrame) -> Figure:
@@ -426,7 +436,8 @@ def compared(
             suffix, svc = shown[row]
             paper, source = number(published, backbone, suite, method, svc)
             same = setting(backbone) + (f"; not the paper's: {source}" if source else "")
-            lines.append(comparison_row(f"{suite} tasks, {backbone}: {method}{suffix}", rows.value, same, paper))
+            line = comparison_row(f"{suite} tasks, {backbone}: {method}{suffix}", rows.value, same, paper)
+            lines.append(line | dict(item=method, condition=row))
     return pd.DataFrame(lines)
 
 

@@ -52,6 +52,10 @@ COLUMNS = {  # of the table of controls: heading → variants, of which the firs
     "tuned scale": (BASE_TUNED,),
     "SVC + tuned scale": (SVC_TUNED,),
 }
+CAPTIONS = {
+    "pooled_differences": "SVC against base over all cells together: both tuned, and both norm-matched.",
+    "pooled_norm_matching": "Norm matching, which needs no data, against the tuned scale, over all cells together.",
+}
 REPLACES = 1.5  # points: norm matching that loses surely less than these replaces a tuned scale
 
 

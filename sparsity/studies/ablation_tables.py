@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from common.lab import figures
+from common.lab import claims, figures
+from common.lab.claims import NOT_RUN, Claim, question, where_run
 from common.lab.report import comparison_row
 from common.lab.statistics import Interval, change_from_one, relative_change, spread, with_bounds
 from sparsity.studies import density_tables
@@ -63,6 +64,20 @@ PAIRS: dict[str, tuple[tuple[str, str], ...]] = {  # by part: which condition is
         (LIFTED, "vanilla"),
         ("modified", LIFTED),
     ),
+}
+
+
+CAPTIONS = {
+    "density_by_condition": "Test density of every condition of the plug-ins part.",
+    "density_and_accuracy": "Accuracy against test density, in every condition.",
+    "density_two_by_two": "Test density of JSReLU × zeroth bias.",
+    "density_t5": "Test density of the T5 at the authors' E.",
+    "density_by_duration": "Test density over the number of steps, decay × steps being the same.",
+    "norms_by_duration": "Weights of the norms that feed MLPs over the number of steps, decay × steps being the same.",
+    "accuracy_under_noise": "Accuracy while the weights get noise.",
+    "density_under_noise": "Test density while the weights get noise.",
+    "accuracy_under_attack": "Accuracy under an attack on the images (FGSM).",
+    "density_under_attack": "Test density under an attack on the images (FGSM).",
 }
 
 
@@ -291,10 +306,9 @@ def compare(data: pd.DataFrame, published: Any, same_setting: Callable[[str], st
 def verdict(data: pd.DataFrame) -> str:
     """Return the verdict by the rule that experiment 07 states."""
     table = results(data)
-    counts = table.groupby(["part", "setting", "variant"], sort=False).seed.nunique().groupby("part", sort=False).min()
-    enough = [part for part, seeds in counts.items() if seeds >= SEEDS]
+    enough = _judged_parts(table)
     if "plug-ins" not in enough:
-        return "not run at this scale"
+        return NOT_RUN
     texts, seen = [], changes(table[table.part.isin(enough)])
     seen = seen[seen.metric == "density"]
     for part, rows in seen.groupby("part", sort=False):
@@ -335,6 +349,38 @@ def _decided(table: pd.DataFrame) -> str:
         else:
             answers.append(f"{name} undecided" if "undecided" in said else f"decides {name}")
     return ", ".join(answers)
+
+
+def _judged_parts(table: pd.DataFrame) -> list[str]:
+    """Return the parts that have three seeds or more of every condition."""
+    counts = table.groupby(["part", "setting", "variant"], sort=False).seed.nunique().groupby("part", sort=False).min()
+    return [part for part, seeds in counts.items() if seeds >= SEEDS]
+
+
+def stated_claims(data: pd.DataFrame) -> list[Claim]:
+    """Return the claims of experiment 07: the abstract's number for T5 at low decay, and which plug-ins act."""
+    table = results(data)
+    enough, seen = _judged_parts(table), changes(table)
+    seen = seen[seen.metric == "density"]
+    said = "" if "plug-ins" in enough else NOT_RUN
+    text = _intervals(seen[seen.part == "T5"]).get(_MAIN[0])
+    ours, answer = "not measured", NOT_RUN
+    if text is not None:
+        ours = claims.intervals([text], "%", table[table.part == "T5"].seed.nunique())
+        answer = "direction reproduced" if text.sign < 0 else "not reproduced"
+        answer = "reproduced" if text.high <= PAPER["density"] else answer
+        answer = where_run(said, answer if "T5" in enough else NOT_RUN)
+    low = "At the authors' E = 0.48 the plug-ins cut T5's inference density by at least 36 %"
+    intervals = _intervals(seen[seen.part == "plug-ins"])
+    seeds = table[table.part == "plug-ins"].seed.nunique()
+    beyond = [intervals[_MAIN[1]]] if _MAIN[1] in intervals else []
+    names = f"{', '.join(_contributing(intervals)) or 'none'} (n = {seeds})"
+    return [
+        Claim("abstract", low, f"≤ {PAPER['density']:g} %", ours, answer),
+        question("Which plug-ins lower density alone and on top of the others?", names, said),
+        question("Are all three sparser than vanilla whose MLP norms do not decay?",
+                 claims.intervals(beyond, "%", seeds), said),
+    ]  # fmt: skip
 
 
 def _contributing(intervals: Mapping[tuple[str, str], Interval]) -> list[str]:

@@ -16,7 +16,8 @@ import torch
 from matplotlib.figure import Figure
 
 from common.cache import Artefact
-from common.lab import figures
+from common.lab import claims, figures
+from common.lab.claims import NOT_RUN, Claim, question
 from common.lab.run import Context
 from common.lab.statistics import Interval, change_from_one, relative_change, spread
 from sparsity.flatness import remaining_multiply_adds
@@ -140,6 +141,15 @@ NAMES = {
     LATE: "training density, last tenth of the steps",
 }
 CONTROL = "vanilla, MLP norms undecayed"
+CAPTIONS = {
+    "in_brief": "Density on test data: vanilla, with the plug-ins, and vanilla whose MLP norms do not decay.",
+    "frontier": "Accuracy (05: loss) against density on test data; sparser is to the left.",
+    "density_by_layer": "Density of every MLP on test data.",
+    "density_along_training": "Density on training batches along training.",
+    "density_against_decay": "The same over E, how strongly weight decay has acted so far.",
+    "norm_weights": "Weights of the norms that feed MLPs: decay shrinks them unless they are restricted or left out.",
+    "relative_change": "Change of density against vanilla of the same seed.",
+}
 MARGIN = 10.0  # %: within it modified and control count as equally dense
 
 
@@ -303,18 +313,11 @@ def _at_equal_accuracy(data: pd.DataFrame, metric: str, margin: Margin) -> dict[
 def verdict(data: pd.DataFrame) -> str:
     """Return the verdict by the rule that experiments 03 and 05 state."""
     table = finals(data)
-    seeds = table[table.variant.isin(["vanilla", "modified", CONTROL])].groupby(["setting", "variant"]).seed.nunique()
-    settings = [name for name in table.setting.unique() if len(seeds[name]) == 3 and seeds[name].min() >= 3]
+    settings = _judged_settings(table)
     if not settings:
-        return "not run at this scale"
+        return NOT_RUN
     found = {metric: [change(table, name, metric, "modified", "vanilla") for name in settings] for metric in PAPER}
-    if all(interval.high <= PAPER[metric] for metric, intervals in found.items() for interval in intervals):
-        head = "reproduced"
-    elif all(interval.high < 0 for intervals in found.values() for interval in intervals):
-        head = "direction reproduced"
-    else:
-        head = "not reproduced"
-    texts = []
+    head, texts = _head(found), []
     for index, name in enumerate(settings):
         beyond = change(table, name, "density", "modified", CONTROL)
         inference, training = found["density"][index], found["training_density"][index]
@@ -322,6 +325,42 @@ def verdict(data: pd.DataFrame) -> str:
         against = f"against vanilla with undecayed MLP norms {beyond} %: {beside_control(beyond)}"
         texts.append(f"{name}: inference {inference} %, training {training} % (last tenth {late} %); {against}")
     return f"{head}. {'. '.join(texts)}"
+
+
+def _judged_settings(table: pd.DataFrame) -> list[str]:
+    """Return the settings of which the rule speaks: three seeds or more of vanilla, modified and the control."""
+    seeds = table[table.variant.isin(["vanilla", "modified", CONTROL])].groupby(["setting", "variant"]).seed.nunique()
+    return [name for name in table.setting.unique() if len(seeds[name]) == 3 and seeds[name].min() >= 3]
+
+
+def _head(found: Mapping[str, Sequence[Interval]]) -> str:
+    """Return the first words of the verdict on the intervals of some metrics, one for each setting."""
+    if all(interval.high <= PAPER[metric] for metric, intervals in found.items() for interval in intervals):
+        return "reproduced"
+    below = all(interval.high < 0 for intervals in found.values() for interval in intervals)
+    return "direction reproduced" if below else "not reproduced"
+
+
+def stated_claims(data: pd.DataFrame) -> list[Claim]:
+    """Return the claims of experiments 03 and 05: both densities against vanilla, and inference against the control."""
+    table = finals(data)
+    settings = _judged_settings(table)
+    shown = settings or list(table.setting.unique())
+    seeds = table[table.setting.isin(shown) & table.variant.eq("modified")].groupby("setting").seed.nunique().min()
+
+    def changes(metric: str, reference: str) -> list[Interval]:
+        found = (change(table, name, metric, "modified", reference) for name in shown)
+        return [interval for interval in found if interval]
+
+    stated = []
+    for metric, paper in PAPER.items():
+        found = changes(metric, "vanilla")
+        verdict = _head({metric: found}) if settings else NOT_RUN
+        text = f"The plug-ins cut {NAMES[metric]} by at least {-paper:g} %, against vanilla"
+        stated.append(Claim("abstract", text, f"≤ {paper:g} %", claims.intervals(found, "%", seeds), verdict))
+    against = claims.intervals(changes("density", CONTROL), "%", seeds)
+    text = "Are they sparser than vanilla whose MLP norms do not decay? (inference density)"
+    return [*stated, question(text, against, "" if settings else NOT_RUN)]
 
 
 def beside_control(found: Interval) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from common.lab import figures
+from common.lab import claims, figures
+from common.lab.claims import NOT_PUBLISHED, NOT_RUN, Claim, question, where_run
 from common.lab.statistics import Interval, spread
 from sparsity.studies import density_tables
 from sparsity.studies.density_tables import change
@@ -28,6 +29,15 @@ PAIRS = (  # of arms: which is compared with which
     ("vanilla", BEFORE),
 )
 NAMES = {"density": "density", "equal_density": "density at equal accuracy"}
+
+
+CAPTIONS = {
+    "frontier": "Score against test density while thresholds are raised; each curve begins without any, on the right.",
+    "density_along_training": "Density on training batches of fine-tuning.",
+    "norm_weights": "Weights of the norms that feed MLPs along fine-tuning.",
+    "change_of_density_at_equal_accuracy": "The same, thresholds raised until every arm is equally accurate.",
+    "change_of_density": "Change of test density, each arm against another from the same vanilla network.",
+}
 
 
 def relation(interval: Interval) -> str:
@@ -194,6 +204,35 @@ def verdict(data: pd.DataFrame, metric: str, margin: Margin) -> str:
     else:
         head = "not certainly sparser in every setting" if len(settings) > 1 else "not certainly sparser"
     return f"{head}. {'. '.join(texts)}"
+
+
+def stated_claims(data: pd.DataFrame, metric: str, margin: Margin, claim: str) -> list[Claim]:
+    """Return the claim of experiment 04 or 06 with its answer, then what it is by the lift alone and what it costs.
+
+    Args:
+        data: the experiment's table.
+        metric, margin: as for `sparsity.studies.finetuning.equal_accuracy`.
+        claim: of the paper.
+    """
+    table = results(data, metric, margin)
+    settings = [name for name in dict.fromkeys(table.setting) if _seeds(table, name) >= SEEDS]
+    shown = settings or list(dict.fromkeys(table.setting))
+    seeds, said = min(_seeds(table, name) for name in shown), "" if settings else NOT_RUN
+
+    def changes_of(reference: str) -> list[Interval]:
+        found = (change(table, name, "density", "modified", reference) for name in shown)
+        return [interval for interval in found if interval]
+
+    whole, lifted = changes_of("vanilla"), changes_of(LIFTED)
+    answer = "direction reproduced" if all(x.sign < 0 for x in whole) else "in part"
+    answer = answer if any(x.sign < 0 for x in whole) else "not reproduced"
+    equal, missing = zip(*(_at_equal_accuracy(table, name) for name in shown), strict=True)
+    reach = [f"not reached in {gone} runs" if gone else f"{one} %" for one, gone in zip(equal, missing, strict=True)]
+    return [
+        Claim("Section VI", claim, NOT_PUBLISHED, claims.intervals(whole, "%", seeds), where_run(said, answer)),
+        question("Sparser than vanilla at equal accuracy, by thresholds?", "; ".join(reach[:2]), said),
+        question("Sparser than with norms lifted and nothing else?", claims.intervals(lifted, "%", seeds), said),
+    ]
 
 
 def _seeds(table: pd.DataFrame, setting: str) -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from common.lab import figures
+from common.lab.claims import NOT_RUN, Claim, measured, word
 from common.lab.run import Experiment, run
 
 
@@ -73,8 +74,17 @@ def verdict(data):
     return "reproduced" if data.value.mean() > 1 else "not reproduced"
 
 
+def claims(data):
+    squares = data[data.number == 2].value
+    return [
+        Claim("Table 1", "the mean square is above 1", "81.9", measured(squares), word(verdict(data))),
+        Claim("not in the paper", "the largest square", "not published", measured(squares.iloc[:1]), NOT_RUN),
+    ]
+
+
 EXPERIMENT = Experiment(
-    __doc__, SCALES, measure, draw, compare, verdict, published="merging", tables=tables,
+    __doc__, SCALES, measure, draw, compare, verdict, published="merging", tables=tables, claims=claims,
+    captions={"squares": "Squares grow."}, pages={"squares.md": lambda folder: str(len(list(folder.glob("9*"))))},
     deviations=("numbers instead of models", "squares instead of accuracies"),
 )
 

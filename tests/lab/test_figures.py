@@ -51,6 +51,10 @@ def test_forest_fills_what_is_decided():
     assert [2.0, 4.0] in [list(line.get_xdata()) for line in ax.lines]
     filled = {float(line.get_xdata()[0]): line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"}
     assert filled[0.5] == "white" and filled[3.0] == figures.CYCLE[0]
+    one_seed = pd.DataFrame([dict(item="ties", condition="own scales", mean=3.0, low=3.0, high=3.0)])
+    figure = figures.forest(one_seed)
+    assert {line.get_markerfacecolor() for line in figure.axes[0].lines if line.get_marker() == "o"} == {"white"}
+    assert figures.explanation(figure).endswith("No bar: one value.")
     heights = [float(line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o"]
     assert heights[0] > 0 > heights[1]  # both about the item's own height
 
@@ -90,7 +94,9 @@ def test_heat_maps_hold_the_means_in_order(options):
     assert np.allclose(mesh.get_array().reshape(3, 4)[0], [0.5, 0.25, 0.125, 0.0625])
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["block 0", "block 1", "block 2"]
     if options.get("centre", 1.0):
-        assert mesh.norm(1.0) == pytest.approx(0.5)  # counted once is the neutral colour
+        neutral = matplotlib.colormaps["RdBu_r"](0.5)
+        assert mesh.cmap(mesh.norm(1.0)) == pytest.approx(neutral, abs=0.02)  # counted once is the neutral colour
+        assert (mesh.norm.vmin, mesh.norm.vmax) == (0.0625, 2.0)  # not what nothing has
 
 
 def test_matrices_hold_the_means_in_order_of_appearance_and_leave_gaps_empty():
@@ -110,7 +116,39 @@ def test_matrices_hold_the_means_in_order_of_appearance_and_leave_gaps_empty():
     assert [text.get_text() for text in first.texts] == ["+4", "+0", "−5"]
     assert [text.get_text() for text in second.texts] == ["+8"]
     assert [patch.get_xy() for patch in first.patches] == [(0, 0), (1, 1)]  # z on Z, b on b
-    assert first.collections[0].norm(0.0) == pytest.approx(0.5)  # no difference is the neutral colour
+    mesh = first.collections[0]
+    neutral = matplotlib.colormaps["RdBu_r"](0.5)
+    assert mesh.cmap(mesh.norm(0.0)) == pytest.approx(neutral, abs=0.02)  # no difference is the neutral colour
+
+
+def test_a_matrix_writes_what_its_colours_do_not_reach():
+    rows = [dict(target=name, task=name, value=value) for name, value in (("a", -3), ("b", -40.4), ("c", 2))]
+    figure = figures.matrix(pd.DataFrame(rows), row="target", column="task", limits=(-10, 10))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["−40"]
+    assert figure.axes[0].collections[0].norm.vmin == -10
+
+
+def test_at_most_three_panels_stand_beside_each_other():
+    rows = [dict(x=x, method="a", panel=f"panel {panel}", value=x) for x in (1, 2) for panel in range(5)]
+    figure = figures.lines(pd.DataFrame(rows), x="x", panel="panel")
+    assert [ax.get_title(loc="left") for ax in figure.axes] == [f"panel {panel}" for panel in range(5)]
+    assert {ax.get_subplotspec().colspan.start for ax in figure.axes} == {0, 1, 2}
+    assert [ax.get_ylabel() for ax in figure.axes] == ["value", "", "", "value", ""]
+
+
+def test_bands_of_what_is_never_negative_end_at_zero():
+    rows = [dict(x=x, method="a", value=value) for x in (1, 2) for value in (0.0, 0.0, 3.0)]
+    (ax,) = figures.lines(pd.DataFrame(rows), x="x").axes
+    assert ax.collections[0].get_paths()[0].vertices[:, 1].min() == 0
+
+
+def test_ours_against_published_numbers_stand_about_the_diagonal():
+    rows = [dict(paper=50.0, ours=55.0, sd=1.0, item="ties", condition="base")]
+    rows += [dict(paper=60.0, ours=58.0, sd=None, item="ties", condition="+ SVC")]
+    figure = figures.against(pd.DataFrame(rows))
+    marks = [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines]
+    assert ([50.0], [55.0]) in marks and ([60.0], [58.0]) in marks and ([50.0, 60.0], [50.0, 60.0]) in marks
+    assert figures.explanation(figure) == "Dashed: ours = published. Bars: ± sd over seeds. Ring: base; disc: + SVC."
 
 
 def test_files_are_small_and_the_same_each_time(tmp_path):

@@ -15,10 +15,16 @@ from common.lab.results import headline, load, load_experiment, problems, publis
 from common.lab.run import Experiment, run
 
 EXPECTED_TABLE = """\
-| quantity       | paper         | ours         | n   | difference   | same setting?   |
-|:---------------|:--------------|:-------------|:----|:-------------|:----------------|
-| mean square    | 81.9          | 1.833 ± 0.24 | 2   | -80.1        | no              |
-| largest square | not published | 4.333        | 1   |              | a \\| b          |"""
+| quantity       | paper         | ours         | n   | same setting?   |
+|:---------------|:--------------|:-------------|:----|:----------------|
+| mean square    | 81.9          | 1.833 ± 0.24 | 2   | no              |
+| largest square | not published | 4.333        | 1   | a \\| b          |"""
+
+EXPECTED_CLAIMS = """\
+| source           | claim                      | paper         | ours              | verdict               |
+|:-----------------|:---------------------------|:--------------|:------------------|:----------------------|
+| Table 1          | the mean square is above 1 | 81.9          | 4.2 ± 0.2 (n = 2) | reproduced            |
+| not in the paper | the largest square         | not published | 4.0 (n = 1)       | not run at this scale |"""
 
 
 @pytest.fixture
@@ -52,9 +58,11 @@ def test_a_run_leaves_table_figures_text_and_provenance(folder, experiment):
     assert (first, second) == ("seed,method,number,metric,value", "0,none,0,square,0")
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert EXPECTED_TABLE in text
-    assert "**Verdict: reproduced**" in text
+    assert EXPECTED_CLAIMS in text and "## Verdict in full\n\nreproduced\n\n" in text
+    assert text.index(EXPECTED_CLAIMS) < text.index("![squares](squares.png)\n\n*Squares grow. Lines: means;")
+    assert text.index("(squares.png)") < text.index("## Claim and rule") < text.index("## All numbers")
     assert "1. numbers instead of models\n2. squares instead of accuracies" in text
-    assert "## By number" in text and "![squares](squares.png)" in text
+    assert "### By number" in text
     assert "Claim    the mean square is above 1." in text
     assert "seeds 0, 1" in text and "commit 0123456789," in text
     assert (folder / "squares.png").stat().st_size < 150_000
@@ -62,7 +70,11 @@ def test_a_run_leaves_table_figures_text_and_provenance(folder, experiment):
 
 def test_smoke_never_gives_a_verdict(experiment, results_dir):
     text = (start(experiment, results_dir, "smoke") / "README.md").read_text()
-    assert "no verdict at smoke scale" in text and "reproduced**" not in text
+    assert "no verdict at smoke scale" in text and "| reproduced " not in text
+    assert (
+        "| Table 1          | the mean square is above 1 | 81.9          | not measured | not run at this scale |"
+        in text
+    )
 
 
 def test_rows_may_differ_in_keys_and_hold_tensors(experiment, results_dir, monkeypatch):
@@ -77,7 +89,7 @@ def test_rows_may_differ_in_keys_and_hold_tensors(experiment, results_dir, monke
     assert load(folder).method.tolist()[0] == "none"
 
 
-@pytest.mark.parametrize("part", ["measure", "draw", "compare", "verdict"])
+@pytest.mark.parametrize("part", ["measure", "draw", "compare", "verdict", "claims"])
 def test_a_failing_run_leaves_the_previous_result_as_it_was(folder, experiment, results_dir, monkeypatch, part):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -89,7 +101,7 @@ def test_a_failing_run_leaves_the_previous_result_as_it_was(folder, experiment, 
         start(dataclasses.replace(experiment, **{part: fail}), results_dir)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     rows = set() if part == "measure" else {folder.with_name(".workstation-rows.csv")}  # what was measured is kept
-    assert set(folder.parent.iterdir()) == {folder} | rows
+    assert set(folder.parent.iterdir()) == {folder, folder.parent / "README.md"} | rows
     assert check(results_dir) == []
 
 
@@ -139,7 +151,7 @@ def test_verify_passes_on_what_a_run_wrote(folder, experiment, results_dir, caps
     ("file", "old", "new", "complaint"),
     [
         ("README.md", "1.833 ± 0.24", "9.833 ± 0.24", "workstation/README.md:"),
-        ("README.md", "Verdict: reproduced", "Verdict: proved", "README.md:5: found '**Verdict: proved**'"),
+        ("README.md", "full\n\nreproduced", "full\n\nproved", "workstation/README.md:"),
         ("data.csv", "square,4\n", "square,5\n", "workstation/provenance.json: data.csv is not the one"),
         ("data.csv", "square,4\n", "square,5\n", "workstation/README.md:"),
         ("data.csv", "value", "number2", "90_squares/workstation: "),
@@ -147,7 +159,11 @@ def test_verify_passes_on_what_a_run_wrote(folder, experiment, results_dir, caps
         ("provenance.json", '"dirty": false', '"dirty": true', "uncommitted changes"),
         ("provenance.json", '"partial": false', '"partial": true', "a partial run"),
         ("provenance.json", '"scale": "workstation"', '"scale": "laptop"', "in the folder workstation"),
-        ("../../README.md", "| reproduced", "| certain   ", "README.md:7: found"),
+        ("provenance.json", '"ours": "4.2 ± 0.2', '"ours": "5.2 ± 0.2', "its claims do not follow"),
+        ("provenance.json", '"caption": "Squares grow', '"caption": "Squares sink', "its lead does not follow"),
+        ("../../README.md", "**reproduced**", "**certain**", "README.md:9: found"),
+        ("../README.md", "| workstation |", "| laptop      |", "90_squares/README.md:"),
+        ("../../squares.md", "1", "2", "squares.md:1: found '2', expected '1'"),
     ],
 )
 def test_verify_names_a_hand_edit(folder, results_dir, file, old, new, complaint):
@@ -156,13 +172,15 @@ def test_verify_names_a_hand_edit(folder, results_dir, file, old, new, complaint
 
 
 def test_verify_prints_each_problem_and_exits_with_1(folder, results_dir, capsys):
-    edit(folder / "README.md", "reproduced", "confirmed")
+    edit(folder / "README.md", "| reproduced", "| confirmed")
     with pytest.raises(SystemExit) as stop:
         verify(results_dir, results_dir.parent / "experiments")
-    assert stop.value.code == 1 and "90_squares/workstation/README.md:5" in capsys.readouterr().out
+    assert stop.value.code == 1 and "90_squares/workstation/README.md:7" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["README.md", "squares.png", "data.csv", "provenance.json", "../../README.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", "squares.png", "data.csv", "provenance.json", "../README.md", "../../README.md"]
+)
 def test_verify_misses_a_deleted_file(folder, results_dir, file):
     (folder / file).unlink()
     assert check(results_dir)
@@ -346,7 +364,8 @@ def test_a_script_without_a_file_is_an_error(tmp_path):
 def test_provenance_is_plain_json(folder):
     facts = json.loads((folder / "provenance.json").read_text())
     assert facts["experiment"] == "90_squares" and facts["seeds"] == [0, 1]
-    assert list(facts)[-2:] == ["data_sha256", "verdict"]
+    assert list(facts)[-2:] == ["claims", "lead"]
+    assert facts["lead"] == {"figure": "squares", "caption": "Squares grow. Lines: means; bands: ± sd; points: seeds."}
 
 
 def test_remarks_are_written_from_the_table(experiment, tmp_path, clean):
@@ -354,3 +373,66 @@ def test_remarks_are_written_from_the_table(experiment, tmp_path, clean):
     folder = run(said, ["--scale", "laptop", "--jobs", "1", "--results-dir", str(tmp_path / "results")])
     text = (folder / "README.md").read_text()
     assert "## In words\n\nThe largest is 4.\n\nNo more.\n\n" in text
+
+
+def long(experiment, known: int) -> Experiment:
+    """The experiment with a comparison of twenty quantities, of which some have a published number."""
+
+    def compare(data, published):
+        rows = [dict(quantity=f"q{i}", ours=i + 0.5, sd=0.1, n=2, same_setting=i % 2 == 0) for i in range(20)]
+        return pd.DataFrame(rows).assign(paper=[float(i) if i < known else None for i in range(20)])
+
+    return dataclasses.replace(experiment, compare=compare)
+
+
+def test_a_long_comparison_is_a_file_and_a_figure(experiment, results_dir, clean, monkeypatch):
+    monkeypatch.setattr(Experiment, "script", experiment.script)
+    folder = start(long(experiment, known=16), results_dir)
+    text = (folder / "README.md").read_text()
+    assert "All 20 quantities, with sd and n: [comparison.csv](comparison.csv)." in text and "| q1 " not in text
+    assert (folder / f"{report.BESIDE}.png").is_file() and f"({report.BESIDE}.png)" in text
+    lines = (folder / "comparison.csv").read_text().splitlines()
+    assert (
+        lines[0] == "quantity,paper,ours,sd,n,same_setting" and lines[3] == "q2,2,2.5,0.1,2,True" and len(lines) == 21
+    )
+
+
+def test_of_a_long_comparison_with_few_published_numbers_those_are_shown(experiment, results_dir, clean, monkeypatch):
+    monkeypatch.setattr(Experiment, "script", experiment.script)
+    folder = start(long(experiment, known=2), results_dir)
+    text = (folder / "README.md").read_text()
+    assert "| q0         | 0       | 0.5000 ± 0.10 | 2   | +0.500       | yes             |" in text
+    assert "| q1         | 1       | 1.500 ± 0.10  | 2   |              | no              |" in text  # another setting
+    assert "| q2 " not in text and not (folder / f"{report.BESIDE}.png").exists()
+
+
+def test_a_comparison_that_is_edited_or_left_over_is_found(folder, results_dir):
+    (folder / "comparison.csv").write_text("quantity\n")
+    assert any("workstation/comparison.csv:1: found 'quantity'" in line for line in check(results_dir))
+    render(results_dir, results_dir.parent / "experiments")
+    assert not (folder / "comparison.csv").exists() and check(results_dir) == []
+
+
+def test_a_long_table_is_folded(experiment, folder):
+    many = dataclasses.replace(experiment, tables=lambda data: {"Many": pd.DataFrame({"x": range(16)})})
+    data, facts = load(folder), json.loads((folder / "provenance.json").read_text())
+    text = report.readme(many, data, facts, report.drawn(many, data))
+    assert "### Many\n\n<details>\n<summary>16 rows</summary>\n\n| x   |\n" in text
+
+
+def test_the_figure_that_opens_the_page_is_one_that_is_drawn(experiment, folder):
+    data = load(folder)
+    two = dataclasses.replace(
+        experiment, draw=lambda data: experiment.draw(data) | {"cubes": experiment.draw(data)["squares"]}
+    )
+    assert list(report.drawn(dataclasses.replace(two, lead="cubes"), data)) == ["cubes", "squares"]
+    with pytest.raises(ValueError, match="lead is 'roots', but the figures are squares"):
+        report.drawn(dataclasses.replace(experiment, lead="roots"), data)
+
+
+def test_an_experiment_states_one_to_four_claims(experiment, folder):
+    data = load(folder)
+    for count in (0, 5):
+        stated = dataclasses.replace(experiment, claims=lambda data, count=count: experiment.claims(data)[:1] * count)
+        with pytest.raises(ValueError, match=f"one to 4 claims, got {count}"):
+            stated.answers(data)

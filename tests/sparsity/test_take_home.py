@@ -112,4 +112,4 @@ def test_of_the_ablations_the_t5_alone_counts(tmp_path):
 
 
 def test_no_table_without_committed_rows(tmp_path):
-    assert take_home.table(tmp_path).empty and "in 0 of 0 settings" in take_home.sentences(tmp_path)
+    assert take_home.table(tmp_path).empty and "in 0 of 0 settings" in take_home.page(tmp_path)

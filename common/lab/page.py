@@ -71,10 +71,11 @@ PAGE = """<!DOCTYPE html>
 """
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """Return a whole page of some parts of HTML."""
+def page(title: str, parts: Sequence[str], style: str = "", script: str = "") -> str:
+    """Return a whole page of some parts of HTML, with further rules of style and a script, if any, after them."""
     tones = [[f"--tone{index}: {tone};" for index, tone in enumerate(each)] for each in (figures.CYCLE, DARK)]
-    style = STYLE.replace("LIGHT", " ".join(tones[0])).replace("DARK", " ".join(tones[1]))
+    style = STYLE.replace("LIGHT", " ".join(tones[0])).replace("DARK", " ".join(tones[1])) + style
+    parts = [*parts, f"<script>{script}</script>"] if script else parts
     return PAGE.format(title=escape(title), style=style, body="\n".join(part for part in parts if part))
 
 
