@@ -23,8 +23,8 @@ Verdict  with at least 3 seeds of every condition of the plug-ins part (else "no
          whether E by itself decides density (in all variants) and |w|: "decides" if all these differences of durations
          are equal or slight, "does not decide" if one is "sparser", "denser", "smaller" or "larger" without "slightly",
          else "undecided". Placement, clip and norms stand in the table of changes.
-Cost     smoke 20 s; laptop 11 min (digits, without rates; 7 min after 05); workstation 5 h (glyphs, all parts); paper:
-         15 trainings on ImageNet, 6 fine-tunings there, 31 trainings on CIFAR-10 and 3 on C4.
+Cost     smoke 20 s; laptop 13 min (digits, without rates; 9 where 05 has trained the T5s); workstation 5 h (glyphs, all
+         parts); paper: 15 trainings on ImageNet, 6 fine-tunings there, 31 trainings on CIFAR-10 and 3 on C4.
 Run      python experiments/07_ablations.py --scale laptop
 """
 

@@ -329,24 +329,33 @@ def verdict_of_setting(data):
 
 
 def claims(data):
-    """Parts (a) to (c) of the rule."""
-    final = last(data).pivot(index="seed", columns="variant", values="gradient_density")
-    said, gone, ratio, seeds = verdict(data), vanished(data), ratios(data), len(final)
-    change = relative_change(final["vanilla"], final["modified"])
-    parts = {
+    """Parts (a) to (c) of the rule, with the numbers of every setting."""
+    parts, said = by_setting(data), verdict(data)
+    final = {
+        name: last(rows).pivot(index="seed", columns="variant", values="gradient_density")
+        for name, rows in parts.items()
+    }
+    seeds = min(map(len, final.values()))
+    gone = pd.concat([vanished(rows) for rows in parts.values()])[list(BOTH)].max()
+    changes = [relative_change(own["vanilla"], own["modified"]) for own in final.values()]
+    larger = [ratios(rows)[variant] for rows in parts.values() for variant in BOTH]
+    answers = {
         "Effective gradients vanish only where the activation is flat": (
-            all(gone[variant] <= VANISHED for variant in BOTH),
-            f"η = 0 at most in {100 * gone[list(BOTH)].max():.2g} % of the others (n = {seeds})",
+            gone <= VANISHED,
+            f"η = 0 at most in {100 * gone:.2g} % of the others (n = {seeds})",
         ),
-        "The plug-ins lower gradient density": (change.high < 0, intervals([change], "%", seeds)),
+        "The plug-ins lower gradient density": (
+            all(change.high < 0 for change in changes),
+            intervals(changes, "%", seeds),
+        ),
         "Active entries have larger gradients: E[g² | active] > E[g²]": (
-            all(ratio[variant].low > 0 for variant in BOTH),
-            intervals([ratio[variant] for variant in BOTH], "%", seeds),
+            all(ratio.low > 0 for ratio in larger),
+            intervals(larger, "%", seeds),
         ),
     }
     return [
         Claim("authors' code", text, "not published", ours, where_run(said, of_parts([held])))
-        for text, (held, ours) in parts.items()
+        for text, (held, ours) in answers.items()
     ]
 
 

@@ -71,6 +71,9 @@ CAPTIONS = {
     "density_by_condition": "Test density of every condition of the plug-ins part.",
     "density_and_accuracy": "Accuracy against test density, in every condition.",
     "density_two_by_two": "Test density of JSReLU × zeroth bias.",
+    "density_t5": "Test density of the T5 at the authors' E.",
+    "density_by_duration": "Test density over the number of steps, decay × steps being the same.",
+    "norms_by_duration": "Weights of the norms that feed MLPs over the number of steps, decay × steps being the same.",
     "accuracy_under_noise": "Accuracy while the weights get noise.",
     "density_under_noise": "Test density while the weights get noise.",
     "accuracy_under_attack": "Accuracy under an attack on the images (FGSM).",
@@ -331,6 +334,23 @@ def verdict(data: pd.DataFrame) -> str:
     return f"{head}. {'. '.join(texts)}"
 
 
+def _decided(table: pd.DataFrame) -> str:
+    """Return whether E decides density, in every variant, and vanilla's |w|, by the rule that experiment 07 states."""
+    answers = []
+    for metric, name in {"density": "density", "norm_weight": "|w|"}.items():
+        found = [
+            interval
+            for variant, _, _, _, interval in at_equal_decay(table, "durations", metric)
+            if metric == "density" or variant == "vanilla"
+        ]
+        said = {relation(interval) for interval in found}
+        if said & {"sparser", "denser"}:
+            answers.append(f"does not decide {name}")
+        else:
+            answers.append(f"{name} undecided" if "undecided" in said else f"decides {name}")
+    return ", ".join(answers)
+
+
 def _judged_parts(table: pd.DataFrame) -> list[str]:
     """Return the parts that have three seeds or more of every condition."""
     counts = table.groupby(["part", "setting", "variant"], sort=False).seed.nunique().groupby("part", sort=False).min()
@@ -361,23 +381,6 @@ def stated_claims(data: pd.DataFrame) -> list[Claim]:
         question("Are all three sparser than vanilla whose MLP norms do not decay?",
                  claims.intervals(beyond, "%", seeds), said),
     ]  # fmt: skip
-
-
-def _decided(table: pd.DataFrame) -> str:
-    """Return whether E decides density, in every variant, and vanilla's |w|, by the rule that experiment 07 states."""
-    answers = []
-    for metric, name in {"density": "density", "norm_weight": "|w|"}.items():
-        found = [
-            interval
-            for variant, _, _, _, interval in at_equal_decay(table, "durations", metric)
-            if metric == "density" or variant == "vanilla"
-        ]
-        said = {relation(interval) for interval in found}
-        if said & {"sparser", "denser"}:
-            answers.append(f"does not decide {name}")
-        else:
-            answers.append(f"{name} undecided" if "undecided" in said else f"decides {name}")
-    return ", ".join(answers)
 
 
 def _contributing(intervals: Mapping[tuple[str, str], Interval]) -> list[str]:

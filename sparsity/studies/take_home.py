@@ -1,6 +1,6 @@
 """What a reader takes home: how much sparser the plug-ins are at equal accuracy, and what that is worth in time.
 
-One table over experiments 03 to 06 and 10, derived from their committed rows alone. "As trained" compares two networks
+One table over experiments 03 to 07 and 10, derived from their committed rows alone. "As trained" compares two networks
 as training left them, with the change of accuracy beside; "at equal accuracy" prunes both by thresholds on activations
 without further training (`sparsity.studies.equal_accuracy`), each as far as validation data allow; against pruned
 vanilla, modified stands as trained. What no committed row says is "not measured".
@@ -28,13 +28,14 @@ SHAPE = "4096 × 11008"  # of the MLP whose milliseconds stand in the table
 
 @dataclass(frozen=True)
 class Source:
-    """A committed table: what was trained, how, and what equal accuracy means there."""
+    """A committed table: what was trained, how, what equal accuracy means there, and which part of it counts."""
 
     folder: str
     network: str
     training: str
     metric: str
     margin: float
+    part: str = ""
 
 
 SOURCES = (
@@ -43,6 +44,7 @@ SOURCES = (
     Source("04_vit_finetuning/laptop", "ViT", "fine-tuned", "score", VIT_MARGIN),
     Source("04_vit_finetuning/workstation", "ViT", "fine-tuned", "score", VIT_MARGIN),
     Source("05_t5_from_scratch/laptop", "T5", "from scratch", "loss", T5_MARGIN),
+    Source("07_ablations/laptop", "T5", "from scratch", "loss", T5_MARGIN, part="T5"),
     Source("05_t5_from_scratch/workstation", "T5", "from scratch", "loss", T5_MARGIN),
     Source("06_t5_finetuning/laptop", "T5", "fine-tuned", "loss", T5_MARGIN),
     Source("06_t5_finetuning/workstation", "T5", "fine-tuned", "loss", T5_MARGIN),
@@ -107,7 +109,7 @@ def page(results_dir: Path = results.RESULTS) -> str:
         [
             "# Sparsity at equal accuracy",
             "How much sparser the three plug-ins together are than what else makes a network sparse, and what that is "
-            "worth in time: derived from the rows of experiments 03 to 06 and 10.",
+            "worth in time: derived from the rows of experiments 03 to 07 and 10.",
             sentences(results_dir),
             report.markdown(table(results_dir)),
             f"Cells: change of test density of modified against the rival, % [95 % interval over seeds, paired]. "
@@ -171,6 +173,7 @@ def _settings(results_dir: Path) -> Iterator[tuple[Source, str, pd.DataFrame]]:
         if not (folder / "data.csv").exists():
             continue
         data = results.load(folder)
+        data = data[data.part == source.part] if source.part else data
         runs = finals(data)
         if data.split.isin(PRUNED).any():
             runs = runs.merge(equal_accuracy(data, source.metric, source.margin), on=RUN, how="left")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.evaluation import errors, metric, predictions, score
-from common.lab.statistics import paired_interval, relative_change, spread
+from common.lab.statistics import mean_difference, paired_interval, relative_change, spread
 from merging.suites.vision import ZeroShot
 
 
@@ -83,6 +83,16 @@ def test_relative_change_is_students_interval_of_log_ratios():
     low, high = scipy.stats.t.interval(0.95, 2, logs.mean(), logs.std(ddof=1) / np.sqrt(3))
     assert [found.mean, found.low, found.high] == pytest.approx([100 * np.expm1(x) for x in (logs.mean(), low, high)])
     assert found.sign == -1
+
+
+def test_a_mean_difference_has_students_interval_over_the_seeds_that_both_have():
+    found = mean_difference(pd.Series({0: 1.0, 1: 2.0, 2: 3.0}), pd.Series({2: 3.5, 0: 1.1, 1: 2.9, 7: 9.0}))
+    differences = np.array([0.1, 0.9, 0.5])
+    expected = scipy.stats.t.interval(0.95, 2, differences.mean(), differences.std(ddof=1) / np.sqrt(3))
+    assert found.mean == pytest.approx(0.5) and (found.low, found.high) == pytest.approx(expected)
+    assert math.isinf(mean_difference(pd.Series({0: 1.0}), pd.Series({0: 2.0})).high)
+    with pytest.raises(ValueError, match="no seed has both"):
+        mean_difference(pd.Series({0: 1.0}), pd.Series({1: 1.0}))
 
 
 def test_relative_change_of_one_seed_is_a_number_without_bounds():

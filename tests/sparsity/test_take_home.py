@@ -100,5 +100,16 @@ def test_milliseconds_lie_between_those_that_were_measured(tmp_path):
     )
 
 
+def test_of_the_ablations_the_t5_alone_counts(tmp_path):
+    parts = [
+        [row | {"part": part} for run in finetuned(factor) for row in run if row["split"] in ("test", "train")]
+        for part, factor in {"plug-ins": 0.3, "T5": 1.0}.items()
+    ]
+    write(tmp_path, "07_ablations/laptop", parts)
+    seen = take_home.comparisons(tmp_path).set_index(["rival", "way"])
+    assert seen.loc[("vanilla", take_home.AS_TRAINED), "found"].mean == pytest.approx(-50)
+    assert seen.loc[("vanilla", take_home.EQUAL), "text"] == take_home.MISSING
+
+
 def test_no_table_without_committed_rows(tmp_path):
-    assert take_home.table(tmp_path).empty and "in 0 of 0 settings" in take_home.sentences(tmp_path)
+    assert take_home.table(tmp_path).empty and "in 0 of 0 settings" in take_home.page(tmp_path)
