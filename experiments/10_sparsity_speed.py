@@ -473,7 +473,6 @@ EXPERIMENT = Experiment(
     remarks=remarks,
     deviations=DEVIATIONS,
     styles=STYLES,
-    pages={"sparsity_at_equal_accuracy.md": take_home.page},
     claims=claims,
     captions=CAPTIONS,
     pages={"sparsity_at_equal_accuracy.md": take_home.page},
