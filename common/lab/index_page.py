@@ -13,7 +13,9 @@ from common.lab.claims import OURS, WORDS
 from common.lab.experiment import SCALE_NAMES
 from common.lab.index import OTHER, PAPERS, Facts, Row, rows
 
-TONES = dict(zip(WORDS, ("--tone2", "--tone5", "--tone4", "--tone1", "--muted", "--muted", "--muted"), strict=True))
+TONES = {  # of a verdict's dot
+    "reproduced": "--tone2", "direction reproduced": "--tone5", "in part": "--tone4", "not reproduced": "--tone1",
+}  # fmt: skip
 HEADINGS = ("source", "claim", "paper", "ours", "verdict", "results", "figure")
 
 STYLE = """
@@ -172,7 +174,7 @@ def _row(row: Row, again: bool) -> str:
         f'<th scope="row">{escape(row.claim)}</th>',
         f'<td data-name="paper">{escape(row.published)}</td>',
         f'<td data-name="ours">{escape(row.ours)}</td>',
-        f'<td class="verdict"><span style="--dot: var({TONES[row.verdict]})">{escape(row.verdict)}</span></td>',
+        f'<td class="verdict"><span style="--dot: var({TONES.get(row.verdict, "--muted")})">{escape(row.verdict)}</span></td>',
         f'<td class="results" data-name="results">{number}: {", ".join(links)}</td>',
         f"<td>{_thumbnail(row)}</td>",
     ]
