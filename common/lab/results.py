@@ -230,9 +230,12 @@ def _replace(path: Path, text: str) -> None:
 
 
 def summary(experiment: Experiment, folder: Path) -> str:
-    """Return what a run prints at its end: comparison, verdict and folder."""
-    table = report.comparison_markdown(report.comparison(experiment, load(folder)))
-    return f"\n{table}\n\n{_judged(experiment, folder)}\nResults: {folder}"
+    """Return what a run prints at its end: claims (the comparison where there are none), verdict and folder."""
+    if claims := _facts(folder)["claims"]:
+        table = report.markdown(pd.DataFrame(claims))
+    else:
+        table = report.comparison_markdown(report.comparison(experiment, load(folder)))
+    return f"\n{table}\n\n{_judged(experiment, folder)}\nResults: {folder}/README.md"
 
 
 def _judged(experiment: Experiment, folder: Path) -> str:
