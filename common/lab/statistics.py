@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,8 @@ def change_from_one(ratios: pd.Series) -> Interval:
     logs = np.log(ratios)
     mean, reach = logs.mean(), math.inf
     if len(logs) > 1:
+        from scipy import stats  # late: --help needs no seconds of it
+
         reach = stats.t.ppf(0.975, len(logs) - 1) * logs.std() / math.sqrt(len(logs))
     return Interval(_percent(mean), _percent(mean - reach), _percent(mean + reach))
 
