@@ -95,7 +95,7 @@ def plain(value: Any) -> Any:
 
     def encode(other: Any) -> Any:
         is_value = dataclasses.is_dataclass(other) and not isinstance(other, type)
-        return dataclasses.asdict(other) if is_value else str(other)  # type: ignore[arg-type]
+        return dataclasses.asdict(other) if is_value else str(other)
 
     return json.loads(json.dumps(value, default=encode))
 
