@@ -50,7 +50,7 @@ class Settings:
     suites: tuple[int, ...] = (8,)  # numbers of tasks
     # glyph-WIDTH, also with " own domains" or " base 1", or ViT-B/32 (from the hub)
     backbones: tuple[str, ...] = (SHARED, OWN)
-    methods: tuple[str, ...] = (*mergers.OFFICIAL, *mergers.RIVALS)
+    methods: tuple[str, ...] = (*mergers.OFFICIAL, "wudi", "wudi_minimum", "subspace_boost", "lines")
     recipe: vision.GlyphRecipe = vision.GlyphRecipe(wide_validation=True)
 
     def __post_init__(self):

@@ -46,15 +46,22 @@ def task_vector(finetuned: TaskVector, pretrained: TaskVector) -> dict[str, Tens
         name → difference, in the dtype of the weights (the wider one where they differ).
 
     Raises:
+        TypeError: one of the two is no mapping, such as a model in place of its state dict.
         ValueError: keys or shapes differ, or a tensor is floating-point in only one of the two.
     """
+    for given in (finetuned, pretrained):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"expected a state dict, got {type(given).__name__}; of a model take model.state_dict()")
     if odd := finetuned.keys() ^ pretrained.keys():
         raise ValueError(f"the fine-tuned and the pretrained model differ in keys: {_some(odd)}")
     difference = {}
     for name, start in pretrained.items():
         end = finetuned[name]
         if end.shape != start.shape:
-            raise ValueError(f"{name!r}: fine-tuned shape {tuple(end.shape)}, pretrained shape {tuple(start.shape)}")
+            raise ValueError(
+                f"{name!r}: fine-tuned shape {tuple(end.shape)}, pretrained shape {tuple(start.shape)}; leave heads "
+                "that only one task has out of both state dicts, and merge the rest"
+            )
         if end.is_floating_point() != start.is_floating_point():
             raise ValueError(f"{name!r}: fine-tuned dtype {end.dtype}, pretrained dtype {start.dtype}")
         if start.is_floating_point():

@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,7 @@ def change_from_one(ratios: pd.Series) -> Interval:
     The interval is Student's on the logarithms of the ratios: it holds for further seeds, data and settings being the
     same. With one seed it is unbounded.
     """
+<<<<<<< HEAD
     logs = _student(np.log(ratios))
     return Interval(*map(_percent, (logs.mean, logs.low, logs.high)))
 
@@ -139,6 +139,15 @@ def _student(values: pd.Series) -> Interval:
     if len(values) > 1:
         reach = float(stats.t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values)))
     return Interval(mean, mean - reach, mean + reach)
+=======
+    logs = np.log(ratios)
+    mean, reach = logs.mean(), math.inf
+    if len(logs) > 1:
+        from scipy import stats  # late: --help needs no seconds of it
+
+        reach = stats.t.ppf(0.975, len(logs) - 1) * logs.std() / math.sqrt(len(logs))
+    return Interval(_percent(mean), _percent(mean - reach), _percent(mean + reach))
+>>>>>>> h3-later
 
 
 def _percent(logarithm: float) -> float:

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from open_clip.loss import ClipLoss
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -213,6 +212,8 @@ def _base(
 
 
 def _pretrain(recipe: GlyphRecipe, device: torch.device, description: str | None, folder: Path) -> None:
+    from open_clip.loss import ClipLoss  # late: --help needs no seconds of it
+
     seed = recipe.base_seed
     torch.manual_seed(seed)
     clip = tiny_clip.tiny_clip(recipe.width)

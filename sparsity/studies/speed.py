@@ -17,7 +17,6 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from sparsity.blocks import LAYOUTS, Layout, find_blocks
@@ -40,6 +39,8 @@ class Layer(nn.Module):
     """One MLP with ReLU, d → d_ff → d, and nothing else."""
 
     def __init__(self, d: int, d_ff: int) -> None:
+        from timm.layers import Mlp  # late: --help needs no seconds of it
+
         super().__init__()
         self.mlp = Mlp(d, d_ff, act_layer=nn.ReLU)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ def tiny_clip(width: int) -> nn.Module:
     Raises:
         ValueError: width is not a multiple of 32, the width of a head.
     """
+    import open_clip  # late: --help needs no seconds of it
+
     if width % 32:
         raise ValueError(f"width must be a multiple of 32 (the width of a head), got {width}")
     vision = dict(image_size=glyphs.PIXELS, patch_size=8, width=width, layers=4, head_width=32)

@@ -36,7 +36,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import InterpolationMode, v2
 
 from common.data import hub
 from common.training import TrainingRecipe
@@ -168,6 +167,8 @@ def training_loader(
         recipe: batch size and number of batches.
         seed: of the order and of all augmentation.
     """
+    from torchvision.transforms import v2  # late: --help needs no seconds of it
+
     found, pictures = rows(name, "train"), PICTURES[name]
     data = Pictures(found, transform(pictures, pixels, normalised, True, augmentation.randaugment))
     laws = ((v2.MixUp, augmentation.mixup), (v2.CutMix, augmentation.cutmix))
@@ -211,6 +212,8 @@ def transform(
         training: whether to crop and augment at random.
         randaugment: its magnitude; 0 is off.
     """
+    from torchvision.transforms import InterpolationMode, v2  # late: --help needs no seconds of it
+
     steps: list[nn.Module] = []
     if pictures.crop == "resized":  # at 224 pixels the shorter side is 256
         steps = [v2.Resize(round(pixels * 8 / 7)), v2.RandomResizedCrop(pixels) if training else v2.CenterCrop(pixels)]

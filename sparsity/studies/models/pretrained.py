@@ -2,7 +2,6 @@
 
 import json
 
-import timm
 from torch import nn
 
 from common.data.hub import snapshot
@@ -20,6 +19,8 @@ def pretrained_vit(model_id: str, pixels: int, mean: tuple[float, ...], std: tup
         HubError: the repository is not available.
         ValueError: the model was trained with other images, is no ViT, or its weights do not fit its configuration.
     """
+    import timm  # late: --help needs no seconds of it
+
     folder = snapshot(model_id, "model", ["config.json", "model.safetensors"])
     if missing := [name for name in ("config.json", "model.safetensors") if not (folder / name).exists()]:
         raise ValueError(f"model {model_id} has no {missing[0]}")

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 
@@ -18,7 +17,7 @@ def vit(
     mlp_ratio: int = 4,
     classes: int = 1000,
     pooling: Literal["token", "avg"] = "token",
-) -> VisionTransformer:
+) -> nn.Module:
     """Build an untrained pre-norm ViT with ReLU in its MLPs and no dropout; the defaults are ViT-B/16.
 
     It starts as torchvision's ViT does (protocol of arXiv 2605.25612): MLP weights xavier-uniform and their biases
@@ -42,6 +41,8 @@ def vit(
     Raises:
         ValueError: the patch does not divide the image, the heads do not divide the width, or the pooling is unknown.
     """
+    from timm.models.vision_transformer import VisionTransformer  # late: --help needs no seconds of it
+
     if pixels % patch:
         raise ValueError(f"patch must divide the image side {pixels}, got {patch}")
     if width % heads:
@@ -58,7 +59,7 @@ def vit(
 
 
 @torch.no_grad()
-def _start(model: VisionTransformer) -> None:
+def _start(model: nn.Module) -> None:
     kernel = model.patch_embed.proj
     nn.init.trunc_normal_(kernel.weight, std=kernel.weight[0].numel() ** -0.5)
     nn.init.zeros_(kernel.bias)
