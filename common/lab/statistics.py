@@ -112,7 +112,6 @@ def change_from_one(ratios: pd.Series) -> Interval:
     The interval is Student's on the logarithms of the ratios: it holds for further seeds, data and settings being the
     same. With one seed it is unbounded.
     """
-<<<<<<< HEAD
     logs = _student(np.log(ratios))
     return Interval(*map(_percent, (logs.mean, logs.low, logs.high)))
 
@@ -137,17 +136,10 @@ def mean_difference(first: pd.Series, second: pd.Series) -> Interval:
 def _student(values: pd.Series) -> Interval:
     mean, reach = float(values.mean()), math.inf
     if len(values) > 1:
-        reach = float(stats.t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values)))
-    return Interval(mean, mean - reach, mean + reach)
-=======
-    logs = np.log(ratios)
-    mean, reach = logs.mean(), math.inf
-    if len(logs) > 1:
         from scipy import stats  # late: --help needs no seconds of it
 
-        reach = stats.t.ppf(0.975, len(logs) - 1) * logs.std() / math.sqrt(len(logs))
-    return Interval(_percent(mean), _percent(mean - reach), _percent(mean + reach))
->>>>>>> h3-later
+        reach = float(stats.t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values)))
+    return Interval(mean, mean - reach, mean + reach)
 
 
 def _percent(logarithm: float) -> float:
