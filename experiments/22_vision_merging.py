@@ -18,7 +18,7 @@ Testbed  the rule of merging/suites/testbed.py: Task Arithmetic, at its own or i
 Beside   what remains of SVC's gain where no domain is shared, on other bases, beside a scale that needs no data, and
          beside later mergers: experiment 33.
 Cost     smoke 30 s; laptop 6 min, workstation 1 h (2 cores, before there were norm-matched rows); paper: nine passes
-         over the 8 test sets, not timed.
+         over the test sets of 20 tasks, not timed.
 Run      python experiments/22_vision_merging.py --scale laptop
 """
 
@@ -39,7 +39,12 @@ OFF_SCALE = "plain_sum"  # without SVC so far below the others that it would fla
 class Settings:
     seeds: tuple[int, ...] = (0,)
     suites: tuple[int, ...] = (8, 14)  # numbers of tasks
+<<<<<<< HEAD
     backbones: tuple[str, ...] = ("glyph-96",)  # glyph-WIDTH, or ViT-B/32 (from the hub)
+=======
+    # glyph-WIDTH, also with " own domains" or " base 1", or of the hub: ViT-B/32, ViT-B/16, ViT-L/14
+    backbones: tuple[str, ...] = ("glyph-96",)
+>>>>>>> h2-vision
     methods: tuple[str, ...] = mergers.OFFICIAL
     recipe: vision.GlyphRecipe = vision.GlyphRecipe()
 
@@ -57,7 +62,7 @@ SCALES = {
     ),
     "laptop": Settings(suites=(8, 14, 20)),
     "workstation": Settings((0, 1, 2), (8, 14, 20), ("glyph-96", "glyph-128", "glyph-160")),
-    "paper": Settings(suites=(8,), backbones=("ViT-B/32",), methods=tuple(MERGERS)),
+    "paper": Settings(suites=(8, 14, 20), backbones=tuple(vision.CLIP), methods=tuple(MERGERS)),
 }
 
 

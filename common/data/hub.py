@@ -7,12 +7,14 @@ repository, the file and what is wrong.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
 
-FORMATS = {".parquet": "parquet", ".gz": "json"}  # what `datasets` calls a format, by the last suffix of a file
+# what `datasets` calls a format, by the last suffix of a file
+FORMATS = {".parquet": "parquet", ".gz": "json", ".tar": "webdataset"}
+SHARDS = "nshards.txt"  # beside the tars of a web dataset: how many there are
 
 
 class MissingResource(OSError):
@@ -92,8 +94,8 @@ def load_rows(
 
     Args:
         repo: owner/name.
-        files: the Parquet or gzipped JSON files that hold the split, as a shell pattern. Where it has a `*`, all of the
-            N files NAME-00000-of-N must be there.
+        files: the Parquet, gzipped JSON or tar files that hold the split, as a shell pattern. Where it has a `*`, all
+            files must be there: N as NAME-00000-of-N says, or of tars as many as nshards.txt beside them says.
         columns: the columns to return, each with its type in `datasets`.
         class_names: what the ClassLabel column calls its classes, in label order.
         spelling: maps a class name to the form in which it is compared.
@@ -107,7 +109,8 @@ def load_rows(
     """
     from datasets import load_dataset
 
-    folder = snapshot(repo, "dataset", ["README.md", files] if card else [files])
+    count = [str(PurePosixPath(files).with_name(SHARDS))] if files.endswith(".tar") else []
+    folder = snapshot(repo, "dataset", [*(["README.md"] if card else []), files, *count])
     paths = _all_files(repo, files, folder)
     rows = load_dataset(FORMATS[paths[0].suffix], data_files=[str(path) for path in paths], split="train")
     where = f"{repo}, {files}"
@@ -122,17 +125,29 @@ def load_rows(
 
 
 def _all_files(repo: str, files: str, folder: Path) -> list[Path]:
-    """Return the files of a pattern in order: `test-00003-of-00018.parquet` says how many there must be."""
+    """Return the files of a pattern in order: `test-00003-of-00018.parquet` says how many there must be.
+
+    Behind that number a file may have a hash: `test-00001-of-00002-3bfa172e8818685a.parquet`.
+    """
     paths = sorted(folder.glob(files))
     if not paths:
         others = sorted({path.name.rsplit("-", 3)[0] for path in (folder / files).parent.glob("*.*")})
         raise ValueError(
             f"{repo} has no files {files} (in the local copy of that folder: {', '.join(others) or 'none'})"
         )
-    expected = int(paths[0].stem.rsplit("-of-", 1)[1]) if "*" in files else 1
+    if paths[0].suffix == ".tar":
+        paths.sort(key=lambda path: (len(path.name), path.name))  # 9.tar before 10.tar
+    expected = _number_of_files(paths[0]) if "*" in files else 1
     if len(paths) != expected:
         raise ValueError(f"{repo}, {files}: {len(paths)} of {expected} files; delete {folder} and run again")
     return paths
+
+
+def _number_of_files(path: Path) -> int:
+    """Return how many files hold the split of this one, as its name or the text beside it says."""
+    if path.suffix == ".tar":
+        return int(path.with_name(SHARDS).read_text())
+    return int(path.stem.rsplit("-of-", 1)[1].split("-")[0])
 
 
 def _check_column(where: str, features: Mapping[str, Any], column: str, kind: str) -> None:

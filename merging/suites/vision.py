@@ -1,9 +1,9 @@
 """Merging suites of image encoders with frozen zero-shot heads.
 
 Experiments name a backbone and see only `Suite`. "glyph-WIDTH" is trained on this machine, without a download (see
-common.data.glyphs); "ViT-B/32" is CLIP, with experts and data sets from the hub. Conditions of the former stand behind
-its name: "glyph-96 own domains" gives every task a domain of its own, "glyph-96 base 1" starts from another pretrained
-base (all seeds of a backbone share one).
+common.data.glyphs); "ViT-B/32", "ViT-B/16" and "ViT-L/14" are CLIP, with experts and data sets from the hub. Conditions
+of the former stand behind its name: "glyph-96 own domains" gives every task a domain of its own, "glyph-96 base 1"
+starts from another pretrained base (all seeds of a backbone share one).
 """
 
 import os
@@ -53,7 +53,7 @@ def suite(backbone: str, tasks: int, seed: int, recipe: "GlyphRecipe", device: t
     """Return the suite of the first `tasks` tasks of a backbone, training whatever the cache does not hold yet.
 
     Args:
-        backbone: "glyph-WIDTH", or "ViT-B/32".
+        backbone: "glyph-WIDTH", or an entry of CLIP.
         tasks: number of tasks.
         seed: of the experts on glyphs.
         recipe: of the models on glyphs; its width is ignored.
@@ -339,7 +339,11 @@ def _fine_tune_one(device: torch.device, item: tuple[GlyphRecipe, int, str]) -> 
 
 # CLIP ----------------------------------------------------------------------------------------------------------------
 
-CLIP = {"ViT-B/32": "openai/clip-vit-base-patch32"}  # the other two backbones follow the same pattern
+CLIP = {
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+}
 VALIDATION_IMAGES = 512  # per task, of the held-out part of its training split
 
 

@@ -1,4 +1,4 @@
-"""Repositories of the true format, made on the spot: a Hub cache with a tiny CLIP, its experts and the eight data sets.
+"""Repositories of the true format, made on the spot: a Hub cache with tiny CLIPs, their experts and the data sets.
 
 File names, configuration keys, tensor names, columns, label names, splits and cards are those of the Hub; layers,
 widths, vocabulary and numbers of images are small. Where each thing was read (public pages and repositories):
@@ -30,11 +30,18 @@ widths, vocabulary and numbers of images are small. Where each thing was read (p
                                     (viewer); the columns of cropped_digits were not seen
     MNIST                           commit 77f3279 of ylecun/mnist: config mnist, mnist/{train,test}-00000-of-00001
     DTD                             card of tanganke/dtd (47 names, data/train-*, data/test-*)
+    the other twelve                where each is read is said in merging/suites/data/vision_tasks.py: PCAM's files have
+                                    a hash in their names, its labels are truth values; FER2013 is a web dataset
+                                    (test/0.tar to 3.tar, nshards.txt; here two tars per split) without a card;
+                                    Food101's test set is its split "validation"
+    bases B/16 and L/14             as B/32 (patch 16 and 14; L/14 is wider)
     cache layout                    huggingface_hub: {models|datasets}--owner--name/{refs/main, snapshots/COMMIT/…}
 """
 
 import hashlib
+import io
 import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +49,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -51,21 +58,27 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from merging.suites.data.vision_tasks import VISION_TASKS, VisionTask
 
 BASE = "openai/clip-vit-base-patch32"
+BASES = {BASE: (32, 32), "openai/clip-vit-base-patch16": (32, 16), "openai/clip-vit-large-patch14": (48, 14)}
 TEST_ROWS, TRAIN_ROWS = 24, 160
-SHARDS = {"SUN397": 3, "Cars": 2}
-PIXELS = {"MNIST": (28, 28), "SVHN": (32, 32), "EuroSAT": (64, 64), "Cars": (60, 40)}
+SHARDS = {"SUN397": 3, "Cars": 2, "PCAM": 2, "FER2013": 2}
+GREY = ("MNIST", "EMNIST", "FashionMNIST", "KMNIST", "FER2013")  # images of one channel
+PIXELS = dict.fromkeys(GREY, (28, 28)) | {"SVHN": (32, 32), "EuroSAT": (64, 64), "Cars": (60, 40)}
 CORRUPTIONS = ("contrast", "gaussian_noise")  # two of the seven further splits of Cars, RESISC45, EuroSAT, GTSRB
 
 
-def make_fake_hub(root: Path, tasks: Sequence[str] = tuple(VISION_TASKS)) -> dict[str, str]:
-    """Fill `root` with a Hub cache that holds the base, the experts and the data sets of the tasks.
+def make_fake_hub(
+    root: Path, tasks: Sequence[str] = tuple(VISION_TASKS), bases: Sequence[str] = tuple(BASES)
+) -> dict[str, str]:
+    """Fill `root` with a Hub cache that holds the bases, their experts and the data sets of the tasks.
 
     Returns:
         The environment variables with which a process (started afterwards) sees this cache and nothing else.
     """
-    write_base(root)
-    for seed, name in enumerate(tasks):
-        write_expert(root, VISION_TASKS[name].expert_id(BASE), seed=seed)
+    for base in bases:
+        write_base(root, base)
+        for seed, name in enumerate(tasks):
+            write_expert(root, VISION_TASKS[name].expert_id(base), seed=seed, base=base)
+    for name in tasks:
         write_data(root, VISION_TASKS[name])
     return environment(root)
 
@@ -93,7 +106,7 @@ def repository(root: Path, kind: str, repo: str) -> Path:
     return folder
 
 
-def vision_config(width: int = 32) -> dict[str, Any]:
+def vision_config(width: int = 32, patch: int = 32) -> dict[str, Any]:
     return {
         "attention_dropout": 0.0,
         "dropout": 0.0,
@@ -108,7 +121,7 @@ def vision_config(width: int = 32) -> dict[str, Any]:
         "num_attention_heads": 2,
         "num_channels": 3,
         "num_hidden_layers": 2,
-        "patch_size": 32,
+        "patch_size": patch,
         "projection_dim": 16,
     }
 
@@ -135,10 +148,13 @@ def text_config() -> dict[str, Any]:
     }
 
 
-def base_model(width: int = 32) -> CLIPModel:
+def base_model(width: int = 32, patch: int = 32) -> CLIPModel:
     """The tiny base, always the same weights; every weight is large enough for merging to matter."""
     config = CLIPConfig(
-        text_config=text_config(), vision_config=vision_config(width), projection_dim=16, logit_scale_init_value=2.6592
+        text_config=text_config(),
+        vision_config=vision_config(width, patch),
+        projection_dim=16,
+        logit_scale_init_value=2.6592,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -152,17 +168,18 @@ def base_model(width: int = 32) -> CLIPModel:
 
 
 def write_base(root: Path, repo: str = BASE) -> Path:
-    """openai/clip-vit-base-patch32 in small."""
+    """openai/clip-vit-base-patch32 in small, or one of its siblings."""
     folder = repository(root, "model", repo)
-    model = base_model()
+    width, patch = BASES.get(repo, BASES[BASE])
+    model = base_model(width, patch)
     state = dict(model.state_dict())
     state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    state["vision_model.embeddings.position_ids"] = torch.arange(50)[None]
+    state["vision_model.embeddings.position_ids"] = torch.arange((224 // patch) ** 2 + 1)[None]
     torch.save(state, folder / "pytorch_model.bin")
     _write_json(
         folder / "config.json",
         {
-            "_name_or_path": BASE,
+            "_name_or_path": repo,
             "architectures": ["CLIPModel"],
             "initializer_factor": 1.0,
             "logit_scale_init_value": 2.6592,
@@ -171,7 +188,7 @@ def write_base(root: Path, repo: str = BASE) -> Path:
             "text_config": text_config(),
             "torch_dtype": "float32",
             "transformers_version": "4.16.0.dev0",
-            "vision_config": vision_config(),
+            "vision_config": vision_config(width, patch),
         },
     )
     _write_json(
@@ -193,26 +210,27 @@ def write_base(root: Path, repo: str = BASE) -> Path:
     return folder
 
 
-def write_expert(root: Path, repo: str, seed: int = 0, width: int = 32) -> Path:
+def write_expert(root: Path, repo: str, seed: int = 0, width: int | None = None, base: str = BASE) -> Path:
     """tanganke/clip-vit-base-patch32_TASK in small: the base's tower plus a shared and a private direction."""
-    folder = repository(root, "model", repo)
+    folder, (own, patch) = repository(root, "model", repo), BASES[base]
+    width = width or own
     shared, private = torch.Generator().manual_seed(1000), torch.Generator().manual_seed(seed)
     state = {}
-    for name, weight in base_model(width).vision_model.state_dict().items():
+    for name, weight in base_model(width, patch).vision_model.state_dict().items():
         step = torch.randn(weight.shape, generator=shared) + torch.randn(weight.shape, generator=private)
         state[f"vision_model.{name}"] = (weight + 0.2 * weight.abs().mean().clamp_min(0.1) * step).contiguous()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(
         folder / "config.json",
         {
-            "_name_or_path": BASE,
+            "_name_or_path": base,
             "architectures": ["CLIPVisionModel"],
-            **vision_config(width),
+            **vision_config(width, patch),
             "torch_dtype": "float32",
             "transformers_version": "4.40.1",
         },
     )
-    (folder / "README.md").write_text(f"---\nbase_model:\n- {BASE}\nmetrics:\n- accuracy\n---\n# Model Card\n")
+    (folder / "README.md").write_text(f"---\nbase_model:\n- {base}\nmetrics:\n- accuracy\n---\n# Model Card\n")
     return folder
 
 
@@ -220,26 +238,42 @@ def write_data(
     root: Path,
     task: VisionTask,
     names: Sequence[str] | None = None,
-    columns: tuple[str, str] = ("image", "label"),
-    test_split: str = "test",
+    columns: tuple[str, str] | None = None,
+    test_split: str = "",
+    hidden: int = 0,
 ) -> Path:
-    """Write a task's data set in small; `names`, `columns` and `test_split` make one that differs from the true one."""
-    folder = repository(root, "dataset", task.repo)
+    """Write a task's data set in small; the other arguments make one that differs from the true one.
+
+    Args:
+        root: of the cache.
+        task: an entry of VISION_TASKS.
+        names: of the classes.
+        columns: of images and labels.
+        test_split: the name of that split.
+        hidden: is added to labels without names.
+    """
+    folder, columns = repository(root, "dataset", task.repo), columns or task.columns
     names = task.class_names if names is None else list(names)
-    features = Features({columns[0]: Image(), columns[1]: ClassLabel(names=names)})
-    splits = {"train": TRAIN_ROWS, test_split: TEST_ROWS}
+    kind = ClassLabel(names=names) if task.named else Value("bool" if task.name == "PCAM" and not hidden else "int64")
+    features = Features({columns[0]: Image(), columns[1]: kind})
+    splits = {"train": TRAIN_ROWS, test_split or task.test: TEST_ROWS}
     if task.name in ("Cars", "RESISC45", "EuroSAT", "GTSRB"):
         splits |= dict.fromkeys(CORRUPTIONS, 2)
     if task.name == "SVHN":
         splits["extra"] = 2
     for number, (split, rows) in enumerate(splits.items()):
-        data = _rows(task, rows, len(names), columns, seed=number).cast(features)
-        _write_shards(data, folder / task.folder, split, SHARDS.get(task.name, 1) if rows > 2 else 1)
-    _write_card(folder, task, features, splits)
+        data, shards = _rows(task, rows, len(names), columns, number, hidden), SHARDS.get(task.name, 1)
+        if task.files.endswith(".tar"):
+            _write_tars(data, folder / split, columns, shards)
+        else:
+            places = folder / task.folder, split, shards if rows > 2 else 1
+            _write_shards(data.cast(features), *places, hashed=task.name == "PCAM")
+    if not task.files.endswith(".tar"):
+        _write_card(folder, task, features, splits)
     return folder
 
 
-def _rows(task: VisionTask, rows: int, classes: int, columns: tuple[str, str], seed: int) -> Dataset:
+def _rows(task: VisionTask, rows: int, classes: int, columns: tuple[str, str], seed: int, hidden: int) -> Dataset:
     """Images whose colour and pattern depend on the label; sorted by label, as the true files are."""
     generator = np.random.default_rng([seed, len(task.name)])
     labels = np.sort(generator.integers(0, classes, rows))
@@ -249,18 +283,35 @@ def _rows(task: VisionTask, rows: int, classes: int, columns: tuple[str, str], s
         colour = np.random.default_rng(label).integers(0, 256, 3)
         noise = generator.integers(-40, 40, (height, width, 3))
         pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
-        images.append(Picture.fromarray(pixels[..., 0] if task.name == "MNIST" else pixels))
+        images.append(Picture.fromarray(pixels[..., 0] if task.name in GREY else pixels))
     image, label = columns
-    return Dataset.from_dict(
-        {image: images, label: labels.tolist()}, features=Features({image: Image(), label: ClassLabel(classes)})
-    )
+    kind, found = ClassLabel(classes) if task.named else Value("int64"), (labels + hidden).tolist()
+    return Dataset.from_dict({image: images, label: found}, features=Features({image: Image(), label: kind}))
 
 
-def _write_shards(data: Dataset, folder: Path, split: str, shards: int) -> None:
+def _write_shards(data: Dataset, folder: Path, split: str, shards: int, hashed: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(shards):
-        path = folder / f"{split}-{index:05d}-of-{shards:05d}.parquet"
-        data.shard(shards, index, contiguous=True).to_parquet(path)
+        name = f"{split}-{index:05d}-of-{shards:05d}"
+        end = f"-{hashlib.sha256(name.encode()).hexdigest()[:16]}" if hashed else ""
+        data.shard(shards, index, contiguous=True).to_parquet(folder / f"{name}{end}.parquet")
+
+
+def _write_tars(data: Dataset, folder: Path, columns: tuple[str, str], shards: int) -> None:
+    """A web dataset: of each sample KEY.jpg and KEY.cls, a number as text; nshards.txt says how many tars there are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nshards.txt").write_text(str(shards))
+    image, label = columns
+    for index in range(shards):
+        with tarfile.open(folder / f"{index}.tar", "w") as tar:
+            for row, sample in enumerate(data.shard(shards, index, contiguous=True)):
+                picture = io.BytesIO()
+                sample[image].save(picture, format="JPEG")
+                parts = {image: picture.getvalue(), label: str(sample[label]).encode()}
+                for end, content in parts.items():
+                    member = tarfile.TarInfo(f"s{index:03d}{row:05d}.{end}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
 
 
 def _write_card(folder: Path, task: VisionTask, features: Features, splits: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""The eight data sets: what loads, in which order, and how every deviation from the known format fails."""
+"""The twenty data sets: what loads, in which order, and how every deviation from the known format fails."""
 
 import pickle
 import shutil
@@ -25,28 +25,44 @@ def one_line(caught) -> str:
 
 
 def test_table_is_the_papers_suite():
-    assert list(VISION_TASKS) == ["SUN397", "Cars", "RESISC45", "EuroSAT", "SVHN", "GTSRB", "MNIST", "DTD"]
-    assert [len(task.class_names) for task in VISION_TASKS.values()] == [397, 196, 45, 10, 10, 43, 10, 47]
+    eight = ["SUN397", "Cars", "RESISC45", "EuroSAT", "SVHN", "GTSRB", "MNIST", "DTD"]
+    fourteen = [*eight, "Flowers102", "PCAM", "FER2013", "OxfordIIITPet", "STL10", "CIFAR100"]
+    twenty = [*fourteen, "EMNIST", "CIFAR10", "Food101", "FashionMNIST", "RenderedSST2", "KMNIST"]
+    assert list(VISION_TASKS) == twenty
+    counts = [397, 196, 45, 10, 10, 43, 10, 47, 102, 2, 7, 37, 10, 100, 26, 10, 101, 10, 2, 10]
+    assert [len(task.class_names) for task in VISION_TASKS.values()] == counts
     base = "openai/clip-vit-base-patch32"
     assert VISION_TASKS["Cars"].expert_id(base) == "tanganke/clip-vit-base-patch32_stanford-cars"
+    large = "openai/clip-vit-large-patch14"
+    ids = [VISION_TASKS[name].expert_id(large).partition("_")[2] for name in twenty[8:]]
+    assert ids == ["oxford_flowers102", "pcam", "fer2013", "oxford-iiit-pet", "stl10", "cifar100", "emnist_letters",
+                   "cifar10", "food101", "fashion_mnist", "rendered-sst2", "kmnist"]  # fmt: skip
     for task in VISION_TASKS.values():
         assert len(set(task.class_names)) == len(task.class_names)
         assert all(template.count("{}") == 1 for template in task.templates)
-    assert [len(task.templates) for task in VISION_TASKS.values()] == [2, 8, 18, 3, 1, 3, 1, 8]
+    assert [len(task.templates) for task in VISION_TASKS.values()] == [
+        2, 8, 18, 3, 1, 3, 1, 8, 1, 1, 6, 1, 2, 18, 1, 18, 1, 2, 1, 1,
+    ]  # fmt: skip
+    assert VISION_TASKS["Food101"].class_names[16:18] == ["cheesecake", "cheese plate"]  # likewise
     assert EUROSAT.class_names[:2] == ["annual crop land", "forest"]  # the data set's order, not CLIP's page
 
 
 def test_unverified_lists_every_open_fact():
     assert len(unverified()) == sum(len(task.unverified) for task in VISION_TASKS.values()) > 0
-    assert any(line.startswith("RESISC45 (tanganke/resisc45): label names") for line in unverified())
+    assert any(line.startswith("EuroSAT (tanganke/eurosat): label names") for line in unverified())
+    assert not any(line.startswith(("RESISC45", "OxfordIIITPet", "EMNIST", "KMNIST")) for line in unverified())
 
 
 @pytest.mark.parametrize("name", VISION_TASKS)
 def test_test_set_loads(hub, name):
-    rows = VISION_TASKS[name].rows("test")
-    assert rows.column_names == ["image", "label"] and len(rows) == TEST_ROWS
-    assert rows.features["label"].num_classes == len(VISION_TASKS[name].class_names)
+    task = VISION_TASKS[name]
+    rows = task.rows("test")
+    assert sorted(rows.column_names) == ["image", "label"] and len(rows) == TEST_ROWS
+    assert task.named == hasattr(rows.features["label"], "names")
+    assert not task.named or rows.features["label"].num_classes == len(task.class_names)
     assert rows["label"][:] == sorted(rows["label"][:])  # all shards, in order
+    _, labels = next(iter(image_loader(rows, lambda image: torch.zeros(3, 2, 2))))
+    assert labels.dtype == torch.int64 and labels.tolist() == [int(label) for label in rows["label"][:]]
 
 
 def test_several_shards_are_read(hub):
@@ -102,7 +118,26 @@ def test_label_column_without_names_fails(own_hub):
     one_line(caught)
 
 
-@pytest.mark.parametrize("name", VISION_TASKS)
+@pytest.mark.parametrize("name", ["PCAM", "FER2013"])
+def test_labels_without_names_must_be_in_range(own_hub, name):
+    task = VISION_TASKS[name]
+    write_data(own_hub, task, hidden=1)
+    with pytest.raises(ValueError, match=f"labels 1 to {len(task.class_names)}, expected 0 to") as caught:
+        task.rows("test")
+    assert task.repo in one_line(caught)
+
+
+@pytest.mark.parametrize(("name", "file"), [("PCAM", "data/test-00001-*.parquet"), ("FER2013", "test/1.tar")])
+def test_all_files_of_a_split_must_be_there(own_hub, name, file):
+    task = VISION_TASKS[name]
+    (path,) = snapshot(task.repo, "dataset", [file]).glob(file)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{task.repo}, .*: 1 of 2 files; delete") as caught:
+        task.rows("test")
+    one_line(caught)
+
+
+@pytest.mark.parametrize("name", [name for name, task in VISION_TASKS.items() if task.named])
 def test_permuted_labels_fail(own_hub, name):
     task = VISION_TASKS[name]
     names = task.class_names

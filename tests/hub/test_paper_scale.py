@@ -13,7 +13,8 @@ import pytest
 from fake_hub import BASE, TEST_ROWS, environment, repository, write_data
 from pandas.testing import assert_frame_equal
 
-from common.lab.results import load
+from common.lab.results import load, load_experiment
+from merging import MERGERS
 from merging.suites.data.vision_tasks import VISION_TASKS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "22_vision_merging.py"
@@ -35,18 +36,38 @@ def run(
 
 
 def test_the_eight_task_table(true_hub, tmp_path):
-    done = run(true_hub, tmp_path)
+    done = run(true_hub, tmp_path, "--suites", "8", "--backbones", "ViT-B/32")
     assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "results" / "22_vision_merging" / "paper"
-    data, facts = load(folder), json.loads((folder / "provenance.json").read_text())
-    assert not facts["partial"] and set(data.backbone) == {"ViT-B/32"} and set(data.suite) == {8}
+    (folder,) = (tmp_path / "results" / "22_vision_merging").iterdir()
+    data = load(folder)
+    assert set(data.backbone) == {"ViT-B/32"} and set(data.suite) == {8} and set(data.method) >= set(MERGERS)
     scored = data[data.images.notna()]  # the others are norms of updates and what tells a testbed
-    assert list(dict.fromkeys(scored.task)) == list(VISION_TASKS) and set(scored.images) == {TEST_ROWS}
+    assert list(dict.fromkeys(scored.task)) == list(VISION_TASKS)[:8] and set(scored.images) == {TEST_ROWS}
     text = (folder / "README.md").read_text()
     assert "| 8 tasks, ViT-B/32: task_arithmetic + SVC | 81.9" in " ".join(text.split())
     # the experts of the fake hub share a direction, so they move the predictions of the base
     own = scored[scored.method.isin(["pretrained", "expert"])].pivot(index="task", columns="method", values="value")
     assert (own.expert != own.pretrained).any()
+
+
+def test_twenty_tasks_of_the_other_backbones(true_hub, tmp_path):
+    """Every data set and every expert is read; merged accuracies of all tasks are in the table."""
+    flags = ["--suites", "20", "--backbones", "ViT-B/16", "ViT-L/14", "--methods", "task_arithmetic"]
+    done = run(true_hub, tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "results" / "22_vision_merging").iterdir()
+    data = load(folder)
+    scored = data[data.images.notna() & data.method.eq("task_arithmetic")]
+    assert set(scored.backbone) == {"ViT-B/16", "ViT-L/14"} and set(scored.suite) == {20}
+    for _, rows in scored.groupby("backbone"):
+        assert list(dict.fromkeys(rows.task)) == list(VISION_TASKS)
+        assert set(rows.svc) == {"none", "output"} and set(rows.images) == {TEST_ROWS} and rows.value.notna().all()
+
+
+def test_the_paper_scale_is_all_suites_of_all_backbones():
+    settings = load_experiment(SCRIPT).scales["paper"]
+    assert settings.suites == (8, 14, 20) and settings.backbones == ("ViT-B/32", "ViT-B/16", "ViT-L/14")
+    assert settings.methods == tuple(MERGERS)
 
 
 def test_pairs_of_hub_experts_have_features_and_outcomes(true_hub, tmp_path):
