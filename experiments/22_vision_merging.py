@@ -39,12 +39,7 @@ OFF_SCALE = "plain_sum"  # without SVC so far below the others that it would fla
 class Settings:
     seeds: tuple[int, ...] = (0,)
     suites: tuple[int, ...] = (8, 14)  # numbers of tasks
-<<<<<<< HEAD
-    backbones: tuple[str, ...] = ("glyph-96",)  # glyph-WIDTH, or ViT-B/32 (from the hub)
-=======
-    # glyph-WIDTH, also with " own domains" or " base 1", or of the hub: ViT-B/32, ViT-B/16, ViT-L/14
-    backbones: tuple[str, ...] = ("glyph-96",)
->>>>>>> h2-vision
+    backbones: tuple[str, ...] = ("glyph-96",)  # glyph-WIDTH, or of the hub: ViT-B/32, ViT-B/16, ViT-L/14
     methods: tuple[str, ...] = mergers.OFFICIAL
     recipe: vision.GlyphRecipe = vision.GlyphRecipe()
 
