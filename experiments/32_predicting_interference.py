@@ -70,7 +70,9 @@ class Settings:
 
 SIZES = tuple(range(2, 13))
 GLYPHS = ("glyph-96", "glyph-128", "glyph-96 own domains")
-WORKSTATION = TextRecipe(steps=120, rate_tasks=4, probe_texts=3000, validation_texts=100, test_texts=400)  # 27's
+WORKSTATION = TextRecipe(  # 27's
+    steps=240, rate_tasks=4, probe_texts=3000, validation_texts=100, test_texts=400, validate_every=20
+)
 
 SCALES = {
     "smoke": Settings(backbones=("glyph-32",), suites=(5,), sizes=(2,), parts=1, recipe=vision.SMOKE),

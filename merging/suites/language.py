@@ -260,6 +260,21 @@ def rate_rows(name: str, recipe: TextRecipe, device: torch.device) -> Rows:
         yield from learning_rates.rows(*_choice(name, recipe, device))
 
 
+PROGRESS = "validation loss"  # in nats
+
+
+def progress_rows(name: str, suite: Suite, seed: int, recipe: TextRecipe) -> Rows:
+    """Yield the validation losses of experts that are trained here, by `step`; nothing where none was looked at."""
+    backbone = BACKBONES[name]
+    if backbone.hub or not recipe.validate_every:
+        return
+    how = tuning(name, recipe, suite.device)
+    for task in suite.tasks:
+        expert = text_experts.fine_tune(_base(name, recipe), backbone.task(task), how, seed, recipe, suite.device)
+        for step, loss in json.loads((expert.path / "progress.json").read_text()):
+            yield {"method": "expert", "task": task, "metric": PROGRESS, "step": step, "value": loss}
+
+
 def prepare(settings: Any, context: Any) -> None:
     """Train, in parallel processes, all probes and experts that the cache does not hold yet, and choose their rates."""
     recipe, device = settings.recipe, context.device
@@ -306,6 +321,22 @@ def _fine_tune_one(recipe: TextRecipe, device: torch.device, item: tuple[str, st
 
 def _choose_one(recipe: TextRecipe, device: torch.device, name: str) -> None:
     tuning(name, recipe, device)
+
+
+def progress_table(data: pd.DataFrame) -> pd.DataFrame:
+    """Return, task by task, the experts' validation loss before training, at its lowest and at the end, over seeds.
+
+    "falling" counts the seeds whose loss was lowest at the very end, and may have fallen further.
+    """
+    lines = []
+    for (backbone, task), rows in data[data.metric == PROGRESS].groupby(["backbone", "task"], sort=False):
+        losses = rows.pivot_table(index="seed", columns="step", values="value").sort_index(axis=1)
+        best, last = losses.idxmin(axis=1), losses.columns[-1]
+        falling = f"{int((best == last).sum())} of {len(losses)}"
+        found = {"before": losses.iloc[:, 0], "lowest": losses.min(axis=1), "last": losses[last]}
+        shown = {name: spread(values, 3) for name, values in found.items()} | {"step of the lowest": spread(best, 0)}
+        lines.append(dict(backbone=backbone, task=task, **shown, falling=falling))
+    return pd.DataFrame(lines)
 
 
 def suite_table(data: pd.DataFrame) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -23,6 +24,7 @@ from merging.suites.data.text_tasks import Examples, TextTask
 from merging.suites.models import adapted, language
 
 EVALUATION_BATCH = 64
+VALIDATED = 200  # texts on which experts are validated while they are trained
 POOL = 8  # batches that are sorted by length together
 PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # inverse penalties of the logistic regression
 
@@ -50,6 +52,9 @@ class TextRecipe:
     probe_texts: int = 500
     validation_texts: int = 32
     test_texts: int = 80
+    validate_every: int = (
+        0  # steps: of the states after so many, an expert is that of lowest validation loss; 0: the last
+    )
 
     def training(self, base: "Base", tuning: FineTuning) -> training.TrainingRecipe:
         """Return the recipe of an expert; adapters have no weight decay, since IA³'s vectors start from 1."""
@@ -239,6 +244,7 @@ def expert(
     own = {"recipe": recipe.training(base, tuning), "head": recipe.head, "probe_texts": recipe.probe_texts}
     inputs = {"base": base.name, "task": task.key, "tuned": tuning.tuned, "seed": seed, "device": device.type} | own
     inputs |= {"rank": recipe.rank} if tuning.tuned == "lora" else {}
+    inputs |= {"validate_every": recipe.validate_every} if recipe.validate_every else {}
     return "text_expert", inputs, partial(_fine_tune, base, task, tuning, seed, recipe, device)
 
 
@@ -246,6 +252,8 @@ def fine_tune(
     base: Base, task: TextTask, tuning: FineTuning, seed: int, recipe: TextRecipe, device: torch.device
 ) -> Artefact:
     """Return a task's expert. The artefact holds model.safetensors or adapter/, and head.safetensors for an encoder.
+
+    With `recipe.validate_every` it also holds progress.json: steps done, and the validation loss (nats) after them.
 
     Args:
         base: what it starts from.
@@ -276,7 +284,12 @@ def _fine_tune(
         network = language.Classifier(model, base.pooling, head["weight"], head["bias"])
     loader = training_batches(base, task, own, seed)
     groups = partial(_groups, head_rate=recipe.head, weight_decay=own.weight_decay)
-    trainee = training.fit(Trainee(network), lambda model, batch: model(*batch), loader, own, device, groups=groups)
+    trainee = Trainee(network)
+    lowest = Lowest(trainee, _validation_batches(base, task), recipe.validate_every) if recipe.validate_every else None
+    training.fit(trainee, lambda model, batch: model(*batch), loader, own, device, groups=groups, after_step=lowest)
+    if lowest:
+        lowest.restore()
+        (folder / "progress.json").write_text(json.dumps(lowest.seen))
     if tuning.tuned == "full":
         save_file(language.parameters(trainee.network.encoder), folder / "model.safetensors")
     else:
@@ -284,6 +297,56 @@ def _fine_tune(
     if base.pooling:
         weights = {"weight": trainee.network.head_weight.detach(), "bias": trainee.network.head_bias.detach()}
         save_file(weights, folder / "head.safetensors")
+
+
+class Lowest:
+    """Keeps the state of a model at its lowest validation loss; called after each step of `training.fit`.
+
+    Args:
+        model: in training; its forward takes a batch and returns the mean loss.
+        batches: of the validation data.
+        every: after how many steps the loss is looked at; it is once before the first step, too.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[tuple[Any, Tensor]], every: int):
+        self.model, self.batches, self.every = model, batches, every
+        self.seen: list[tuple[int, float]] = []  # steps done, loss in nats
+        self._look(0)
+
+    def __call__(self, done: int, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        if done % self.every == 0:
+            self._look(done)
+
+    def restore(self) -> None:
+        """Give the model the kept state, on the device where the model is."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in self.state:
+                    parameter.copy_(self.state[name])
+
+    def _look(self, done: int) -> None:
+        loss = self._loss()
+        if all(loss < before for _, before in self.seen):
+            named = self.model.named_parameters()
+            self.state = {name: tensor.detach().clone() for name, tensor in named if tensor.requires_grad}
+        self.seen.append((done, loss))
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        training_mode, device = self.model.training, next(self.model.parameters()).device
+        self.model.eval()
+        batches = [send_to_device(batch, device) for batch in self.batches]
+        total = sum(float(self.model(inputs, targets)) * len(targets) for inputs, targets in batches)
+        self.model.train(training_mode)
+        return total / sum(len(targets) for _, targets in batches)
+
+
+def _validation_batches(base: Base, task: TextTask) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Return batches of inputs and targets of the task's first validation texts, VALIDATED at most."""
+    examples = first(task.split("validation"), VALIDATED)
+    rows = sorted(zip(examples.texts, examples.targets, strict=True), key=lambda row: sum(map(len, row[0])))
+    starts = range(0, len(rows), EVALUATION_BATCH)
+    return [_trained(base, task, rows[start : start + EVALUATION_BATCH]) for start in starts]
 
 
 def _groups(model: nn.Module, head_rate: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -365,3 +365,71 @@ def test_a_suite_is_made_of_experts_at_the_chosen_rate(monkeypatch):
     forget()
     alone = make_suite(monkeypatch, "bert", FineTuning("lora", 2e-2), seed=1, tasks=1, recipe=recipe)
     assert all(suite.experts[0][key].equal(alone.experts[0][key]) for key in suite.pretrained)
+
+
+# Validation while training -------------------------------------------------------------------------------------------
+
+
+class Point(torch.nn.Module):
+    """A model whose loss is the square of its only parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.fixed = torch.nn.Parameter(torch.tensor(4.0)), torch.nn.Parameter(torch.tensor(9.0))
+        self.fixed.requires_grad_(False)
+
+    def forward(self, inputs, targets):
+        assert not self.training
+        return self.place**2
+
+
+def test_the_state_of_lowest_validation_loss_is_kept():
+    model = Point()
+    lowest = text_experts.Lowest(model, [({}, torch.zeros(3)), ({}, torch.zeros(1))], every=2)
+    for done, place in enumerate([3.0, 2.0, 0.5, 1.0, -1.0, 5.0], start=1):
+        model.place.data.fill_(place)
+        lowest(done, torch.tensor(0.0), None)
+    assert lowest.seen == [(0, 16.0), (2, 4.0), (4, 1.0), (6, 25.0)] and model.training
+    model.fixed.data.fill_(7.0)
+    lowest.restore()
+    assert (model.place.item(), model.fixed.item()) == (1.0, 7.0)  # what is not trained is left alone
+
+
+@pytest.mark.parametrize("way", [FULL, LORA])
+@pytest.mark.parametrize("name", BASES)
+def test_an_expert_is_the_state_of_lowest_validation_loss(name, way, monkeypatch):
+    """Also where it is not the last: at this rate a whole BERT gets worse again."""
+    base, task = BASES[name](), colours("a")
+    recipe = replace(RECIPE, steps=30, t5_steps=30, validate_every=5)
+    found = text_experts.fine_tune(base, task, FineTuning(way.tuned, 0.3), 0, recipe, CPU).path
+    seen = json.loads((found / "progress.json").read_text())
+    assert [step for step, _ in seen] == list(range(0, 31, 5))
+    head = load_file(found / "head.safetensors") if base.pooling else None
+    state = (
+        load_file(found / "model.safetensors") if way.tuned == "full" else adapted.folded(base.model, found / "adapter")
+    )
+    network = copy.deepcopy(text_experts.network(base, task, head))
+    network.encoder.load_state_dict(state, strict=False)
+    batches = text_experts._validation_batches(base, task)
+    with torch.no_grad():
+        losses = [float(Trainee(network.eval())(*batch)) * len(batch[1]) for batch in batches]
+    lowest = min(loss for _, loss in seen)
+    assert sum(losses) / sum(len(batch[1]) for batch in batches) == pytest.approx(lowest, rel=1e-4)
+    if (name, way) == ("bert", FULL):
+        assert seen[-1][1] > lowest
+
+
+def test_progress_is_in_the_rows_and_the_table(monkeypatch):
+    recipe = replace(RECIPE, steps=10, validate_every=5)
+    suite = make_suite(monkeypatch, "bert", FULL, recipe=recipe)
+    rows = pd.DataFrame(language.progress_rows("bert", suite, 0, recipe)).assign(backbone="bert", seed=0)
+    assert set(rows.task) == set(suite.tasks) and set(rows.step) == {0, 5, 10} and (rows.value > 0).all()
+    later = rows.assign(seed=1, value=rows.value.where(rows.step != 5, 0.01))
+    table = language.progress_table(pd.concat([rows, later])).set_index("task")
+    first, line = rows[rows.task == suite.tasks[0]].set_index("step").value, table.loc[suite.tasks[0]]
+    assert (
+        line["lowest"].startswith(f"{(first.min() + 0.01) / 2:.3f} ± ") and line["before"] == f"{first[0]:.3f} ± 0.000"
+    )
+    assert line["step of the lowest"].startswith(f"{(first.idxmin() + 5) / 2:.0f} ± ")
+    assert line["falling"] == f"{int(first.idxmin() == 10)} of 2"
+    assert list(language.progress_rows("bert", suite, 0, RECIPE)) == []

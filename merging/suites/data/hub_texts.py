@@ -14,9 +14,11 @@ What the table states, and where each fact was read (cards and file lists are th
                                           generated text, and Spearman's ρ for STS-B, labels rounded to one decimal
     order of the two texts for GPT-2      fusion_bench, dataset/gpt2_glue.py (for QNLI the question comes first there,
                                           in the template of Flan-T5 the sentence)
-    expert names                          fusion_bench, docs and config/modelpool for GPT-2 and Flan-T5
-    rotten_tomatoes, sms_spam             file list and commits of cornell-movie-review-data/rotten_tomatoes; card and
-                                          file list of ucirvine/sms_spam (only a split train)
+    expert names                          fusion_bench, docs and config/modelpool for GPT-2 and Flan-T5; every adapter's
+                                          in config/model/flan-t5/*.yaml, of Flan-T5-large all eight
+    rotten_tomatoes, sms_spam             file list and commits of cornell-movie-review-data/rotten_tomatoes, columns,
+                                          names and numbers of rows in TensorFlow's catalogue of Hugging Face data sets;
+                                          card and file list of ucirvine/sms_spam (only a split train)
     ag_news                               cards of copies of it: columns text, label, names, 120,000 and 7,600 rows
 
 Which data sets the paper's BERT rows use, and with which splits, is not published. What no source showed is listed in
@@ -117,7 +119,7 @@ HUB_TEXTS: dict[str, HubText] = {
         ),
         HubText(
             "rotten_tomatoes", "cornell-movie-review-data/rotten_tomatoes", "default", ("text",), ("neg", "pos"),
-            files="{split}.parquet", test_split="test", unverified=(UNPUBLISHED, "the name of class 0"),
+            files="{split}.parquet", test_split="test", unverified=(UNPUBLISHED,),
         ),
         HubText(
             "sms", "ucirvine/sms_spam", "plain_text", ("sms",), ("ham", "spam"), test_split=None,
