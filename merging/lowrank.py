@@ -17,7 +17,7 @@ factored form: merge `LowRank.dense()` instead.
 This is Core Space (Panariello et al., 2025, arXiv 2509.17786), which is lossless for the same reason; its bases are the
 singular vectors of the same two stacks, ours their QR factors, and no merger that knows only sums, norms and singular
 triplets can tell the two apart. KnOTS (Stoica et al., 2025, arXiv 2410.19735) aligns the columns alone: for these
-mergers it is the same again. What the two papers do with TIES depends on their bases and is another merger, not here.
+mergers it is the same again. What KnOTS does with TIES depends on its basis, and is a merger (`merging.rivals.knots`).
 """
 
 from collections.abc import Mapping, Sequence

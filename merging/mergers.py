@@ -24,7 +24,16 @@ from torch import Tensor
 
 from common.spectral import leading_triplets, numerical_rank, polar, product, rank_tolerance, singular_values, svd
 from merging.record import ByRows, Merger, Updates, as_matrix, merge_each, sum_of
-from merging.rivals import lines, subspace_boost, wudi, wudi_copies, wudi_minimum, wudi_minimum_copies
+from merging.rivals import (
+    knots,
+    knots_copies,
+    lines,
+    subspace_boost,
+    wudi,
+    wudi_copies,
+    wudi_minimum,
+    wudi_minimum_copies,
+)
 from merging.task_vectors import (
     OneTensor,
     Predicate,
@@ -359,6 +368,7 @@ MERGERS: dict[str, Merger] = {
         subspace_boost, "Subspace Boosting", "#882255", factored=True, basis=_basis_of_sum, rival=True
     ),
     "lines": Merger(lines, "LiNeS", "#44AA99", by_entry=True, factored=True, rival=True),
+    "knots": Merger(knots, "KnOTS-TIES", "#999933", rival=True, copies=knots_copies),
 }
 
 OFFICIAL = tuple(name for name in MERGERS if not MERGERS[name].rival)  # the mergers of the official repository

@@ -3,8 +3,8 @@
 Notation and rank rule are those of `merging.mergers`, in whose table these stand too; each follows its authors' code,
 and its docstring says where it does not. Tensors that a merger leaves alone are averaged, as in all of this package.
 
-KnOTS (arXiv 2410.19735) and Core Space (arXiv 2509.17786) are not mergers but spaces in which LoRA updates are merged:
-see `merging.lowrank`.
+Core Space (arXiv 2509.17786) is no merger but a space in which LoRA updates are merged: see `merging.lowrank`. So is
+the space of KnOTS (arXiv 2410.19735), but for mergers of single entries: with TIES in it, it stands here.
 """
 
 import math
@@ -18,6 +18,7 @@ from common.spectral import numerical_rank, rank_tolerance, svd
 from merging.layers import depths, layer_of
 from merging.record import Updates, merge_each, sum_of
 from merging.task_vectors import OneTensor, Predicate, TaskVector, check, check_finite, matrices_without
+from merging.ties_dare import ties
 
 LINEAR_LAYERS = matrices_without("text_projection", "embed")
 
@@ -221,3 +222,58 @@ def lines(task_vectors: Sequence[TaskVector], rise: float = 0.5, *, depth: float
         return sum_of(updates).mul_(1 / len(updates) + rise * layers.get(updates.name, depth))
 
     return merge_each(task_vectors, rule)
+
+
+# KnOTS ---------------------------------------------------------------------------------------------------------------
+
+
+def knots(
+    task_vectors: Sequence[TaskVector],
+    keep: float = 0.2,
+    scale: float = 1.0,
+    *,
+    matrices: Predicate = LINEAR_LAYERS,
+    precision: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Apply TIES in directions that all tasks share (KnOTS-TIES, Stoica et al., 2025, arXiv 2410.19735).
+
+        [τ_1 … τ_K] = U Σ [V_1ᵀ … V_Kᵀ],  τ = scale · U · TIES(Σ V_1ᵀ, …, Σ V_Kᵀ),  Σ V_iᵀ = Uᵀ τ_i
+
+    U is the eigenbasis of Σ_i τ_i τ_iᵀ, so that the m × K n matrix is never formed; by the rank rule eigenvalues up to
+    ε² of the largest are null. What is trimmed and elected are entries of the tasks' responses in these directions.
+    The columns keep their own basis, so that there is no factored form on cores: LoRA is merged as matrices.
+
+    Args:
+        task_vectors: the K task vectors.
+        keep: share of the entries of each response that survives trimming, in (0, 1]. The authors take one threshold of
+            a task for all matrices together, here each has its own, as `ties` by default.
+        scale: of the result. The authors choose it on validation data.
+        matrices: which tensors are treated so; the others are averaged. (The authors treat LoRA's matrices alone.)
+        precision: for the rank rule, as for `tsv_m`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {keep}")
+    check_finite("scale", scale)
+    return merge_each(task_vectors, partial(_knots_matrix, keep=keep, scale=scale, precision=precision), matrices)
+
+
+def _knots_matrix(updates: Updates, keep: float, scale: float, precision: torch.dtype | None) -> Tensor:
+    like = updates[0]
+    gram = torch.zeros(len(like), len(like), dtype=torch.float64, device=like.device)
+    for update in updates:
+        gram.addmm_(update.double(), update.double().T)
+    values, basis = torch.linalg.eigh(gram)
+    if not values[-1] > 0:
+        return torch.zeros_like(like)
+    kept = values > max(rank_tolerance(precision or like.dtype) ** 2, 1e-13) * values[-1]
+    basis = basis[:, kept].to(like.dtype)  # (m, c)
+    responses = [{"": basis.T @ update} for update in updates]
+    return basis @ ties(responses, keep)[""].mul_(scale)
+
+
+def knots_copies(rows: int, columns: int, tasks: int) -> float:
+    """Return the memory of `knots`, in copies of the matrix, measured: 4 K of them are TIES', and U is m × m."""
+    return 5 + 4 * tasks + 5.3 * rows / max(1, columns)

@@ -40,7 +40,7 @@ class Recipe:
     """The models fine-tuned from it, likewise."""
     method: str = ""
     """How: weight_average, task_arithmetic, plain_sum, ties, dare, tsv_m, iso_c, iso_cts or star;
-    or a rival: wudi, wudi_minimum, subspace_boost or lines."""
+    or a rival: wudi, wudi_minimum, subspace_boost, lines or knots."""
     weights: tuple[float, ...] = ()
     """A factor of each expert's update, 1 by default; it acts before everything else: SVC too sees an expert of weight
     2 as one that went twice as far from the base, and of -1 as one that went back. Means are divided by the number of

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merging import MERGERS, apply, lines, merger, subspace_boost, task_vector, wudi, wudi_minimum
+from merging import MERGERS, apply, knots, lines, merger, subspace_boost, task_vector, wudi, wudi_minimum
 from merging.adapters import Adapter, merge_adapters, save_adapter
 from merging.checkpoints import open_checkpoint
 from merging.command import changes, dry_run
@@ -294,6 +294,46 @@ def test_the_memory_to_expect_counts_wudis_gram_matrix(tmp_path):
     )  # K copies
 
 
+# KnOTS ---------------------------------------------------------------------------------------------------------------
+
+
+def naive_knots(updates, keep, scale):
+    """The authors' way: SVD of the updates side by side, TIES on the parts Σ V_iᵀ, entry by entry, for one matrix."""
+    width = updates[0].shape[1]
+    left, singular, right = torch.linalg.svd(torch.cat(updates, 1), full_matrices=False)
+    kept = singular > 1e-9 * singular[0]
+    left, spread = left[:, kept], singular[kept, None] * right[kept]
+    parts = [spread[:, index * width : (index + 1) * width].flatten().tolist() for index in range(len(updates))]
+    size = len(parts[0])
+    limits = [sorted(map(abs, part))[size - int(keep * size) - 1] for part in parts]
+    merged = []
+    for entry in range(size):
+        values = [part[entry] if abs(part[entry]) >= limit else 0.0 for part, limit in zip(parts, limits, strict=True)]
+        sign = 1 if sum(values) > 0 else -1
+        agree = [value for value in values if value * sign > 0]
+        merged.append(sum(agree) / max(1, len(agree)))
+    return scale * left @ torch.tensor(merged, dtype=torch.float64).reshape(-1, width)
+
+
+@pytest.mark.parametrize("shape, rank", [((12, 9), None), ((9, 12), None), ((12, 9), 2)])
+@pytest.mark.parametrize("keep, scale", [(0.2, 1.0), (0.5, 0.6)])
+def test_knots_is_the_authors_algorithm(shape, rank, keep, scale):
+    tasks = tasks_of(3, shape, rank)
+    merged = knots(tasks, keep, scale)
+    for name in NAMES[1:4]:
+        expected = naive_knots([task[name] for task in tasks], keep, scale)
+        torch.testing.assert_close(merged[name], expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
+    for name in (NAMES[0], NAMES[4]):  # embeddings and biases
+        torch.testing.assert_close(merged[name], sum(task[name] for task in tasks) / 3)
+
+
+def test_knots_keeps_a_single_task_whole_and_zeros_zero():
+    (task,) = tasks_of(1)
+    torch.testing.assert_close(knots([task], keep=1.0)[NAMES[1]], task[NAMES[1]])
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in task.items()}
+    assert not any(tensor.any() for tensor in knots([nothing, nothing]).values())
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +348,9 @@ def test_the_memory_to_expect_counts_wudis_gram_matrix(tmp_path):
         (lambda v: subspace_boost(v, share=float("nan")), "share must be in"),
         (lambda v: subspace_boost(v, scale=float("inf")), "scale must be a finite number"),
         (lambda v: lines(v, rise=float("nan")), "rise must be a finite number, got nan"),
+        (lambda v: knots(v, keep=0), r"keep must be in \(0, 1\], got 0"),
+        (lambda v: knots(v, scale=float("nan")), "scale must be a finite number"),
+        (lambda v: merge_adapters(adapters_of(2), "knots"), "knots has no factored form: merge the folded weights"),
         (lambda v: merger("wudy"), "unknown merger 'wudy'.*did you mean 'wudi'"),
         (lambda v: merge_adapters(adapters_of(2), "wudi"), "wudi has no factored form: merge the folded weights"),
     ],
@@ -319,5 +362,7 @@ def test_options_out_of_range_are_refused_in_one_line(call, message):
 
 
 def test_rivals_are_none_of_the_official_repositorys_mergers():
-    assert [name for name, own in MERGERS.items() if own.rival] == ["wudi", "wudi_minimum", "subspace_boost", "lines"]
+    assert [name for name, own in MERGERS.items() if own.rival] == [
+        "wudi", "wudi_minimum", "subspace_boost", "lines", "knots",
+    ]  # fmt: skip
     assert not any(own.rival and own.published for own in MERGERS.values())
