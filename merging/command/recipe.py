@@ -131,7 +131,7 @@ class Recipe:
             known = ", ".join(name for name in MERGERS if merger(name).norm_matched)
             raise ValueError(
                 f"--final-scale auto: no experiment has found that matching norms replaces a tuned scale of "
-                f"{self.method}, as for {known}; give a number"
+                f"{self.method}, as it does for {known} (experiment 33); give a number"
             )
         if self.weights:
             of_each_task("--weights", self.weights, len(self.experts))

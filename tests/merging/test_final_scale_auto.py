@@ -8,11 +8,13 @@ import yaml
 from models_on_disk import assert_close, experts_of, models, state_of, weights
 from test_adapter_main import ARCHITECTURES, ia3, lora, made_by_peft
 
+from common.lab.results import RESULTS, load
 from merging import MERGERS, apply, calibrate, iso_basis, merger, norm_match, task_vector
 from merging.command import changes
 from merging.command.main import main, merge
 from merging.command.recipe import Recipe, read_recipe
 from merging.peft_files import open_adapter
+from merging.suites import controls
 
 MATCHED = [name for name in MERGERS if merger(name).norm_matched]
 SHAPES = dict(mlp=(40, 9), bias=(31,), token_embedding=(20, 8), scale=(), conv=(6, 3, 2, 2))
@@ -48,25 +50,47 @@ def test_the_command_matches_norms_as_the_library_does(tmp_path, method, svc, en
         assert float((found[name] - base[name]).norm()) == pytest.approx(sum(own) / len(own), rel=1e-4)
 
 
+@pytest.fixture
+def everywhere(monkeypatch):
+    """The record of every merger says that it may, so that those with a factored form can be tested."""
+    for method in MERGERS:
+        monkeypatch.setitem(MERGERS, method, replace(merger(method), norm_matched=True))
+
+
+def test_records_say_what_experiment_33_found():
+    words = controls.replaced(controls.pooled(load(RESULTS / "33_svc_controls" / "workstation"), controls.CONTROLS))
+    assert MATCHED == [method for method, word in words.items() if word == "replaces it"] == ["ties", "dare"]
+
+
 def test_it_is_offered_where_it_was_measured_and_refused_elsewhere_in_one_line(tmp_path, capsys):
-    assert MATCHED == ["weight_average", "task_arithmetic", "plain_sum"]
     base = state_of()
     where, others = models(tmp_path, base, experts_of(base))
-    found = []
     for method in MERGERS:
         flags = ["--base", where, "--experts", *others, "--method", method, "--final-scale", "auto"]
         status = main([*flags, "--out", str(tmp_path / method)])
         said = capsys.readouterr().err.splitlines()
         if method in MATCHED:
-            assert status == 0
-            found.append(weights(tmp_path / method))
+            assert status == 0 and weights(tmp_path / method)
         else:
             assert status == 1 and not (tmp_path / method).exists()
-            assert len(said) == 1 and f"of {method}, as for weight_average, task_arithmetic, plain_sum" in said[0]
+            assert (
+                len(said) == 1 and f"of {method}, as it does for ties, dare (experiment 33); give a number" in said[0]
+            )
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_the_average_task_arithmetic_and_the_sum_become_one(tmp_path):
+    base = state_of()
+    where, others = models(tmp_path, base, experts_of(base))
+    found = []
+    for method in ("weight_average", "task_arithmetic", "plain_sum"):
+        merge(Recipe(where, others, method, final_scale="auto"), tmp_path / method)
+        found.append(weights(tmp_path / method))
     for other in found[1:]:
         assert_close(other, found[0], 1e-6)  # of each tensor all three take a multiple of the sum
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_experts_count_by_their_weights(tmp_path):
     base = state_of()
     experts = experts_of(base)
@@ -76,6 +100,7 @@ def test_experts_count_by_their_weights(tmp_path):
     assert_close(weights(tmp_path / "out"), matched(base, experts, "task_arithmetic", True, (1, 0.5, -2)))
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_each_matrix_of_a_stack_is_matched_by_itself(tmp_path):
     base = state_of(experts=(3, 6, 5))
     experts = experts_of(base)
@@ -92,6 +117,7 @@ def test_each_matrix_of_a_stack_is_matched_by_itself(tmp_path):
     assert_close(apart(weights(tmp_path / "out")), expected)
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("svc", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_lora_folded_into_the_base(tmp_path, architecture, svc):
@@ -107,6 +133,7 @@ def test_lora_folded_into_the_base(tmp_path, architecture, svc):
         assert float((ends[name].double() - start[name]).norm()) == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_adapters_that_are_written_are_matched_too(tmp_path):
     architecture = next(iter(ARCHITECTURES))
     for kind, rank in ((lora, 64), (ia3, None)):
@@ -131,6 +158,7 @@ def read(folder):
     return modules | {name: vector.read().float() - 1 for name, vector in adapter.vectors.items()}
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_patterns_and_recipes_know_it(tmp_path, capsys):
     base = state_of()
     experts = experts_of(base)
@@ -151,6 +179,7 @@ def test_patterns_and_recipes_know_it(tmp_path, capsys):
     assert "final_scale must be a number or auto, got 'atuo'" in said
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_the_plan_says_so(tmp_path, capsys):
     base = state_of(mlp=(40, 9))
     where, others = models(tmp_path, base, experts_of(base))

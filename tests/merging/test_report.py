@@ -18,7 +18,7 @@ from merging.command import findings
 from merging.command.main import main, merge
 from merging.command.recipe import Recipe
 from merging.command.report import places
-from merging.suites import prediction
+from merging.suites import controls, prediction
 from merging.unrelated import Unrelated
 
 PAPER = "https://arxiv.org/abs/2602.05536"
@@ -186,6 +186,10 @@ def test_what_is_advised_is_what_the_committed_run_measured():
     text = findings.advice([{"products": [[1.0, 0.0], [0.0, 1.0]]}])
     assert f"it scored {mean} points [{low}, {high}] above" in text and f"and {-eight:.1f} below it in the mean" in text
     assert set(data.tasks) == {2, 4, 8} and data.seed.nunique() == 1
+
+    found = controls.pooled(load(RESULTS / "33_svc_controls" / "workstation"), controls.CONTROLS)
+    lost = found[(found.condition == controls.WHOLE_OVER_TUNED) & (found.method == "task_arithmetic")].iloc[0]
+    assert f"three seeds) {-lost['mean']:.1f} points [{-lost.high:.1f}, {-lost.low:.1f}] below one tuned on 128" in text
 
 
 @pytest.mark.parametrize("config, count", [
