@@ -200,6 +200,15 @@ if __name__ == "__main__":
 '''
 
 
+@pytest.fixture
+def keyboard():
+    """Ctrl-C reaches the children of this process, also where a shell runs the tests in the background, without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keyboard")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_interrupted_run_ends_in_one_line_and_leaves_no_process(jobs, tmp_path):
     (tmp_path / "91_slow.py").write_text(SLOW)
@@ -208,7 +217,11 @@ def test_an_interrupted_run_ends_in_one_line_and_leaves_no_process(jobs, tmp_pat
     with subprocess.Popen(command, **pipes, cwd=tmp_path, start_new_session=True) as process:
         working = [int(process.stdout.readline()) for _ in range(jobs)]
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-        _, said = process.communicate(timeout=120)
+        try:
+            _, said = process.communicate(timeout=120)
+        finally:  # or the tests would wait for it
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert said == "interrupted; the same command goes on from what is finished\n"
     deadline = time.monotonic() + 10
