@@ -148,10 +148,10 @@ def sign_conflict(task_vectors: Sequence[TaskVector]) -> float:
 
 
 def update_norms(pretrained: TaskVector, updates: Sequence[TaskVector]) -> list[float]:
-    """Return ‖τ_i‖ / ‖θ_pre‖ in % for each expert, over the tensors that some expert changed."""
+    """Return ‖τ_i‖ / ‖θ_pre‖ in % for each expert, over the tensors that some expert changed; 0 where none did."""
     changed = [name for name in updates[0] if any(update[name].any() for update in updates)]
     base = _norm(pretrained, changed)
-    return [100 * _norm(update, changed) / base for update in updates]
+    return [100 * _norm(update, changed) / base if changed else 0.0 for update in updates]
 
 
 def _norm(state: Mapping[str, Tensor], names: Sequence[str]) -> float:

@@ -305,12 +305,14 @@ class Lowest:
     Args:
         model: in training; its forward takes a batch and returns the mean loss.
         batches: of the validation data.
-        every: after how many steps the loss is looked at; it is once before the first step, too.
+        every: after how many steps the loss is looked at; it is once before the first step, too, which is no state of
+            an expert.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[tuple[Any, Tensor]], every: int):
         self.model, self.batches, self.every = model, batches, every
         self.seen: list[tuple[int, float]] = []  # steps done, loss in nats
+        self.state: dict[str, Tensor] = {}
         self._look(0)
 
     def __call__(self, done: int, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -326,7 +328,7 @@ class Lowest:
 
     def _look(self, done: int) -> None:
         loss = self._loss()
-        if all(loss < before for _, before in self.seen):
+        if done and all(loss < before for steps, before in self.seen if steps):
             named = self.model.named_parameters()
             self.state = {name: tensor.detach().clone() for name, tensor in named if tensor.requires_grad}
         self.seen.append((done, loss))

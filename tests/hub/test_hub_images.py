@@ -9,6 +9,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from fake_images import ROWS, label_names, write_pictures
 from PIL import Image as Picture
+from torchvision.transforms import v2
 
 from common.data.hub import HubError
 from common.training import TrainingRecipe, fit
@@ -137,7 +138,7 @@ def test_augmentation_leaves_the_global_generator_alone(whole):
 
 
 def test_mixup_and_cutmix_take_turns_and_their_labels_are_what_is_in_the_image():
-    mixers = [pictures.v2.MixUp(alpha=0.2, num_classes=4), pictures.v2.CutMix(alpha=1.0, num_classes=4)]
+    mixers = [v2.MixUp(alpha=0.2, num_classes=4), v2.CutMix(alpha=1.0, num_classes=4)]
     pure = [{"image": torch.full((1, 16, 16), float(label)), "label": label} for label in (0, 1, 2, 3)]
     kinds = set()
     for seed in range(20):

@@ -155,7 +155,7 @@ def test_ablations_on_imagenet_cifar10_and_c4(hub, monkeypatch):
         text_log_every=1,
     )
     data = table(experiment, hub)
-    assert set(data.part) == {"plug-ins", "2x2", "noise", "T5", "rates"}
+    assert set(data.part) == {"plug-ins", "2x2", "noise", "T5", "durations", "rates"}
     assert data[data.part == "rates"].setting.nunique() == 4 and data[data.part == "noise"].variant.nunique() == 6
     assert data[data.split == "test, FGSM"].groupby("size").variant.nunique().to_dict() == {0: 6, 0.00392157: 6}
     assert data[data.metric.isin(["density", "covered, keys"])].value.between(0, 1.001).all()

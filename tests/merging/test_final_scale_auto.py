@@ -187,3 +187,14 @@ def test_the_plan_says_so(tmp_path, capsys):
     assert main([*flags, "--final-scale", "auto"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("mlp.weight"))
     assert line.endswith("plain_sum, norm-matched")
+
+
+def test_after_svc_a_note_says_what_it_cost(tmp_path, capsys):
+    base = state_of(mlp=(40, 9))
+    where, others = models(tmp_path, base, experts_of(base))
+    flags = ["--base", where, "--experts", *others, "--method", "ties", "--final-scale", "auto"]
+    assert main([*flags, "--out", str(tmp_path / "plain")]) == 0 and "after SVC" not in capsys.readouterr().err
+    assert main([*flags, "--svc", "--out", str(tmp_path / "svc")]) == 0
+    found = controls.pooled(load(RESULTS / "33_svc_controls" / "workstation"), controls.CONTROLS)
+    cost = found[found.condition == controls.SPECTRUM].set_index("method")["mean"]
+    assert f"SVC then cost TIES {-cost.ties:.1f} and DARE {-cost.dare:.1f} points" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_a_seed_changes_the_experts_and_not_the_base(suite):
         ("glyph-x", 2, "multiple of 32"),
         ("glyph-32", 21, "1 to 20 tasks"),
         ("ViT-H/14", 8, "unknown backbone"),
-        ("ViT-B/32", 14, "1 to 8 tasks"),
+        ("ViT-B/32", 21, "1 to 20 tasks"),
     ],
 )
 def test_what_there_is_not_is_refused_by_name(backbone, tasks, message):
