@@ -200,14 +200,6 @@ if __name__ == "__main__":
 '''
 
 
-@pytest.fixture
-def keyboard():
-    """Ctrl-C reaches the children of this process, also where a shell runs the tests in the background, without it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("keyboard")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_interrupted_run_ends_in_one_line_and_leaves_no_process(jobs, tmp_path):

@@ -21,12 +21,7 @@ from merging.command.shards import REFUSED, begin
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def keyboard():
-    """Ctrl-C reaches this process and its children, also where a shell runs the tests in the background, without it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("keyboard")
 
 
 def command(tmp_path, spoil=None, *more):
