@@ -62,12 +62,7 @@ SCALES = {
 
 
 def measure(settings, context):
-    yield from measure_suites(vision, settings, context, measure_suite)
-
-
-def measure_suite(settings, suite, backbone, seed):
-    yield from comparison.suite_rows(suite, settings.methods, seed)
-    yield from testbed.rows(suite, seed)
+    yield from measure_suites(vision, settings, context, testbed.judged_rows)
 
 
 # From here on only the table is seen --------------------------------------------------------------------------------

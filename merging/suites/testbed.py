@@ -52,6 +52,18 @@ def rows(suite: Suite, seed: int, **labels: Any) -> Rows:
     yield from (row | labels for row in cached_rows("testbed", inputs, partial(_rows, suite, seed)))
 
 
+def judged_rows(settings: Any, suite: Suite, backbone: str, seed: int) -> Rows:
+    """Yield all rows of a suite (`comparison.suite_rows`) and those by which it is judged: the `measure` of suites.
+
+    Args:
+        settings: with `methods`.
+        suite, seed: as for `rows`.
+        backbone: of the suite, which knows it already.
+    """
+    yield from comparison.suite_rows(suite, settings.methods, seed)
+    yield from rows(suite, seed)
+
+
 def _rows(suite: Suite, seed: int) -> Rows:
     updates = suite.task_vectors()
     for task, share in zip(suite.tasks, update_norms(suite.pretrained, updates), strict=True):
