@@ -92,6 +92,12 @@ def moves(step: Step, device: torch.device) -> dict[str, Any] | None:
     return {"tensor": step.name, "energy": energy, "products": products.tolist()}
 
 
+NORMS_AFTER_SVC = (
+    "--final-scale auto after SVC: in experiment 33 SVC then cost TIES 7.0 and DARE 5.8 points; leave out --svc, or "
+    "give a number tuned on validation data"
+)
+
+
 def advice(moved: Sequence[Mapping[str, Any]]) -> str:
     """Return what the sizes of the updates, and the angles between them, advise a user to do; "" where nothing.
 

@@ -30,6 +30,7 @@ from common.progress import log_bars
 from merging.checkpoints import Checkpoint, locate, open_checkpoint
 from merging.command.destination import destination, is_complete
 from merging.command.dry_run import describe
+from merging.command.findings import NORMS_AFTER_SVC
 from merging.command.flags import parse
 from merging.command.licences import licence_warning, licences
 from merging.command.mergekit import read_mergekit
@@ -110,10 +111,7 @@ def merge(
     plan = make_plan(recipe, base, experts)
     plan.remarks += [note for each in (base, *experts) for note in each.notes]
     if recipe.svc and recipe.final_scale == AUTO:
-        plan.remarks.append(
-            "--final-scale auto after SVC: in experiment 33 SVC then cost TIES 7.0 and DARE 5.8 points; "
-            "leave out --svc, or give a number tuned on validation data"
-        )
+        plan.remarks.append(NORMS_AFTER_SVC)
     if warning := licence_warning(licences(plan)):
         plan.remarks.append(warning)
     if base.folder:
