@@ -1,5 +1,6 @@
 """`make check-method`: nothing is lacking of what the tables hold, and what a careless addition lacks is named."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -67,6 +68,8 @@ def test_an_activation_with_a_wrong_derivative_is_found(monkeypatch):
 
 
 def test_an_unknown_name_is_one_line_that_says_where_it_belongs():
-    done = subprocess.run([sys.executable, SCRIPT, "medain"], capture_output=True, text=True, check=False)
+    command = [sys.executable, SCRIPT, "medain"]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent)}  # as make does: tests/ has a folder merging too
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "medain" in done.stderr and "MERGERS" in done.stderr
