@@ -69,7 +69,7 @@ def test_an_activation_with_a_wrong_derivative_is_found(monkeypatch):
 
 def test_an_unknown_name_is_one_line_that_says_where_it_belongs():
     command = [sys.executable, SCRIPT, "medain"]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent)}  # as make does: tests/ has a folder merging too
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent)}  # as make does: tests/ has a merging too
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "medain" in done.stderr and "MERGERS" in done.stderr

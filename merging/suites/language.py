@@ -326,14 +326,16 @@ def _choose_one(recipe: TextRecipe, device: torch.device, name: str) -> None:
 def progress_table(data: pd.DataFrame) -> pd.DataFrame:
     """Return, task by task, the experts' validation loss before training, at its lowest and at the end, over seeds.
 
-    "falling" counts the seeds whose loss was lowest at the very end, and may have fallen further.
+    The lowest is over the states that an expert may be, so without the one before training. "falling" counts the seeds
+    whose loss was lowest at the very end, and may have fallen further.
     """
     lines = []
     for (backbone, task), rows in data[data.metric == PROGRESS].groupby(["backbone", "task"], sort=False):
         losses = rows.pivot_table(index="seed", columns="step", values="value").sort_index(axis=1)
-        best, last = losses.idxmin(axis=1), losses.columns[-1]
+        trained, last = losses.iloc[:, 1:], losses.columns[-1]
+        best = trained.idxmin(axis=1)
         falling = f"{int((best == last).sum())} of {len(losses)}"
-        found = {"before": losses.iloc[:, 0], "lowest": losses.min(axis=1), "last": losses[last]}
+        found = {"before": losses.iloc[:, 0], "lowest": trained.min(axis=1), "last": losses[last]}
         shown = {name: spread(values, 3) for name, values in found.items()} | {"step of the lowest": spread(best, 0)}
         lines.append(dict(backbone=backbone, task=task, **shown, falling=falling))
     return pd.DataFrame(lines)
