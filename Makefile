@@ -58,6 +58,8 @@ reproduce: $(READY)
 		$(PYTHON) -m common.lab.results headline $$name laptop --measured-dir .reproduced; done
 
 results: $(READY)
+	@case '$(SCALE)' in smoke | laptop | workstation | paper) ;; *) \
+		echo "error: SCALE=$(SCALE) is none of smoke, laptop, workstation and paper" >&2; exit 2;; esac
 	@failed=; for script in experiments/[0-9]*.py; do \
 		echo "== $$script --scale $(SCALE)"; \
 		$(PYTHON) $$script --scale $(SCALE) || failed="$$failed $$script"; \

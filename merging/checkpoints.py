@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.data.hub import snapshot
+from common.data.hub import HubError, snapshot
 from merging.pickles import places
 from merging.weight_files import (
     ENDINGS,
@@ -216,7 +216,10 @@ def _from_hub(given: str) -> Path:
     names = given.split("/")
     if len(names) > 2 or not all(map(str.strip, names)) or given.startswith((".", "~")) or given.endswith(ENDINGS):
         raise ValueError(f"{given if given.strip() else repr(given)}: there is no such file or folder")
-    return _downloaded(lambda *patterns: snapshot(given, "model", (*HUB_TEXTS, *patterns)))
+    try:
+        return _downloaded(lambda *patterns: snapshot(given, "model", (*HUB_TEXTS, *patterns)))
+    except HubError as error:
+        raise HubError(f"{given}: there is no such file or folder, and on the Hub: {error}") from error
 
 
 def _downloaded(fetch: Callable[..., Path]) -> Path:

@@ -377,11 +377,19 @@ def headline(
     """Print an experiment's comparison as committed (git HEAD) beside the one measured now, and the verdict of this.
 
     What was measured now is in `measured_dir`, by default in the working tree.
+
+    Raises:
+        SystemExit: there is no such experiment, or nothing was measured.
     """
+    measured = (measured_dir or results_dir) / name / scale
+    if not (experiments_dir / f"{name}.py").is_file():
+        known = ", ".join(sorted(script.stem for script in experiments_dir.glob("[0-9]*.py")))
+        raise SystemExit(f"error: there is no experiment {name!r}; there are {known}")
+    if not (measured / "data.csv").is_file():
+        raise SystemExit(f"error: {measured} holds no data.csv: run experiments/{name}.py --scale {scale} first")
     experiment = load_experiment(experiments_dir / f"{name}.py")
     show = ["git", "-C", str(results_dir), "show", f"HEAD:./{name}/{scale}/data.csv"]
     committed = subprocess.run(show, capture_output=True, text=True, check=False)
-    measured = (measured_dir or results_dir) / name / scale
     now = report.comparison(experiment, load(measured))[["quantity", "ours"]]
     if committed.returncode:
         print(f"\n{name}, {scale}: nothing committed at HEAD to compare with; measured now:\n")

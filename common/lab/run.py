@@ -20,7 +20,6 @@ import io
 import os
 import pickle
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from common import cache, code
+from common.command_line import one_line, why_not_writable
 from common.data.hub import MissingResource
 from common.lab import results
 from common.lab.backends import Backend, connect
@@ -240,22 +240,16 @@ def parse(experiment: Experiment, arguments: Sequence[str]) -> tuple[Flags, Any]
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise BadFlag(_one_line(box.getvalue())) from None
+        raise BadFlag(one_line(box.getvalue())) from None
     except ValueError as error:  # from a check in Settings.__post_init__
         raise BadFlag(str(error)) from None
     if parsed.flags.jobs is not None and parsed.flags.jobs < 1:
         raise BadFlag(f"--jobs must be at least 1, got {parsed.flags.jobs}")
+    if reason := why_not_writable(parsed.flags.results_dir.absolute()):
+        raise BadFlag(f"--results-dir {parsed.flags.results_dir}: {reason}; choose another folder")
     if not parsed.settings.seeds:
         raise BadFlag("--seeds needs at least one seed")
     return parsed.flags, parsed.settings
-
-
-def _one_line(box: str) -> str:
-    """Return the message of the box that tyro draws around an error, as one line."""
-    title, *lines = box.splitlines()
-    sections = re.split(r"─{9,}", re.sub(r"[│╭╮╰╯]", " ", "\n".join(lines)))
-    kept = (" ".join(part.split()) for part in sections if "helptext" not in part)
-    return "; ".join(part for part in kept if part) or title
 
 
 def make_context(flags: Flags, settings: Any) -> Context:

@@ -1,10 +1,10 @@
 """Where the result goes: whether a folder can be made there, and whether the same merge stands there already."""
 
-import os
 from pathlib import Path
 
 import yaml
 
+from common.command_line import why_not_writable
 from merging.command.shards import Output
 
 
@@ -27,11 +27,8 @@ def destination(out: str | Path, replaced: bool = True) -> Path:
         raise ValueError(f"--out {out}: {getattr(error, 'strerror', None) or error}; choose another folder") from None
     if replaced and path.is_mount():
         raise ValueError(f"--out {out}: is where a disk is mounted, and cannot be replaced; name a folder in it")
-    above = next(each for each in (path.parents if replaced else (path, *path.parents)) if each.exists())
-    if not above.is_dir():
-        raise ValueError(f"--out {out}: {above} is a file, in which no folder can be; choose another --out")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out}: nothing may be written into {above}; choose another --out, or change its mode")
+    if reason := why_not_writable(path.parent if replaced else path):
+        raise ValueError(f"--out {out}: {reason}; choose another --out")
     if unfinished.exists() and not unfinished.is_dir():
         raise ValueError(f"--out {out}: {unfinished} is needed while it is written, and is a file; delete that")
     return path

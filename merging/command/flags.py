@@ -11,7 +11,10 @@ would be done, and what it takes.
 """
 
 import ast
+import contextlib
 import inspect
+import io
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass
@@ -22,6 +25,7 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
+from common.command_line import one_line
 from merging.command.mergekit import read_mergekit
 from merging.command.recipe import Recipe, read_recipe
 
@@ -78,7 +82,14 @@ def parse(arguments: Sequence[str]) -> Flags:
     record = make_dataclass("Grouped", [(title, tyro.conf.OmitArgPrefixes[kind]) for title, kind in groups.items()])
     default = record(*(kind(*(getattr(start, one.name) for one in fields(kind))) for kind in groups.values()))
     options = dict(prog="python -m merging", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    found = asdict(tyro.cli(record, args=arguments, default=default, **options))
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            found = asdict(tyro.cli(record, args=arguments, default=default, **options))
+    except SystemExit as stop:
+        if stop.code:
+            print(f"python -m merging: {one_line(box.getvalue())}; --help tells all flags", file=sys.stderr)
+        raise
     return Flags(**{name: value for group in found.values() for name, value in group.items()})
 
 

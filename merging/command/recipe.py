@@ -133,9 +133,19 @@ class Recipe:
                 f"--final-scale auto: no experiment has found that matching norms replaces a tuned scale of "
                 f"{self.method}, as it does for {known} (experiment 33); give a number"
             )
+        self._check_calibration()
         if self.weights:
             of_each_task("--weights", self.weights, len(self.experts))
         self.of("", len(self.experts), 0.0)
+
+    def _check_calibration(self) -> None:
+        """Refuse options of a calibration that no tensor gets."""
+        from merging.command.options import SVC_FLAGS
+
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [flag for flag in SVC_FLAGS.values() if getattr(self, flag) != defaults[flag]]
+        if given and not self.svc and not any(one.option == "svc" for one in self.assignments):
+            raise ValueError(f"--{given[0].replace('_', '-')}: acts on SVC only; add --svc, or leave it out")
 
     def of(self, name: str, tasks: int, depth: float | None = None) -> dict[str, Any]:
         """Return the options of one tensor, those of the recipe changed by every pattern that its name matches.

@@ -314,6 +314,15 @@ def test_headline_shows_the_committed_numbers_beside_the_new_ones(folder, experi
     assert ["largest square", "4.333", "10.00", "5.667"] in lines
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("99", "there is no experiment '99'; there are"), ("", "holds no data.csv")]
+)
+def test_headline_of_nothing_is_one_line(name, said, experiment, tmp_path):
+    """A name that is none, and a folder in which nothing was measured."""
+    with pytest.raises(SystemExit, match=said):
+        headline(name or experiment.name, "laptop", tmp_path, experiment.script.parent, tmp_path / "nope")
+
+
 def test_headline_takes_new_numbers_from_another_folder_and_says_what_the_rule_needs(experiment, tmp_path, capsys):
     """What `make reproduce` prints at its end, of a scale at which the rule does not judge."""
     results, new = tmp_path / "results", tmp_path / ".reproduced"

@@ -211,7 +211,7 @@ def test_a_folder_that_may_not_be_written_is_told(tmp_path, more, capsys, monkey
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and allowed(path, mode))  # root may all
     assert main(flags) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"nothing may be written into {tmp_path}; choose another --out, or change its mode")
+    assert line.endswith(f"nothing may be written into {tmp_path}; choose another --out")
 
 
 def test_where_a_disk_is_mounted_only_a_report_can_be_written(tmp_path, capsys, monkeypatch):
@@ -274,6 +274,39 @@ def test_what_no_model_can_be_is_refused_in_one_line(tmp_path, make, name, reaso
     assert main([*named, "--method", "weight_average", "--out", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m merging: ") and line.endswith(reason)
+
+
+@pytest.mark.parametrize("name", ["nobase", "owner/nobase"])
+def test_a_name_that_is_no_folder_and_not_on_the_hub_is_told_so(tmp_path, name, capsys):
+    out = ["--method", "weight_average", "--out", str(tmp_path / "out")]
+    assert main(["--base", name, "--experts", name, *out]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m merging: {name}: there is no such file or folder, and on the Hub: model {name}")
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--alpha", "0.5"], "--alpha: acts on SVC only; add --svc, or leave it out"),
+    (["--space", "input"], "--space: acts on SVC only"),
+    (["--split-qkv"], "--split-qkv: acts on SVC only"),
+])  # fmt: skip
+def test_an_option_of_a_calibration_that_is_not_done_is_refused(tmp_path, more, message, capsys):
+    flags = command(tmp_path, None, "--method", "task_arithmetic")
+    assert main([*flags, *more]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m merging: {message}")
+    assert main([*flags, "--alpha", "0.5", "--set", "*:svc=true"]) == 0
+
+
+@pytest.mark.parametrize("more, named", [
+    (["--final-scale", "x"], "--final-scale"),
+    (["--method", "ties", "dare"], "dare"),
+    (["--no-such-flag"], "--no-such"),
+])  # fmt: skip
+def test_a_wrong_flag_is_one_line(tmp_path, more, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command(tmp_path, None, "--method", "task_arithmetic"), *more])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("python -m merging: ") and named in line
 
 
 def test_an_empty_name_is_not_the_model_in_the_current_folder(tmp_path, capsys, monkeypatch):
