@@ -27,7 +27,7 @@ from functools import partial
 from common.lab.run import Experiment, run
 from common.training import TrainingRecipe
 from sparsity.studies import finetuning, finetuning_tables, recipes
-from sparsity.studies.equal_accuracy import VIT_MARGIN
+from sparsity.studies.equal_accuracy import KEPT, VIT_MARGIN
 from sparsity.studies.images import ImageTask
 from sparsity.studies.runs import COMMON_DEVIATIONS, FineTuning, Run
 
@@ -47,6 +47,7 @@ class Settings:
     alpha: float = 1.0
     l1: tuple[float, ...] = (0.3, 1.0, 3.0)  # weights of the penalty, in the first setting
     log_every: int = 40
+    kept: tuple[float, ...] = KEPT  # thresholds of density at equal accuracy: shares of activations kept
 
 
 SCALES = {
@@ -60,6 +61,7 @@ SCALES = {
         rank=4,
         l1=(0.3,),
         log_every=3,
+        kept=(1.0, 0.5),
     ),
     "laptop": Settings(),
     "workstation": Settings(
@@ -83,7 +85,7 @@ SCALES = {
 
 
 def measure(settings, context):
-    yield from finetuning.measure(plan(settings), context)
+    yield from finetuning.measure(plan(settings), context, settings.kept)
 
 
 def plan(settings):

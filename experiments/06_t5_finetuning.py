@@ -29,7 +29,7 @@ from common.training import TrainingRecipe
 from sparsity.plugins import PROTOCOLS
 from sparsity.studies import finetuning, finetuning_tables
 from sparsity.studies.distillation import Distillation
-from sparsity.studies.equal_accuracy import T5_MARGIN
+from sparsity.studies.equal_accuracy import KEPT, T5_MARGIN
 from sparsity.studies.recipes import ADAMW, AUTHORS_T5, T5, T5_AUTHORS_DECAY
 from sparsity.studies.runs import COMMON_DEVIATIONS, FineTuning, Run
 from sparsity.studies.span_corruption import SpanCorruption
@@ -56,6 +56,7 @@ class Settings:
     minilm_arms: tuple[str, ...] = ("vanilla", "modified")
     minilm_l1: tuple[float, ...] = ()
     log_every: int = 50
+    kept: tuple[float, ...] = KEPT  # thresholds of density at equal accuracy: shares of activations kept
 
 
 SCALES = {
@@ -71,6 +72,7 @@ SCALES = {
         minilm_recipe=TrainingRecipe(2, 4, 1e-3, betas=ADAMW),
         minilm_rank=4,
         log_every=2,
+        kept=(1.0, 0.5),
     ),
     "laptop": Settings(),
     "workstation": Settings(
@@ -100,7 +102,7 @@ SCALES = {
 
 
 def measure(settings, context):
-    yield from finetuning.measure([*minilm_runs(settings), *t5_runs(settings)], context)
+    yield from finetuning.measure([*minilm_runs(settings), *t5_runs(settings)], context, settings.kept)
 
 
 def t5_runs(settings):

@@ -132,6 +132,7 @@ SCALES = {
         rates=(1e-3, 1e-4, 1e-5),
         batch_sizes=(64, 128, 256),
         rates_task=replace(IMAGENET, data="cifar10", pixels=224, patch=16, randaugment=0),
+        durations=(29_250, 58_500, 117_000),
         rates_recipe=TrainingRecipe(58_500, 128, 1e-4, 0, 0.05, ADAMW, stairs=150, precision="fp16"),
         factors_task=replace(
             IMAGENET, data="cifar10", pixels=224, patch=16, randaugment=0, mixup=0.0, cutmix=0.0, repeats=1,

@@ -64,7 +64,7 @@ class Settings:
         mergers.check_methods(self.methods)
 
 
-SMOKE = TextRecipe(2, batch_size=4, rate_tasks=1, probe_texts=24, validation_texts=8, test_texts=8, validate_every=1)
+SMOKE = TextRecipe(2, batch_size=4, rate_tasks=1, probe_texts=24, validation_texts=8, test_texts=8, validate_every=2)
 WORKSTATION = TextRecipe(
     steps=240, rate_tasks=4, probe_texts=3000, validation_texts=100, test_texts=400, validate_every=20
 )

@@ -264,7 +264,7 @@ def draw(data):
     return {
         "along_training": figures.lines(
             longer, x="step", by="kind", panel="variant", yscale="log",
-            xlabel="training step", ylabel="AF_K and traces of the key matrices, sum over layers",
+            xlabel="training step", ylabel="AF_K, traces of key matrices (sum over layers)",
         ),
         "augmented_flatness_against_ggn": scatter(
             snapshots, "ggn key", "augmented_flatness key", "GGN trace of the key matrices", "augmented flatness AF_K"
@@ -437,7 +437,7 @@ def claims(data):
 
 
 CAPTIONS = {
-    "along_training": "Curvature, augmented flatness and density along training, each relative to its first snapshot.",
+    "along_training": "Augmented flatness and curvature of the key matrices along training; three seeds.",
     "augmented_flatness_against_ggn": "Augmented flatness against the GGN trace, a point for each snapshot.",
     "density_against_ggn": "Density against the GGN trace, a point for each snapshot.",
     "density_against_sharpness": "Density against the sharpness under relative noise, a point for each snapshot.",

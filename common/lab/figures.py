@@ -117,10 +117,23 @@ def log_axis(axis: Axis) -> None:
     """Make a drawn axis (`ax.xaxis`, `ax.yaxis`) logarithmic, with labels such as 0.5, 1, 2, not powers of ten."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")  # type: ignore[attr-defined]
     low, high = sorted(axis.get_view_interval())
-    steps = (1, 2, 5) if high < 100 * low else (1, 3) if high < 2000 * low else (1,)
+    short = low >= 1e-3 and high <= 1e4  # longer labels would run into each other
+    steps = (1, 2, 5) if high < 100 * low else (1, 3) if high < 2000 * low and short else (1,)
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(lambda tick, _: f"{tick:g}")
     axis.set_minor_locator(NullLocator())
+
+
+def _legend_above(figure: Figure, handles: list[Line2D], texts: list[str]) -> None:
+    """Write a legend above the panels, in as many columns as the figure is wide enough for."""
+    inches = 0.5 + 0.068 * max(map(len, texts))  # of a handle and a text at the style's size
+    columns = max(1, min(len(texts), int(figure.get_figwidth() / inches)))
+    figure.legend(handles, texts, loc="outside upper right", ncols=columns, handletextpad=0.4)
+
+
+def _wrapped(text: str, inches: float) -> str:
+    """Return the label of an axis in as many lines as its length needs."""
+    return text if "\n" in text else textwrap.fill(text, max(12, int(inches / 0.072)), break_long_words=False)
 
 
 ACROSS = 3  # panels beside each other; further ones go below
@@ -196,7 +209,7 @@ def paired(
         _items_axis(ax, [label(name, names) for name in items])
     handles = [Line2D([], [], **_circle(key, start, conditions)) for key in conditions]
     texts = [label(key, names) for key in conditions]
-    figure.legend(handles, texts, loc="outside upper right", ncols=len(conditions), handletextpad=0.2)
+    _legend_above(figure, handles, texts)
     ticks = " Ticks: seeds." if data.groupby([item, condition, *[panel] * (panel is not None)]).size().max() > 1 else ""
     return explain(figure, f"Ring: {label(start, names)}; discs: the others; means.{ticks}")
 
@@ -275,7 +288,7 @@ def forest(
         _items_axis(ax, [label(name, names) for name in items])
     handles = [Line2D([], [], color=tone, marker="o", ms=4.5) for tone in tones.values()]
     texts = [label(name, names) for name in conditions]
-    figure.legend(handles, texts, loc="outside upper right", ncols=len(conditions))
+    _legend_above(figure, handles, texts)
     text = f"Bars: {bars} about their means; filled: all of it is on one side of {level:.3g}."
     text += " No bar: one value." if (data.low == data.high).any() else ""
     text += "" if alike else " Axes differ."
@@ -324,7 +337,7 @@ def lines(
     if yscale == "log":
         log_axis(axes[0].yaxis)  # shared by all panels
     for ax in axes[:: _columns(len(panels))]:
-        ax.set_ylabel(ylabel or y)
+        ax.set_ylabel(_wrapped(ylabel or y, 2.4))
     handles = [Line2D([], [], color=colour(name, position)) for position, name in enumerate(groups)]
     figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")
     several = data.groupby([x, by, *[panel] * (panel is not None)]).size().max() > 1
@@ -374,10 +387,10 @@ def frontier(
             if len(rows) > 1:
                 ax.plot(rows[x], rows[y], shapes[name], ms=3, mew=0, alpha=0.5, color=tone)
             ax.plot(rows[x].mean(), rows[y].mean(), shapes[name], ms=8, mew=0.8, mec="white", color=tone)
-        ax.set(title=title, xlabel=xlabel or x)
+        ax.set(title=title, xlabel=_wrapped(xlabel or x, 3.2))
         ax.margins(0.1)
     for ax in axes[:: _columns(len(panels))]:
-        ax.set_ylabel(ylabel or y)
+        ax.set_ylabel(_wrapped(ylabel or y, 2.6))
     handles = [Line2D([], [], ls="", marker=shapes[name], ms=7, color=colour(name, i)) for i, name in enumerate(groups)]
     figure.legend(handles, [label(name, names) for name in groups], loc="outside right upper")
     return explain(figure, "Large marks: means of a condition; small ones: its runs.")

@@ -6,6 +6,7 @@ of `sparsity.studies.equal_accuracy`, which say how sparse each arm is at equal 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -73,15 +74,21 @@ def plan_finetuning(
             yield labels, replace(run, recipe=recipe, variant=variant, seed=seed, tuning=tuning)
 
 
-def measure(plan: Plan, context: Context) -> Iterator[dict]:
-    """Fine-tune and measure the runs of a plan, in parallel processes, and yield the table's rows."""
-    for labels, (measured, logged, pruned) in measure_all(plan, context, _all_of_one):
+def measure(plan: Plan, context: Context, kept: Sequence[float]) -> Iterator[dict]:
+    """Fine-tune and measure the runs of a plan, in parallel processes, and yield the table's rows.
+
+    Args:
+        plan: see `plan_finetuning`.
+        context: of the experiment.
+        kept: thresholds under which each network is measured too; see `sparsity.studies.equal_accuracy`.
+    """
+    for labels, (measured, logged, pruned) in measure_all(plan, context, partial(_all_of_one, tuple(kept))):
         yield from run_rows(labels, measured, logged)
         yield from ({**labels, "layer": "all", **row} for row in pruned)
 
 
-def _all_of_one(run: Run, trained: Artefact, device: torch.device) -> tuple[Rows, Rows, Rows]:
-    return measure_snapshot(run, trained, device), curve(trained), measure_pruned(run, trained, device)
+def _all_of_one(kept: Sequence[float], run: Run, trained: Artefact, device: torch.device) -> tuple[Rows, Rows, Rows]:
+    return measure_snapshot(run, trained, device), curve(trained), measure_pruned(run, trained, device, kept)
 
 
 def results(data: pd.DataFrame, metric: str, margin: Margin) -> pd.DataFrame:

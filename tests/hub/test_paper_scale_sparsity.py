@@ -19,7 +19,7 @@ from common.lab.results import load, load_experiment
 from common.lab.run import run
 from sparsity.studies import images
 from sparsity.studies.data import c4, pictures
-from sparsity.studies.finetuning import ARMS, BEFORE, FOLDED
+from sparsity.studies.finetuning import BEFORE, FOLDED
 from sparsity.studies.models.pretrained import pretrained_vit
 from sparsity.studies.runs import VARIANTS
 
@@ -86,7 +86,7 @@ def test_c4(hub, monkeypatch):
     )
 
 
-def check_finetuning(data, arms=ARMS):
+def check_finetuning(data, arms):
     assert {"ReLU + L1" if "L1" in name else name for name in data.variant} == {BEFORE, "ReLU + L1", *arms}
     assert data[data.metric == "density"].value.between(0, 1).all()
     assert set(data.kept.dropna()) and data[data.kept.notna()].value.notna().all()
@@ -103,8 +103,10 @@ def test_finetuning_of_deit_on_imagenet(hub):
     write_vit(hub, paper.task.pretrained, 32)
     recipe = replace(paper.recipe, steps=3, batch_size=12, stairs=3, precision="no")
     task = replace(paper.task, pixels=32)
-    data = table(shrunk("04_vit_finetuning.py", task=task, recipe=recipe, rank=2, log_every=1), hub)
-    density = check_finetuning(data)
+    arms = ("vanilla", "modified", FOLDED)
+    brief = dict(rank=2, log_every=1, arms=arms, l1=(1.0,), kept=(1.0, 0.5))
+    data = table(shrunk("04_vit_finetuning.py", task=task, recipe=recipe, **brief), hub)
+    density = check_finetuning(data, arms)
     assert density[BEFORE] > 0.95 > density["vanilla"]  # GELU, which every arm leaves
 
 
@@ -118,9 +120,8 @@ def test_finetuning_of_t5_on_c4(hub, monkeypatch):
     task = replace(paper.task, length=32, documents=COUNT, evaluation_rows=10)
     recipe = replace(paper.recipe, steps=3, batch_size=6)
     arms = ("vanilla", "modified", FOLDED)
-    data = table(
-        shrunk("06_t5_finetuning.py", task=task, recipe=recipe, rank=2, log_every=1, arms=arms, l1=(1.0,)), hub
-    )
+    brief = dict(rank=2, log_every=1, arms=arms, l1=(1.0,), kept=(1.0, 0.5))
+    data = table(shrunk("06_t5_finetuning.py", task=task, recipe=recipe, **brief), hub)
     check_finetuning(data, arms)
     assert {name.split(".")[0] for name in data.layer.unique()} == {"encoder", "decoder", "all"}
 
@@ -146,6 +147,7 @@ def test_ablations_on_imagenet_cifar10_and_c4(hub, monkeypatch):
         rates_task=replace(paper.rates_task, **small),
         rates_recipe=replace(paper.rates_recipe, **brief),
         rates_variants=("vanilla",),
+        durations=(1, 2),
         factors_task=replace(paper.factors_task, **small),
         factors=replace(paper.factors, **brief),
         tuning=replace(paper.tuning, **brief),
