@@ -75,7 +75,9 @@ OWN = ("MiniLM LoRA", "MiniLM IA³", "T5 LoRA", "T5 IA³")
 HUB = ("Flan-T5-base LoRA", "Flan-T5-large LoRA", "T0-3B IA³")
 
 SCALES = {
-    "smoke": Settings((0,), (2,), OWN, methods=("task_arithmetic", "lines"), ia3_forms=FORMS, recipe=SMOKE),
+    "smoke": Settings(
+        (0,), (2,), (OWN[0], OWN[3]), methods=("task_arithmetic", "lines"), ia3_forms=FORMS, recipe=SMOKE
+    ),
     "laptop": Settings(),
     "workstation": Settings((0, 1, 2, 3, 4), (8,), OWN, methods=tuple(MERGERS), ia3_forms=FORMS, recipe=WORKSTATION),
     "paper": Settings((0,), (8,), HUB, methods=tuple(MERGERS), ia3_forms=FORMS, recipe=PAPER),

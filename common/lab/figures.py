@@ -253,6 +253,7 @@ def forest(
     names: Mapping[Any, str] | None = None,
     level: float = 0.0,
     bars: str = "95 % intervals",
+    log: bool = False,
 ) -> Figure:
     """Draw intervals as bars about their means, filled where the whole interval is on one side of `level`.
 
@@ -263,6 +264,7 @@ def forest(
         names: how items, conditions and panels are written, if not as `styled` says.
         level: the vertical line to compare with (0: no difference).
         bars: what the intervals are.
+        log: whether the axis of values is logarithmic, as of ratios (with level=1).
 
     Panels share their axis unless one would lose its intervals on that of another, four times as wide.
     """
@@ -285,6 +287,8 @@ def forest(
             ax.plot([low, high], [height, height], color=tone, linewidth=1.6, zorder=2)
             ax.plot(row["mean"], height, "o", ms=4.5, mew=1.3, color=tone, mfc=tone if decided else "white", zorder=3)
         ax.set(title=title, xlabel=xlabel)
+        if log:
+            log_axis(ax.xaxis)
         _items_axis(ax, [label(name, names) for name in items])
     handles = [Line2D([], [], color=tone, marker="o", ms=4.5) for tone in tones.values()]
     texts = [label(name, names) for name in conditions]
@@ -321,7 +325,9 @@ def lines(
         level: a horizontal line to compare with (1: counted once).
     """
     panels, groups = _panels(data, panel, names), list(data[by].unique())
-    figure, axes = _grid(len(panels), width=3.3 if len(panels) > 1 else 4.6, height=3.0, sharey=True)
+    many = len(groups) > 8  # lines that have to be told apart
+    width = (4.2 if many else 3.3) if len(panels) > 1 else 4.6
+    figure, axes = _grid(len(panels), width=width, height=4.2 if many else 3.0, sharey=True)
     ticks = sorted(data[x].unique())
     for ax, (title, part) in zip(axes, panels, strict=True):
         if level is not None:

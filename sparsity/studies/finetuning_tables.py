@@ -36,7 +36,7 @@ CAPTIONS = {
     "density_along_training": "Density on training batches of fine-tuning.",
     "norm_weights": "Weights of the norms that feed MLPs along fine-tuning.",
     "change_of_density_at_equal_accuracy": "The same, thresholds raised until every arm is equally accurate.",
-    "change_of_density": "Change of test density, each arm against another from the same vanilla network.",
+    "change_of_density": "Ratio of test densities, each arm against another from the same vanilla network.",
 }
 
 
@@ -96,6 +96,8 @@ def draw(data: pd.DataFrame, metric: str, margin: Margin, score: str) -> dict[st
     curves = curves.sort_values("variant", key=lambda column: column.map(order), kind="stable")
     curves = curves.sort_values("setting", key=lambda column: column.map(list(titles).index), kind="stable")
     seen = changes(table)
+    ends = ["mean", "low", "high"]
+    seen[ends] = 1 + seen[ends] / 100  # as ratios, which a logarithmic axis shows evenly
     return {
         "frontier": figures.lines(
             means, x="percent", y=f"{metric} test", by="variant", ylabel=score,
@@ -111,7 +113,7 @@ def draw(data: pd.DataFrame, metric: str, margin: Margin, score: str) -> dict[st
         ),
     } | {
         f"change_of_{name.replace(' ', '_')}": figures.forest(
-            rows, item="comparison", condition="metric", xlabel="change, % (95 %)", **options
+            rows, item="comparison", condition="metric", xlabel="ratio of densities", level=1.0, log=True, **options
         )
         for name, rows in seen.groupby("metric", sort=False)
     }  # fmt: skip

@@ -1,5 +1,7 @@
 """The shared plot kinds draw what the table says, into small files, without touching matplotlib's global state."""
 
+import itertools
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -172,3 +174,52 @@ def test_every_merger_has_a_colour_and_a_label_of_its_own():
         assert figures.label("ties") == "ties" and figures.colour("ties", 1) == figures.CYCLE[1]
         assert figures.label("new") == "New" and figures.colour("new", 2) == figures.CYCLE[2]
     assert figures.label("ties") == "TIES"
+
+
+def written(figure):
+    """The titles, labels and legends of a drawn figure."""
+    figure.canvas.draw()
+    labels = [text for ax in figure.axes for text in (ax.title, ax.xaxis.label, ax.yaxis.label)]
+    texts = [*labels, *(text for legend in figure.legends for text in legend.get_texts())]
+    return [text for text in texts if text.get_text()]
+
+
+LONG = {
+    "none": "the base of the merger, without any calibration",
+    "output": "the same merger, calibrated in output space",
+}
+
+
+@pytest.mark.parametrize("panel", [None, "suite"])
+def test_long_names_and_labels_stay_within_the_figure(panel):
+    several = table(2).query("tasks == 8")
+    text = "a quantity that nobody would shorten, summed over all of its layers, nats"
+    spans = several.assign(mean=several.value, low=several.value - 1, high=several.value + 1)
+    more = pd.concat([several.assign(svc=name) for name in ("none", "output", "a", "b")])
+    for figure in (
+        figures.paired(more, panel=panel, names=LONG, xlabel="value"),
+        figures.forest(spans, item="method", condition="svc", panel=panel, names=LONG, xlabel="value"),
+        figures.lines(table(2), x="tasks", panel=panel, ylabel=text),
+        figures.frontier(table(2), x="tasks", y="value", by="method", panel=panel, xlabel=text, ylabel=text),
+    ):
+        for text in written(figure):
+            box, whole = text.get_window_extent(), figure.bbox
+            assert box.x0 >= -1 and box.x1 <= whole.width + 1 and box.y0 >= -1 and box.y1 <= whole.height + 1, text
+
+
+@pytest.mark.parametrize(("low", "high"), [(1e-5, 1e-2), (1e-6, 1e3), (0.5, 20), (3e3, 2e6)])
+def test_the_labels_of_a_logarithmic_axis_do_not_touch(low, high):
+    figure, axes = figures.new_figure()
+    axes[0, 0].plot([low, high], [0, 1])
+    figures.log_axis(axes[0, 0].xaxis)
+    figure.canvas.draw()
+    left, right = axes[0, 0].get_xlim()
+    ticks = zip(axes[0, 0].get_xticks(), axes[0, 0].get_xticklabels(), strict=True)
+    boxes = [label.get_window_extent() for at, label in ticks if left <= at <= right]
+    assert len(boxes) > 1 and all(one.x1 < two.x0 for one, two in itertools.pairwise(boxes))
+
+
+def test_a_forest_of_ratios_compares_with_1():
+    rows = [dict(item="ties", condition="own scales", mean=mean, low=mean / 2, high=mean * 1.5) for mean in (0.5, 4.0)]
+    (ax,) = figures.forest(pd.DataFrame(rows), level=1.0, log=True).axes
+    assert ax.get_xscale() == "log" and [1, 1] in [list(line.get_xdata()) for line in ax.lines]
