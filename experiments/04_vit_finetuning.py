@@ -17,7 +17,8 @@ Verdict  on every setting with at least 3 seeds (none: "not run at this scale"),
          "denser" where the interval lies on one side of 0, "equal" where it lies within ±10 %, else "undecided";
          modified against norms lifted alone says whether anything beyond the lift acts, norms folded against vanilla
          whether |w| = 1 acts by itself, and modified against the strongest penalty, at equal accuracy, which to take.
-Cost     smoke 40 s; laptop 8 min (digits); workstation 2 h (glyphs); paper: 15 epochs of ImageNet a run.
+Cost     smoke 20 s; laptop 10 min (digits, 2 idle cores, estimated; the committed run shared its machine and took 40);
+         workstation 2 h (glyphs, estimated); paper: 15 epochs of ImageNet a run.
 Run      python experiments/04_vit_finetuning.py --scale laptop
 """
 

@@ -19,7 +19,8 @@ Rates    the experts' learning rates are chosen on validation questions, seed 0:
          (merging/suites/learning_rates.py). No merge has a part in it.
 Scores   an answer is decoded greedily and right or wrong: the same numbers, the same characters, the same JSON value
          (merging/suites/data/generation_texts.py).
-Cost     smoke 20 s; laptop 6 min, workstation 2.5 h (2 cores, estimated from timed steps); paper: not timed.
+Cost     smoke 20 s; laptop 20 min (2 idle cores, estimated; the committed run had one core of a busy machine and took
+         62), workstation 2.5 h (2 cores, estimated from timed steps); paper: not timed.
 Run      python experiments/29_generation.py --scale laptop
 """
 

@@ -21,8 +21,8 @@ Verdict  first, with at least 3 training seeds (else "training: not run at this 
          interval of the relative change of the GGN trace, SVC against base, paired by seed and task: "flatter" if it
          lies below 0 for all mergers at their own and at tuned scales, "flatter at own scale only" if at own scale for
          all, "sharper" if above 0 for all at both, else "it depends on the merger".
-Cost     smoke 40 s; laptop about 9 min, workstation about 1 h (2 cores), estimated, with training unless 03 has run;
-         paper: not timed.
+Cost     smoke 40 s; laptop about 15 min (the committed run had one core of a busy machine and took 47), workstation
+         about 1 h (2 idle cores), both estimated, with training unless 03 has run; paper: not timed.
 Run      python experiments/31_curvature.py --scale laptop
 """
 
