@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from common.lab.run import Context
-from common.lab.statistics import Interval, mean_difference, spread
+from common.lab.statistics import mean_difference, spread
 from common.training import TrainingRecipe
 from sparsity.studies.images import ImageTask
 from sparsity.studies.measurement import measure_all, measure_snapshot
@@ -94,12 +94,13 @@ def remark(data: pd.DataFrame) -> str:
 
 
 def _sentence(used: float, by_rate: pd.DataFrame) -> str:
-    best = by_rate.mean().idxmax()
+    best, seeds = by_rate.mean().idxmax(), len(by_rate)
+    against = {rate: mean_difference(by_rate[rate], by_rate[best]) for rate in by_rate if rate != best}
+    level = ", ".join(f"{rate:g}" for rate, found in against.items() if found.sign == 0)
     head = (
         f"**Learning rate.** Of {len(by_rate.columns)} rates at the same E, by vanilla's accuracy on validation data,"
     )
     if best == used:
-        return f"{head} the one in use, {used:g}, is the best (n = {len(by_rate)})."
-    found: Interval = mean_difference(by_rate[used], by_rate[best])
-    word = "which is more" if found.sign > 0 else "which is not resolved"
-    return f"{head} {best:g} is the best: {found} points above {used:g}, the one in use (n = {len(by_rate)}), {word}."
+        return f"{head} the one in use, {used:g}, is the best (n = {seeds}); not resolved from it: {level or 'none'}."
+    word = "which is more" if against[used].sign > 0 else "which is not resolved"
+    return f"{head} {best:g} is the best: {against[used]} points above {used:g}, the one in use (n = {seeds}), {word}."

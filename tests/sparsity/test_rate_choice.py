@@ -23,9 +23,10 @@ def scores(by_rate, used):
 @pytest.mark.parametrize(
     ("others", "said"),
     [
-        ((90.0, 91.0, 92.0), "the one in use, 0.003, is the best (n = 3)"),
+        ((90.0, 91.0, 92.0), "the one in use, 0.003, is the best (n = 3); not resolved from it: none."),
         ((95.0, 96.1, 97.0), "0.001 is the best: +2.0 [+1.9, +2.2] points above 0.003, the one in use (n = 3)"),
         ((93.0, 99.0, 94.0), "which is not resolved"),
+        ((93.0, 94.0, 94.9), "the one in use, 0.003, is the best (n = 3); not resolved from it: 0.001."),
     ],
 )
 def test_the_best_rate_is_named_with_what_is_not_resolved(others, said):
