@@ -362,7 +362,8 @@ def claims(data):
 
 CAPTIONS = {
     "densities": "Density, derivative density and gradient density along training.",
-    "histogram": "Shares of all and of active entries whose activation gradient g² has each size.",
+    "histogram_vanilla": "Vanilla: shares of all and of active entries whose activation gradient g² has each size.",
+    "histogram_modified": "Modified: shares of all and of active entries whose activation gradient g² has each size.",
     "gradient_of_active": "E[g² | active] / E[g²] along training: above 1 active entries have the larger gradients.",
     "key_trace": "tr(KKᵀ) along training.",
     "norms": "Norms of the weights by kind along training.",
@@ -371,6 +372,7 @@ CAPTIONS = {
     "beneficial_and_harmful_sums": "Sums of effective gradients by sign along training.",
     "beneficial_and_harmful": "Numbers of effective gradients by sign along training.",
 }
+CAPTIONS |= {f"{stem}_t5": f"T5: {text}" for stem, text in CAPTIONS.items()}
 
 DEVIATIONS = (
     "At laptop and workstation scale: small networks on scikit-learn's digits, on glyphs and on Python sources; eight "
