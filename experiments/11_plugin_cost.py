@@ -421,7 +421,7 @@ def costs(rows):
 
 CAPTIONS = {
     "step_time": "Time of a training step over that of the vanilla ReLU model. Why compiling slows the vanilla model, "
-    "and not the one with all three plug-ins, was not looked into.",
+    "and not the one with all three plug-ins, stands in the last of the deviations.",
     "step_memory": "Peak memory of a training step over that of the vanilla ReLU model.",
     "activation_time": "Time of an activation by itself, forward and backward, over that of eager ReLU.",
 }
