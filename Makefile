@@ -16,7 +16,7 @@ FIND_PYTHON = for python in python3 python3.13 python3.12 python3.11; do \
 .PHONY: help install lock newest reproduce results list test verify render lint check-method
 
 help:
-	@echo 'make reproduce            experiments 03, 21 and 22 at laptop scale, beside the committed numbers (14 minutes, 2 cores)'
+	@echo 'make reproduce            experiments 03, 21 and 22 at laptop scale, beside the committed numbers (about 22 minutes, 2 cores)'
 	@echo 'make results SCALE=…      every experiment at a scale: smoke, laptop, workstation or paper'
 	@echo 'make list                 every experiment: its table or figure, its state and time at each scale, its cost'
 	@echo 'make test                 the tests'
