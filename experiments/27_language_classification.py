@@ -26,8 +26,9 @@ Rates    workstation: chosen on validation texts by the rule of merging/suites/l
          laptop: fixed.
 Later    than the committed run, for which the rule said "not reproduced" unless it is above 0: the word "undecided",
          the rule of testbeds, pooled intervals and norm matching.
-Cost     smoke 1 min; laptop 1.5 h (1 core; processor time of the committed run), workstation 9 h (2 cores, estimated: 5 ms for a text and 0.5 s for a
-         step of training, one thread on a busy machine); paper: three suites from the hub, not timed.
+Cost     smoke 1 min; laptop 1.5 h (1 core; processor time of the committed run), workstation 9 h (2 cores, estimated:
+         5 ms for a text and 0.5 s for a step of training, one thread on a busy machine); paper: three suites from the
+         hub, not timed.
 Run      python experiments/27_language_classification.py --scale laptop
 """
 
