@@ -65,6 +65,7 @@ SCALES = {
     ),
     "laptop": Settings(),
     "workstation": Settings(
+        single_seeds=(0,),  # three at laptop scale
         task=ImageTask("glyphs"),
         recipe=recipes.GLYPHS_RECIPE,
         sizes=((64, 4), (96, 6)),
