@@ -18,8 +18,8 @@ Recipe   learning rate, decay and steps were first chosen on test data. So digit
          data, at the same E = Σ rate × decay, by the accuracy of vanilla alone: the paired difference between the best
          of the rates and the one in use is said, whatever it is. The numbers above stay those of the rate in use, which
          experiments 01, 08 and 31 share.
-Cost     smoke 10 s; laptop 15 min (digits, 2 idle cores, estimated; the committed run had one core of a busy machine
-         and took 43); workstation 50 min (glyphs, 2 cores); paper: 300 epochs of ImageNet a run.
+Cost     smoke 10 s; laptop 15 min (digits, 2 idle cores, estimated; its networks were trained on one core of a
+         busy machine in 43); workstation 50 min (glyphs, 2 cores); paper: 300 epochs of ImageNet a run.
 Run      python experiments/03_vit_from_scratch.py --scale laptop
 """
 
