@@ -372,7 +372,7 @@ CAPTIONS = {
     "beneficial_and_harmful_sums": "Sums of effective gradients by sign along training.",
     "beneficial_and_harmful": "Numbers of effective gradients by sign along training.",
 }
-CAPTIONS |= {f"{stem}_t5": f"T5: {text}" for stem, text in CAPTIONS.items()}
+CAPTIONS |= {f"{stem}_t5": f"T5: {CAPTIONS[stem]}" for stem in CAPTIONS}
 
 DEVIATIONS = (
     "At laptop and workstation scale: small networks on scikit-learn's digits, on glyphs and on Python sources; eight "
